@@ -53,7 +53,7 @@ class Given:
 
 class _Record(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        getattr(namespace, "_given")[self.dest] = (option_string.lstrip("-"), values)
+        namespace._given[self.dest] = (option_string.lstrip("-"), values)
 
 
 def parse_command_line(

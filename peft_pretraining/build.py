@@ -1,0 +1,246 @@
+"""From a checked configuration to a run: every object, in the order of their dependencies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from peft_pretraining import run_dir
+from peft_pretraining.checkpoint import Checkpointer, TrainState, starting_counters, versions
+from peft_pretraining.cli import Launch
+from peft_pretraining.config import Config, schedule_problems
+from peft_pretraining.data.blocks import TokenBlocks, evaluation_batches, training_batches
+from peft_pretraining.distributed import ProcessGroup, parallelize
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.methods import load_method
+from peft_pretraining.models.llama import build_model, resolve_dtype
+from peft_pretraining.profiling import Profiler
+from peft_pretraining.tracking import Tracker, log, start_logging
+from peft_pretraining.train import Run, train
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+_TOKENS_SCANNED = 2**30
+"""Tokens whose ids are checked when the data folder does not say how large they are."""
+
+
+def run(launch: Launch) -> int:
+    """Build and train; returns the exit code. Raises `ConfigError` for problems only the device or the data show."""
+    group = ProcessGroup.start(launch.config.run.single_gpu)
+    start_logging(group.is_main)
+    disable_progress_bar()  # transformers' bars for single files would break ours
+    exit_code = 1
+    run = None
+    try:
+        run = build(launch, group)
+        exit_code = train(run)
+        return exit_code
+    finally:
+        if run is not None:
+            run.profiler.stop()
+            run.tracker.close(exit_code)
+        group.stop()
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where the run's weights and counters come from."""
+
+    checkpoint: Path | None = None
+    """Restore everything from here."""
+    warm_start: Path | None = None
+    """Take weights and counters only."""
+
+
+def build(launch: Launch, group: ProcessGroup) -> Run:
+    """Put the run together. Nothing is written before everything that can fail on bad input has succeeded."""
+    config = launch.config
+    for warning in launch.warnings:
+        log.warning(warning)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    save_dir = Path(group.from_main(config.run.save_dir or _default_save_dir(config)))
+    start = group.from_main(_starting_point(config, save_dir) if group.is_main else None)
+    if isinstance(start, ConfigError):
+        raise start
+
+    train_blocks, eval_blocks = _open_data(launch)
+    method = load_method(config.method.method)(config)
+    weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
+    model = build_model(config.model, launch.facts.model, weights_from, group.device, config.run.seed)
+    model = method.convert(model)
+    optimizer = method.build_optimizer(model)
+    checkpointer = Checkpointer(
+        save_dir,
+        group,
+        model,
+        optimizer,
+        method,
+        _tokenizer_saver(config, launch.facts.data, group.is_main),
+        config.run.keep_checkpoints,
+    )
+    state = _initial_state(config, start, checkpointer)
+    if group.is_main:
+        _prepare_save_dir(save_dir, launch)
+    group.barrier()
+    _describe(config, save_dir, model, train_blocks, group)
+    return Run(
+        config=config,
+        group=group,
+        model=model,
+        parallel_model=parallelize(model, group),
+        method=method,
+        optimizer=optimizer,
+        state=state,
+        batches=training_batches(
+            train_blocks,
+            seed=config.run.seed,
+            start=state.data_position,
+            batch_size=config.batch.batch_size,
+            accumulation=config.batch.gradient_accumulation,
+            workers=config.data.workers,
+            group=group,
+        ),
+        samples_per_epoch=len(train_blocks),
+        evaluation_batches=_Evaluation(config, eval_blocks, group),
+        checkpointer=checkpointer,
+        tracker=Tracker(save_dir, config, state.update_step if start.checkpoint else None, model, group.is_main),
+        profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
+    )
+
+
+def _default_save_dir(config: Config) -> str:
+    model = Path(config.model.model_config or config.model.model_name_or_path or "model").stem
+    return f"checkpoints/{model}-{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _starting_point(config: Config, save_dir: Path) -> StartingPoint | ConfigError:
+    """On the main process: which checkpoint to continue from. A problem is returned, for all ranks to raise."""
+    run = config.run
+    if run.autoresume:
+        folder, skipped = run_dir.newest_good_checkpoint(save_dir)
+        for line in skipped:
+            log.warning(line)
+        if folder is not None:
+            log.info("resuming from %s", folder)
+            return StartingPoint(checkpoint=folder)
+        if skipped and not run.allow_restart:
+            return ConfigError(
+                [*skipped, f"--save_dir {save_dir}: every checkpoint is damaged; --allow_restart True starts over"]
+            )
+    if run.resume_from:
+        folder = Path(run.resume_from)
+        if reason := run_dir.damage(folder):
+            return ConfigError([f"--resume_from {folder}: {reason}"])
+        log.info("restoring everything from %s", folder)
+        return StartingPoint(checkpoint=folder)
+    return StartingPoint(warm_start=Path(run.warmed_up_model) if run.warmed_up_model else None)
+
+
+def _open_data(launch: Launch) -> tuple[TokenBlocks, TokenBlocks]:
+    config, facts = launch.config, launch.facts
+    try:
+        splits = [
+            TokenBlocks(config.data.dataset_path, name, config.data.max_length) for name in ("train", "validation")
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError([f"--dataset_path {config.data.dataset_path}: {' '.join(str(error).split())}"]) from error
+    problems = []
+    for name, blocks in zip(("train", "validation"), splits, strict=True):
+        if not len(blocks):
+            problems.append(f"--dataset_path {config.data.dataset_path}: split {name} is empty")
+        elif "largest_token_id" not in facts.data and facts.model is not None:
+            largest, vocabulary = blocks.largest_token_id(_TOKENS_SCANNED), facts.model["vocab_size"]
+            if largest >= vocabulary:
+                problems.append(
+                    f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary of "
+                    f"{vocabulary}"
+                )
+    if problems:
+        raise ConfigError(problems)
+    return splits[0], splits[1]
+
+
+def _initial_state(config: Config, start: StartingPoint, checkpointer: Checkpointer) -> TrainState:
+    if start.checkpoint is not None:
+        return checkpointer.restore(start.checkpoint)
+    if start.warm_start is None:
+        return TrainState()
+    state = starting_counters(start.warm_start)
+    remaining = config.schedule.num_training_steps - state.update_step
+    if remaining <= 0:
+        raise ConfigError(
+            [f"--num_training_steps {config.schedule.num_training_steps} ends before update {state.update_step} of "
+             f"--warmed_up_model {start.warm_start}"]
+        )  # fmt: skip
+    if problems := schedule_problems(config.schedule, remaining):
+        raise ConfigError(problems)
+    log.info("weights of %s; updates are counted from %d", start.warm_start, state.update_step)
+    return state
+
+
+def _prepare_save_dir(save_dir: Path, launch: Launch) -> None:
+    """The first writing of a run: its folder and its settings."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in (*save_dir.glob("model_*.tmp"), *save_dir.glob("model_*.replaced")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    run_dir.write_run_config(save_dir, launch.config.settings(), launch.identity, versions())
+
+
+def _tokenizer_saver(config: Config, data_args: dict, is_main: bool) -> Callable[[Path], None]:
+    """Copies the data folder's tokenizer, or writes the one that was named."""
+    if not is_main:
+        return lambda folder: None
+    source = Path(config.data.dataset_path)
+    if config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
+        files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+        return lambda folder: [shutil.copy(file, folder) for file in files] and None
+    name = config.data.tokenizer or data_args.get("tokenizer") or "t5-base"
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name).save_pretrained
+    except (OSError, ValueError) as error:
+        log.warning("checkpoints will hold no tokenizer: %s cannot be loaded (%s)", name, str(error).splitlines()[0])
+        return lambda folder: None
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The evaluation set, iterated from its beginning each time."""
+
+    config: Config
+    blocks: TokenBlocks
+    group: ProcessGroup
+
+    def __iter__(self):
+        max_samples = max(1, self.config.data.eval_tokens // self.config.data.max_length)
+        return evaluation_batches(
+            self.blocks, max_samples=max_samples, batch_size=self.config.batch.batch_size, group=self.group
+        )
+
+
+def _describe(config: Config, save_dir: Path, model: torch.nn.Module, blocks: TokenBlocks, group: ProcessGroup) -> None:
+    batch = config.batch
+    trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    log.info("run folder %s", save_dir)
+    log.info(
+        "%s on %d x %s, %s: %.2fM parameters, %.2fM trainable",
+        *(config.method.method, group.world_size, group.device.type, resolve_dtype(config.model.dtype, group.device)),
+        *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
+    )
+    log.info(
+        "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %d samples",
+        *(config.schedule.num_training_steps + config.schedule.num_extra_training_steps, batch.total_batch_size),
+        *(config.data.max_length, batch.batch_size, batch.gradient_accumulation, batch.world_size, len(blocks)),
+    )

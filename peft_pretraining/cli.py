@@ -1,0 +1,129 @@
+"""From the command line of `torchrun_main.py` to a checked `Config`. Every problem is found before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_pretraining import planned, selection, validate
+from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
+from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
+from peft_pretraining.methods import METHODS
+
+DESCRIPTION = "Pre-train a LLaMA. Run under torchrun, or as a plain script for one process."
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A configuration that passed every check, and what was learnt on the way."""
+
+    config: Config
+    facts: validate.FileFacts
+    identity: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def all_flags() -> list[Flag]:
+    training_config = Flag("training_config", string, "YAML file with any of these settings; the command line wins")
+    return [training_config, *config_flags(), *selection.SELECTORS, *planned.planned_flags()]
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launch:
+    """Parse and check everything. Raises `ConfigError` with all problems at once."""
+    problems: list[str] = []
+    warnings: list[str] = []
+    given = _parse(argv, problems)
+    planned.check_planned(given, problems)
+    method, rule = selection.choose(given, problems)
+    config = Config.from_settings({**_defaults(given, method, problems), "method": method, "optimizer": rule})
+    if given.get("dataset_path") and given.get("base_dir"):
+        warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
+    _warn_without_effect(given, config, warnings)
+
+    facts = validate.FileFacts()
+    validate.read_model(config, facts, problems)
+    validate.read_data(config, facts, problems)
+    config = _derive(config, given, facts, environ if environ is not None else os.environ, problems, warnings)
+    validate.check_data(config, facts, problems)
+    validate.check_resume_from(config, problems)
+    if method in METHODS:
+        validate.check_save_dir(config, facts, problems, warnings)
+    if problems:
+        raise ConfigError(problems)
+    return Launch(config, facts, validate.identity_of(config, facts), tuple(warnings))
+
+
+def _parse(argv: Sequence[str], problems: list[str]) -> dict[str, Given]:
+    flags = all_flags()
+    given = parse_command_line(flags, argv, prog="torchrun_main.py", description=DESCRIPTION, problems=problems)
+    if "training_config" in given:
+        given = {**parse_yaml(flags, given["training_config"].value, problems), **given}
+    return given
+
+
+def _defaults(given: dict[str, Given], method: str, problems: list[str]) -> dict[str, Any]:
+    """Settings that were given, over the defaults that depend on the method and on the spelling used."""
+    names = {flag.name for flag in config_flags()}
+    defaults: dict[str, Any] = {}
+    if "scale" in given and given["scale"].spelling == "galore_scale":
+        defaults["clip_grad_norm"] = 0.0  # the code base with that spelling did not clip unless told to
+    if method in METHODS:
+        defaults |= METHODS[method].defaults
+    return {**defaults, **{name: item.value for name, item in given.items() if name in names}}
+
+
+def _derive(
+    config: Config,
+    given: dict[str, Given],
+    facts: validate.FileFacts,
+    environ: Mapping[str, str],
+    problems: list[str],
+    warnings: list[str],
+) -> Config:
+    """Fill in what follows from other settings, the data and torchrun's environment."""
+    world_size = int(environ.get("WORLD_SIZE", "1"))
+    if config.run.single_gpu and world_size > 1:
+        problems.append(f"--single_gpu is for one process, but torchrun started {world_size}")
+    max_length = config.data.max_length or facts.block_length
+    before = len(problems)
+    batch = derive_batch(config.replace(world_size=world_size).batch, problems)
+    settings: dict[str, Any] = {**vars(batch), "max_length": max_length}
+    batch_is_known = len(problems) == before
+
+    if config.schedule.max_train_tokens is not None and batch_is_known and max_length:
+        tokens_per_update = batch.total_batch_size * max_length
+        updates = config.schedule.max_train_tokens // tokens_per_update
+        if updates == 0:
+            problems.append(
+                f"--max_train_tokens {config.schedule.max_train_tokens} is less than one update's {tokens_per_update} tokens"
+            )
+            return config.replace(**settings)
+        if "num_training_steps" in given:
+            warnings.append(f"--max_train_tokens gives {updates} updates; --num_training_steps has no effect")
+        settings["num_training_steps"] = updates
+    config = config.replace(**settings)
+    if config.schedule.max_train_tokens is None or batch_is_known:
+        # A warm start's schedule is shorter; it is checked again when its first update is known.
+        if not config.run.warmed_up_model:
+            problems += schedule_problems(config.schedule, config.schedule.num_training_steps)
+    return config
+
+
+def _warn_without_effect(given: dict[str, Given], config: Config, warnings: list[str]) -> None:
+    """One warning for all settings that the chosen method does not read."""
+    entry = METHODS.get(config.method.method)
+    if entry is None:
+        return
+    method_settings = set(vars(config.method)) - {"method"}
+    unread = [
+        f"--{item.spelling}"
+        for name, item in given.items()
+        if (name in method_settings and name not in entry.options)
+        or (name in planned.METHOD_SETTINGS and item.value not in ("False", "false"))
+    ]
+    if unread:
+        warnings.append(f"without effect for method {config.method.method}: {', '.join(sorted(unread))}")
+    if "model_revision" in given and not config.model.model_name_or_path:
+        warnings.append("--model_revision has no effect without --model_name_or_path")

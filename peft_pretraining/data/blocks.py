@@ -1,0 +1,161 @@
+"""Blocks of tokens in random access, in an order that is a pure function of (seed, epoch, position).
+
+Position p of the run's endless stream of samples lies in epoch p // size, and the epoch's permutation says which sample
+it is. Which rank reads it, and in which micro-batch, changes nothing: a run continued from position p on another number
+of devices sees the samples it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from peft_pretraining import rng
+from peft_pretraining.distributed.process_group import ProcessGroup
+from peft_pretraining.loss import Batch
+
+
+class TokenBlocks(Dataset):
+    """Samples of `max_length` tokens out of one split of a folder that `pretokenize.py` wrote.
+
+    The Arrow files stay memory-mapped; a block longer than `max_length` is cut into pieces of it.
+    """
+
+    def __init__(self, folder: str | Path, split: str, max_length: int):
+        import datasets
+
+        self._origin = (folder, split, max_length)
+        column = datasets.load_from_disk(str(folder))[split].data.column("input_ids")
+        block_length = json.loads((Path(folder) / "args.json").read_text())["sequence_length"]
+        self._chunks = [_rows(chunk, block_length, max_length) for chunk in column.chunks if len(chunk)]
+        sizes = [len(chunk) for chunk in self._chunks]
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
+
+    def __reduce__(self):
+        return TokenBlocks, self._origin  # a worker that does not fork maps the files again instead of copying them
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.__getitems__([index])["input_ids"][0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A whole batch, (len(indices), max_length) int64: DataLoader calls this instead of `__getitem__`."""
+        chunks = np.searchsorted(self._ends, indices, side="right")
+        rows = [self._chunks[chunk][index - self._starts[chunk]] for chunk, index in zip(chunks, indices, strict=True)]
+        return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64))}
+
+    def largest_token_id(self, first_tokens: int) -> int:
+        """Largest id among about the first `first_tokens` tokens."""
+        largest, seen = -1, 0
+        for chunk in self._chunks:
+            largest = max(largest, int(chunk.max()))
+            seen += chunk.size
+            if seen >= first_tokens:
+                break
+        return largest
+
+
+def _rows(chunk, block_length: int, max_length: int) -> np.ndarray:
+    """One Arrow chunk of token lists as (rows, max_length), without a copy."""
+    values = chunk.flatten().to_numpy(zero_copy_only=True)
+    if values.size != len(chunk) * block_length:
+        raise ValueError(f"blocks are not all of {block_length} tokens, as args.json says")
+    return values.reshape(-1, max_length)
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """Which sample stands at which position."""
+
+    size: int
+    """Samples per epoch."""
+    seed: int
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """Sample indices at `positions` (int64) of the endless stream."""
+        epochs, within = np.divmod(positions, self.size)
+        result = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            result[here] = rng.permute(within[here], self.size, rng.derive_seed(self.seed, "data order", int(epoch)))
+        return result
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """The sample indices of this rank's micro-batches, from `start` on, without end."""
+
+    def __init__(self, order: SampleOrder, start: int, batch_size: int, accumulation: int, group: ProcessGroup):
+        self.order, self.start = order, start
+        self.batch_size, self.accumulation, self.group = batch_size, accumulation, group
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_micro_batch = self.batch_size * self.group.world_size
+        mine = np.arange(self.batch_size) + self.group.rank * self.batch_size
+        position = self.start
+        while True:
+            for _ in range(self.accumulation):
+                yield self.order.samples(position + mine).tolist()
+                position += per_micro_batch
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # A scheduler signals the whole job; the training process decides when its workers end.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def useful_workers(requested: int, group: ProcessGroup) -> int:
+    """No more workers than this rank's share of the cores leaves beside its own process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(requested, max(1, cores // group.local_world_size - 1))
+
+
+def training_batches(
+    blocks: TokenBlocks, *, seed: int, start: int, batch_size: int, accumulation: int, workers: int, group: ProcessGroup
+) -> Iterator[Batch]:
+    """Endless micro-batches of this rank, from position `start` of the stream, read ahead by worker processes."""
+    sampler = MicroBatchSampler(SampleOrder(len(blocks), seed), start, batch_size, accumulation, group)
+    workers = useful_workers(workers, group)
+    return iter(
+        DataLoader(
+            blocks,
+            batch_sampler=sampler,
+            collate_fn=_identity,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=group.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+    )
+
+
+def evaluation_batches(
+    blocks: TokenBlocks, *, max_samples: int, batch_size: int, group: ProcessGroup
+) -> Iterator[Batch | None]:
+    """The first `max_samples` samples, split over the ranks; None where a rank has no batch left but another has.
+
+    Every rank gets the same number of items, so that they can agree on something after each.
+    """
+    samples = min(len(blocks), max_samples)
+    starts = list(range(0, samples, batch_size))
+    for first in range(0, len(starts), group.world_size):
+        mine = first + group.rank
+        if mine < len(starts):
+            yield blocks.__getitems__(list(range(starts[mine], min(starts[mine] + batch_size, samples))))
+        else:
+            yield None

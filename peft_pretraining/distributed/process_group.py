@@ -1,0 +1,68 @@
+"""The processes of a run, as torchrun starts them, or one process without any group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """Rank and device of this process. With one process every collective is the identity."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, single_device: bool = False) -> ProcessGroup:
+        """Join the group that torchrun's environment describes: nccl on CUDA, gloo on the CPU."""
+        env = os.environ
+        grouped = not single_device and int(env.get("WORLD_SIZE", "1")) > 1
+        local_rank = int(env.get("LOCAL_RANK", "0")) if grouped else 0
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+        if not grouped:
+            return cls(0, 1, 0, 1, device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
+        local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, device)
+
+    def stop(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value: T) -> T:
+        """The main process's value (anything that pickles), on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()

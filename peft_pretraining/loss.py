@@ -1,0 +1,33 @@
+"""The loss of next-token prediction, as a sum over target tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100
+"""Label of positions that do not count (padding)."""
+
+Batch = dict[str, torch.Tensor]
+"""`input_ids` (batch, length); optionally `labels` and `attention_mask` of the same shape. Without labels every token is
+its own label."""
+
+
+def count_targets(batch: Batch) -> int:
+    """Number of tokens that a batch predicts: all but each sequence's first and the ignored ones."""
+    labels = batch.get("labels")
+    if labels is None:
+        sequences, length = batch["input_ids"].shape
+        return sequences * (length - 1)
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def token_loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Sum of the cross-entropies of a batch's target tokens, in float32 at least; a scalar."""
+    input_ids = batch["input_ids"]
+    logits = model(input_ids=input_ids, attention_mask=batch.get("attention_mask"), use_cache=False).logits
+    # Shifting the labels instead of the logits avoids a copy of (batch, length, vocabulary).
+    labels = F.pad(batch.get("labels", input_ids)[:, 1:], (0, 1), value=IGNORED)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

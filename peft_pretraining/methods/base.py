@@ -1,0 +1,62 @@
+"""What a training method may do, and when. The train loop knows methods only through this protocol.
+
+State lives in three places: tensors of the model, tensors in `optimizer.state`, and small numbers in the method. All of
+it is restored without pickled objects. Every default below is the identity or does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peft_pretraining.config import Config
+
+
+class TrainingMethod:
+    """One way to train: subclasses override what they need and add a line to `METHODS`."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Change the model's layers, before it is distributed."""
+        return model
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer over the distributed model's parameters, with all of its state already created."""
+        raise NotImplementedError
+
+    def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        """Before the first micro-batch of update `step`, also of one that is skipped later."""
+
+    def grad_norm(self, model: nn.Module, optimizer: Optimizer) -> Tensor:
+        """Global norm of the gradients, a scalar; what clipping uses. Gradients are complete and reduced."""
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
+
+    def scale_gradients(self, model: nn.Module, optimizer: Optimizer, factor: Tensor) -> None:
+        """Multiply every gradient by a scalar, after `grad_norm`."""
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+
+    def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        """Gradients are complete, reduced, clipped and finite."""
+
+    def after_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        """The weights have moved; not called for a skipped update."""
+
+    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Weights of the plain LLaMA that computes the same function. Never changes the training weights."""
+        return model.state_dict()
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last update, for the log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Small numbers and strings, saved as JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

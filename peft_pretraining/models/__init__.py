@@ -1,0 +1,1 @@
+"""LLaMA models: building, naming the layers that methods act on, exporting."""

@@ -1,0 +1,67 @@
+"""Building transformers' LLaMA from a JSON shape or from saved weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_pretraining import rng
+from peft_pretraining.config import ModelConfig
+from peft_pretraining.flags import ConfigError
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `ConfigError` where flash attention cannot run: it knows neither the CPU nor float32."""
+    if name != "flash_attention_2":
+        return
+    if device.type != "cuda":
+        raise ConfigError(["--attn_implementation flash_attention_2 needs CUDA; on the CPU use sdpa"])
+    if dtype != torch.bfloat16:
+        raise ConfigError([f"--attn_implementation flash_attention_2 needs --dtype bfloat16, not {dtype}"])
+
+
+def build_model(
+    config: ModelConfig, shape: dict[str, Any], weights_from: str | None, device: torch.device, seed: int
+) -> LlamaForCausalLM:
+    """A LLaMA in training mode on `device`.
+
+    `shape` is the model JSON's settings; weights are drawn from N(0, initializer_range) by `seed`, in float32 on the CPU
+    and then rounded, so that they are the same on every device. With `weights_from`, a folder or hub name, they are read.
+    """
+    dtype = resolve_dtype(config.dtype, device)
+    check_attention(config.attn_implementation, device, dtype)
+    if weights_from is not None:
+        model = LlamaForCausalLM.from_pretrained(
+            weights_from,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            revision=config.model_revision or "main",
+        )
+    else:
+        # With a padding id the embedding would zero that row and never train it; with -1, the last one.
+        left_out = ("torch_dtype", "dtype", "pad_token_id")
+        llama = LlamaConfig(**{key: value for key, value in shape.items() if key not in left_out})
+        pad_token_id = shape.get("pad_token_id")
+        llama._attn_implementation = config.attn_implementation
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.derive_seed(seed, "initial weights"))
+            model = LlamaForCausalLM(llama).to(dtype)
+        if pad_token_id is not None and 0 <= pad_token_id < llama.vocab_size:
+            model.config.pad_token_id = pad_token_id  # fine-tuning the exported model needs it
+        model.config.dtype = dtype
+    model.get_input_embeddings().padding_idx = None
+    model.config.use_cache = True
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).train()

@@ -1,0 +1,58 @@
+"""Learning-rate schedules as pure functions of the update step.
+
+t is the 0-based update step, T the number of updates, w the warm-up, c the cycle and f the lowest multiplier. Nothing is
+stored: the rate of an update follows from its number, so a resumed run cannot be out of step with its schedule.
+"""
+
+from __future__ import annotations
+
+import math
+
+from peft_pretraining.config import ScheduleConfig
+
+
+def rate_multiplier(t: int, config: ScheduleConfig, total: int) -> float:
+    """Multiplier of the base rate at update t of a schedule over `total` updates.
+
+    Updates after the schedule's end (`--num_extra_training_steps`) run at the multiplier of the last one.
+    """
+    t = min(t, total - 1)
+    warmup, floor = config.warmup_steps, config.min_lr_ratio
+    cycle = config.cycle_length or total
+    if config.scheduler == "cosine":
+        return _cosine(t, warmup, cycle, floor)
+    if config.scheduler == "cosine_restarts":
+        return _cosine_restarts(t, warmup, cycle, floor, config.restart_warmup_steps, config.adjust_step, total)
+    if t < warmup:
+        return t / warmup
+    if config.scheduler == "linear":
+        return max(0.0, (total - t) / (total - warmup))
+    if config.scheduler == "constant":
+        return 1.0
+    assert config.scheduler == "cosine_with_min_lr", config.scheduler
+    return max(0.1, _half_cosine((t - warmup) / (total - warmup)))
+
+
+def _half_cosine(progress: float) -> float:
+    """From 1 at progress 0 to 0 at progress 1."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _cosine(t: int, warmup: int, cycle: int, floor: float) -> float:
+    u = t % cycle
+    if u < warmup:
+        # Later cycles begin just above zero: ReLoRA's reset optimizer must not divide by a rate of 0.
+        return 1e-7 if t >= cycle and u < 2 else u / warmup
+    return floor + (1 - floor) * _half_cosine((u - warmup) / (cycle - warmup))
+
+
+def _cosine_restarts(t: int, warmup: int, cycle: int, floor: float, restart: int, adjust: int, total: int) -> float:
+    """ReLoRA (arXiv 2307.05695), section 3: one cosine over the whole run, with a short warm-up after each restart."""
+    if t < warmup:
+        return t / warmup
+    s = t + adjust
+    in_cycle, cycles = s % cycle, s // cycle
+    if in_cycle < restart and t >= cycle:
+        peak = floor + (1 - floor) * _half_cosine((cycles * cycle + restart - warmup) / (total - warmup))
+        return in_cycle / restart * peak
+    return floor + (1 - floor) * _half_cosine((s - warmup) / (total - warmup))

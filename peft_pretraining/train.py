@@ -1,0 +1,223 @@
+"""The train loop. It knows no method by name."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from peft_pretraining import rng
+from peft_pretraining.checkpoint import Checkpointer, TrainState
+from peft_pretraining.config import Config
+from peft_pretraining.distributed import ProcessGroup, synchronised_backward
+from peft_pretraining.evaluate import evaluate
+from peft_pretraining.loss import Batch, count_targets, token_loss_sum
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.profiling import Profiler, peak_memory_bytes
+from peft_pretraining.schedule import rate_multiplier
+from peft_pretraining.signals import EXIT_REQUEUE, StopRequest
+from peft_pretraining.tracking import Tracker, log
+
+_LARGEST_SKIPPED_SHARE = 0.05
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on: too many updates were not finite."""
+
+
+@dataclass
+class Run:
+    """Everything a run consists of; `build.py` puts it together."""
+
+    config: Config
+    group: ProcessGroup
+    model: nn.Module
+    parallel_model: nn.Module
+    """`model`, wrapped for several devices."""
+    method: TrainingMethod
+    optimizer: Optimizer
+    state: TrainState
+    batches: Iterator[Batch]
+    """Endless micro-batches of this rank, from `state.data_position` on."""
+    samples_per_epoch: int
+    evaluation_batches: Iterable[Batch | None]
+    checkpointer: Checkpointer
+    tracker: Tracker
+    profiler: Profiler
+
+    @property
+    def schedule_length(self) -> int:
+        """Updates that the learning-rate schedule spans."""
+        return self.config.schedule.num_training_steps - self.state.schedule_start
+
+    @property
+    def last_step(self) -> int:
+        """Number of updates after which the run is done."""
+        return self.config.schedule.num_training_steps + self.config.schedule.num_extra_training_steps
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did."""
+
+    loss: float
+    """Mean over all target tokens of all micro-batches and ranks."""
+    grad_norm: float
+    lr: float
+    skipped: bool
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+def train(run: Run) -> int:
+    """Train to the last update, or until asked to stop; returns the process's exit code."""
+    state, settings = run.state, run.config.run
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        bar = stack.enter_context(_progress_bar(run))
+        evaluate_if_due(run, stop)
+        while state.update_step < run.last_step:
+            began = time.perf_counter()
+            update = train_step(run, list(islice(run.batches, run.config.batch.gradient_accumulation)), stop)
+            report(run, update, time.perf_counter() - began, bar)
+            run.profiler.step()
+            if update.stop:
+                run.checkpointer.save(state)
+                log.info("asked to stop: saved update %d; launch the same command again to go on", state.update_step)
+                return EXIT_REQUEUE
+            evaluate_if_due(run, stop)
+            if state.update_step % settings.save_every == 0 or state.update_step == run.last_step:
+                run.checkpointer.save(state)
+        if run.checkpointer.saved_step != state.update_step:
+            run.checkpointer.save(state)
+    return 0
+
+
+def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Update:
+    """One update: forward and backward over the micro-batches, clip, step. Advances the state."""
+    state, method, model, optimizer, group = run.state, run.method, run.model, run.optimizer, run.group
+    step = state.update_step
+    torch.manual_seed(rng.derive_seed(run.config.run.seed, "update", step, group.rank))  # dropout
+    lr = set_learning_rate(run, step)
+    method.before_forward(model, optimizer, step)
+
+    targets = torch.tensor(float(sum(map(count_targets, micro_batches))), dtype=torch.float64)
+    targets = group.all_reduce_sum(targets.to(group.device))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
+    for index, batch in enumerate(micro_batches):
+        batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
+        with synchronised_backward(run.parallel_model, now=index == len(micro_batches) - 1):
+            loss = token_loss_sum(run.parallel_model, batch)
+            # Times the world size because DDP averages gradients over the ranks.
+            (loss * (group.world_size / targets).to(loss.dtype)).backward()
+        loss_sum += loss.detach()
+    totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
+
+    norm = method.grad_norm(model, optimizer)
+    if (limit := run.config.optimizer.clip_grad_norm) > 0:
+        method.scale_gradients(model, optimizer, (limit / (norm + 1e-6)).clamp(max=1.0))
+    # The update's only wait for the device.
+    loss_mean, asked_to_stop, norm_value = torch.stack([totals[0] / targets, totals[1], norm.double()]).tolist()
+    skipped = not (math.isfinite(loss_mean) and math.isfinite(norm_value)) or step in run.config.data.skip_batches
+    if not skipped:
+        method.before_optimizer_step(model, optimizer, step)
+        optimizer.step()
+        method.after_optimizer_step(model, optimizer, step)
+    optimizer.zero_grad(set_to_none=True)
+
+    state.update_step += 1
+    state.data_position += run.config.batch.total_batch_size
+    state.tokens_seen += run.config.batch.total_batch_size * run.config.data.max_length
+    return Update(loss_mean, norm_value, lr, skipped, asked_to_stop > 0)
+
+
+def set_learning_rate(run: Run, step: int) -> float:
+    """Give every parameter group its rate for update `step`; returns the base rate times the multiplier."""
+    multiplier = rate_multiplier(step - run.state.schedule_start, run.config.schedule, run.schedule_length)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", run.config.optimizer.lr) * multiplier
+    return run.config.optimizer.lr * multiplier
+
+
+def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
+    """Log one update, and stop the run when too many were skipped."""
+    state, batch = run.state, run.config.batch
+    tokens = batch.total_batch_size * run.config.data.max_length
+    run.tracker.record(
+        update_step=state.update_step,
+        loss=update.loss,
+        lr=update.lr,
+        grad_norm=update.grad_norm,
+        tokens_seen=state.tokens_seen,
+        throughput_tokens=tokens / seconds,
+        step_time=seconds,
+        peak_memory_bytes=peak_memory_bytes(run.group.device),
+        **({"skipped": True} if update.skipped else {}),
+        **run.method.metrics(),
+    )
+    bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+    bar.update()
+    if (epoch := state.data_position // run.samples_per_epoch) > (
+        state.data_position - batch.total_batch_size
+    ) // run.samples_per_epoch:
+        log.info(
+            "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
+        )
+    if update.skipped and state.update_step - 1 not in run.config.data.skip_batches:
+        state.skipped_updates += 1
+        log.warning(
+            "skipped update %d: loss %s, gradient norm %s", state.update_step - 1, update.loss, update.grad_norm
+        )
+        if state.skipped_updates > _LARGEST_SKIPPED_SHARE * run.config.schedule.num_training_steps:
+            raise TrainingFailed(
+                f"{state.skipped_updates} of {run.config.schedule.num_training_steps} updates had a non-finite loss or "
+                f"gradient, more than {_LARGEST_SKIPPED_SHARE:.0%}: lower --lr, or look at the data near update "
+                f"{state.update_step - 1}"
+            )
+
+
+def evaluate_if_due(run: Run, stop: StopRequest) -> None:
+    """Evaluate before the first update, every `--eval_every`, and at the end; at each of them once."""
+    state = run.state
+    due = state.update_step % run.config.run.eval_every == 0 or state.update_step == run.last_step
+    if not due or state.evaluated_step == state.update_step:
+        return
+    result = evaluate(run.model, run.evaluation_batches, run.group, lambda: stop.anywhere(run.group))
+    if result is None:  # asked to stop: the resumed run evaluates
+        return
+    state.evaluated_step = state.update_step
+    run.tracker.record(
+        update_step=state.update_step,
+        tokens_seen=state.tokens_seen,
+        final_eval_loss=result.loss,
+        final_eval_perplexity=result.perplexity,
+        final_eval_tokens=result.tokens,
+        optimizer_state_bytes=state_bytes(run.optimizer),
+    )
+    log.info("update %d: validation loss %.4f, perplexity %.2f", state.update_step, result.loss, result.perplexity)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the optimizer's state on this device."""
+    return sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values())
+
+
+def _progress_bar(run: Run) -> tqdm:
+    return tqdm(
+        total=run.last_step,
+        initial=run.state.update_step,
+        unit="update",
+        disable=not run.group.is_main,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )

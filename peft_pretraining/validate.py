@@ -1,0 +1,209 @@
+"""Checks of a configuration against files: the model's JSON, the data folder, the run's folder. No torch, no writing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining import model_config, run_dir
+from peft_pretraining.config import Config
+from peft_pretraining.methods import METHODS
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "auto": 2}
+
+
+@dataclass
+class FileFacts:
+    """What the files say that the run needs to know."""
+
+    model: dict[str, Any] | None = None
+    """Settings of the model JSON, under transformers' names."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """`args.json` of the data folder."""
+
+    @property
+    def block_length(self) -> int | None:
+        return self.data.get("sequence_length")
+
+
+def read_model(config: Config, facts: FileFacts, problems: list[str]) -> None:
+    """The model's shape, wherever it comes from."""
+    model, run = config.model, config.run
+    if model.model_config and model.model_name_or_path:
+        problems.append("--model_config and --model_name_or_path contradict each other: give one of them")
+    elif model.model_config:
+        facts.model = model_config.read_model_json(model.model_config, "--model_config", problems)
+    elif not model.model_name_or_path and not run.warmed_up_model:
+        problems.append("--model_config is required (or --model_name_or_path)")
+    elif model.model_name_or_path and Path(model.model_name_or_path).is_dir():
+        path = Path(model.model_name_or_path) / "config.json"
+        facts.model = model_config.read_model_json(str(path), "--model_name_or_path", problems)
+    if run.warmed_up_model:
+        _check_warm_start(run.warmed_up_model, facts, problems)
+    if model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        problems.append(
+            "--attn_implementation flash_attention_2 needs flash-attn, which is not installed "
+            "(pip install flash-attn --no-build-isolation, on a machine with CUDA)"
+        )
+
+
+def _check_warm_start(folder: str, facts: FileFacts, problems: list[str]) -> None:
+    if not Path(folder).is_dir():
+        problems.append(f"--warmed_up_model {folder}: no such folder")
+        return
+    saved = model_config.read_model_json(str(Path(folder) / "config.json"), "--warmed_up_model", problems)
+    if saved is not None and facts.model is not None:
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if saved.get(key) != facts.model.get(key):
+                problems.append(
+                    f"--warmed_up_model {folder}: its {key} {saved.get(key)} differs from "
+                    f"{facts.model.get(key)} of --model_config"
+                )
+    facts.model = facts.model or saved
+
+
+def read_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
+    """The data folder's own description. Streaming is refused here until it is built."""
+    data = config.data
+    if data.dataset_path is None:
+        what = f"--base_dir {data.base_dir}: " if data.base_dir else "no --dataset_path: "
+        problems.append(f"{what}per-document streaming is not built yet; pre-tokenise and pass --dataset_path")
+        return
+    folder = Path(data.dataset_path)
+    if not folder.is_dir():
+        problems.append(f"--dataset_path {folder}: no such folder")
+        return
+    problem = _not_pretokenized(folder)
+    if problem:
+        problems.append(f"--dataset_path {folder} was not written by pretokenize.py: {problem}")
+        return
+    facts.data = json.loads((folder / "args.json").read_text())
+
+
+def _not_pretokenized(folder: Path) -> str | None:
+    for name in ("dataset_dict.json", "args.json"):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        args = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its description cannot be read ({error})"
+    missing = [split for split in ("train", "validation") if split not in splits]
+    if missing:
+        return f"split {missing[0]} is missing"
+    if not isinstance(args, dict) or not isinstance(args.get("sequence_length"), int):
+        return "args.json has no sequence_length"
+    return None
+
+
+def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
+    """Block length and token ids against the model and `--max_length`."""
+    max_length, block = config.data.max_length, facts.block_length
+    if block and max_length and (max_length > block or block % max_length):
+        problems.append(
+            f"--max_length {max_length}: the data's blocks of {block} tokens cannot be cut into such pieces"
+        )
+    if facts.model is None:
+        return
+    limit = model_config.position_limit(facts.model)
+    if max_length and max_length > limit:
+        problems.append(f"--max_length {max_length} is beyond the model's {limit} positions")
+    largest, vocabulary = facts.data.get("largest_token_id"), model_config.vocabulary_size(facts.model)
+    if largest is not None and largest >= vocabulary:
+        problems.append(
+            f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary of {vocabulary}"
+        )
+
+
+def check_resume_from(config: Config, problems: list[str]) -> None:
+    folder = config.run.resume_from
+    if folder is None:
+        return
+    if config.run.warmed_up_model:
+        problems.append("--resume_from and --warmed_up_model contradict each other: give one of them")
+    if not Path(folder).is_dir():
+        problems.append(f"--resume_from {folder}: no such folder")
+    elif not (Path(folder) / run_dir.STATE_FILE).is_file() or not (Path(folder) / run_dir.TENSORS_DIR).is_dir():
+        problems.append(f"--resume_from {folder} is not a checkpoint of a run (for weights alone: --warmed_up_model)")
+
+
+def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
+    """What a resumed run must share with the run it continues."""
+    reads = METHODS[config.method.method].options
+    model = {k: v for k, v in (facts.model or {}).items() if k in model_config.KNOWN_KEYS and k != "architectures"}
+    counts = {key: facts.data.get(key) for key in ("tokenizer", "vocab_size", "sequence_length", "train", "validation")}
+    return {
+        "model": _fingerprint(model) if model else config.model.model_name_or_path,
+        "method": config.method.method,
+        "rank": config.method.rank if "rank" in reads else None,
+        "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
+        "data": _fingerprint(counts),
+        "max_length": config.data.max_length,
+    }
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_save_dir(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
+    """The run's folder must be new, or hold the same run; and there must be room and permission to write."""
+    folder = Path(config.run.save_dir or "checkpoints")
+    if config.run.save_dir and folder.exists():
+        if not folder.is_dir():
+            problems.append(f"--save_dir {folder} is not a folder")
+            return
+        if any(folder.iterdir()):
+            _check_same_run(config, facts, folder, problems, warnings)
+    elif config.run.autoresume and config.run.save_dir is None:
+        problems.append("--autoresume True needs --save_dir")
+    _check_writable(folder, config, facts, problems)
+
+
+def _check_same_run(config: Config, facts: FileFacts, folder: Path, problems: list[str], warnings: list[str]) -> None:
+    if not config.run.autoresume:
+        problems.append(
+            f"--save_dir {folder} is not empty: pass --autoresume True to continue the run in it, or choose another folder"
+        )
+        return
+    try:
+        begun = run_dir.read_run_config(folder)
+        if begun is None:
+            return
+        begun_identity, begun_settings = begun["identity"], begun["settings"]
+    except Exception as error:  # YAML's errors share no base with OSError; whatever it is, the file is unusable
+        problems.append(f"--save_dir {folder}: {run_dir.CONFIG_FILE} cannot be read ({' '.join(str(error).split())})")
+        return
+    for name, old, new in run_dir.differences(begun_identity, identity_of(config, facts)):
+        shown = {"model": "another model", "data": "other data"}.get(name, f"{name} {old!r} instead of {new!r}")
+        problems.append(f"--save_dir {folder} holds another run: it was begun with {shown}")
+    for name, old, new in run_dir.differences(begun_settings, config.settings()):
+        warnings.append(f"resuming with another --{name}: {new!r} instead of {old!r}")
+
+
+def _check_writable(folder: Path, config: Config, facts: FileFacts, problems: list[str]) -> None:
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        # An unlinked file: tells the truth on read-only mounts and for root, where permission bits do not.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        problems.append(f"--save_dir {folder}: no permission to write in {parent} ({error.strerror})")
+        return
+    if facts.model is not None:
+        # Exported and training weights; the optimizer's state comes on top.
+        needed = 2 * model_config.parameter_count(facts.model) * _BYTES[config.model.dtype]
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            problems.append(
+                f"--save_dir {folder}: no space, a checkpoint takes over {needed / 1e9:.1f} GB and {free / 1e9:.1f} are free"
+            )

@@ -1,0 +1,30 @@
+"""Pre-train a LLaMA with any of the methods: `torchrun torchrun_main.py ...`, or `python torchrun_main.py ...`.
+
+Exit codes: 0 finished; 2 bad input (one line per problem on stderr, nothing written); 75 stopped by SIGTERM or SIGUSR1
+after saving, to be launched again; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from peft_pretraining import cli
+from peft_pretraining.flags import EXIT_BAD_INPUT, ConfigError, exit_with_problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        launch = cli.load(sys.argv[1:] if argv is None else argv)
+        # Heavy imports wait until the input is known to be good.
+        from peft_pretraining.build import run
+
+        return run(launch)
+    except ConfigError as error:
+        # Every rank finds the same problems: one per machine speaks.
+        return exit_with_problems(error) if os.environ.get("LOCAL_RANK", "0") == "0" else EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
