@@ -23,7 +23,7 @@ from peft_pretraining.methods import load_method
 from peft_pretraining.models.llama import build_model, resolve_dtype
 from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
-from peft_pretraining.train import Run, train
+from peft_pretraining.train import Run, TrainingFailed, train
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -43,6 +43,9 @@ def run(launch: Launch) -> int:
     try:
         run = build(launch, group)
         exit_code = train(run)
+        return exit_code
+    except TrainingFailed as error:
+        log.error("%s", error)
         return exit_code
     finally:
         if run is not None:

@@ -47,7 +47,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     validate.read_data(config, facts, problems)
     config = _derive(config, given, facts, environ if environ is not None else os.environ, problems, warnings)
     validate.check_data(config, facts, problems)
-    validate.check_resume_from(config, problems)
+    validate.check_resume_from(config, facts, problems)
     if method in METHODS:
         validate.check_save_dir(config, facts, problems, warnings)
     if problems:

@@ -99,7 +99,8 @@ def train(run: Run) -> int:
                 run.checkpointer.save(state)
         if run.checkpointer.saved_step != state.update_step:
             run.checkpointer.save(state)
-    return 0
+        # An evaluation that a signal cut short is made up for by the next launch.
+        return 0 if state.evaluated_step == state.update_step else EXIT_REQUEUE
 
 
 def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Update:

@@ -122,7 +122,7 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
         )
 
 
-def check_resume_from(config: Config, problems: list[str]) -> None:
+def check_resume_from(config: Config, facts: FileFacts, problems: list[str]) -> None:
     folder = config.run.resume_from
     if folder is None:
         return
@@ -132,6 +132,8 @@ def check_resume_from(config: Config, problems: list[str]) -> None:
         problems.append(f"--resume_from {folder}: no such folder")
     elif not (Path(folder) / run_dir.STATE_FILE).is_file() or not (Path(folder) / run_dir.TENSORS_DIR).is_dir():
         problems.append(f"--resume_from {folder} is not a checkpoint of a run (for weights alone: --warmed_up_model)")
+    elif config.method.method in METHODS:
+        _check_same_run(config, facts, Path(folder).parent, f"--resume_from {folder}", problems, [])
 
 
 def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
@@ -161,29 +163,33 @@ def check_save_dir(config: Config, facts: FileFacts, problems: list[str], warnin
             problems.append(f"--save_dir {folder} is not a folder")
             return
         if any(folder.iterdir()):
-            _check_same_run(config, facts, folder, problems, warnings)
+            if config.run.autoresume:
+                _check_same_run(config, facts, folder, f"--save_dir {folder} holds another run", problems, warnings)
+            else:
+                problems.append(
+                    f"--save_dir {folder} is not empty: pass --autoresume True to continue the run in it, or choose "
+                    "another folder"
+                )
     elif config.run.autoresume and config.run.save_dir is None:
         problems.append("--autoresume True needs --save_dir")
     _check_writable(folder, config, facts, problems)
 
 
-def _check_same_run(config: Config, facts: FileFacts, folder: Path, problems: list[str], warnings: list[str]) -> None:
-    if not config.run.autoresume:
-        problems.append(
-            f"--save_dir {folder} is not empty: pass --autoresume True to continue the run in it, or choose another folder"
-        )
-        return
+def _check_same_run(
+    config: Config, facts: FileFacts, folder: Path, what: str, problems: list[str], warnings: list[str]
+) -> None:
+    """Compare with the settings that the run in `folder` was begun with, if there are any."""
     try:
         begun = run_dir.read_run_config(folder)
         if begun is None:
             return
         begun_identity, begun_settings = begun["identity"], begun["settings"]
     except Exception as error:  # YAML's errors share no base with OSError; whatever it is, the file is unusable
-        problems.append(f"--save_dir {folder}: {run_dir.CONFIG_FILE} cannot be read ({' '.join(str(error).split())})")
+        problems.append(f"{folder / run_dir.CONFIG_FILE} cannot be read ({' '.join(str(error).split())})")
         return
     for name, old, new in run_dir.differences(begun_identity, identity_of(config, facts)):
         shown = {"model": "another model", "data": "other data"}.get(name, f"{name} {old!r} instead of {new!r}")
-        problems.append(f"--save_dir {folder} holds another run: it was begun with {shown}")
+        problems.append(f"{what}: it was begun with {shown}")
     for name, old, new in run_dir.differences(begun_settings, config.settings()):
         warnings.append(f"resuming with another --{name}: {new!r} instead of {old!r}")
 

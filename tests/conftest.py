@@ -1,0 +1,73 @@
+"""Small real data and models that most tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several processes starve each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+VOCABULARY = 128
+BLOCK = 64
+
+
+def write_blocks(folder: Path, train: int = 200, validation: int = 20, block: int = BLOCK, **args) -> Path:
+    """A folder as `pretokenize.py` writes it: random walks over a small vocabulary, which a model learns quickly."""
+    from datasets import Dataset, DatasetDict, Features, List, Value
+
+    rng = np.random.default_rng(0)
+
+    def split(rows: int) -> Dataset:
+        walk = np.cumsum(rng.integers(0, 3, (rows, block)), axis=1) + rng.integers(0, VOCABULARY, (rows, 1))
+        features = Features({"input_ids": List(Value("int32"), length=block)})
+        return Dataset.from_dict({"input_ids": (walk % VOCABULARY).tolist()}, features=features)
+
+    DatasetDict({"train": split(train), "validation": split(validation)}).save_to_disk(str(folder))
+    described = {"sequence_length": block, "vocab_size": VOCABULARY, "largest_token_id": VOCABULARY - 1, **args}
+    (folder / "args.json").write_text(json.dumps(described))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def write_model(path: Path, **changes) -> Path:
+    """The JSON of a LLaMA with 30,000 weights."""
+    shape = {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY},
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"max_position_embeddings": 128, "rms_norm_eps": 1e-6, "initializer_range": 0.02},
+    }
+    path.write_text(json.dumps({**shape, **changes}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    return write_blocks(tmp_path_factory.mktemp("blocks") / "data")
+
+
+@pytest.fixture(scope="session")
+def model_json(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "llama.json")
+
+
+@pytest.fixture
+def command(data_dir, model_json, tmp_path):
+    """A function that gives the command line of a small run in `tmp_path / "run"`; keywords add or change flags."""
+
+    def build(**changes) -> list[str]:
+        settings = {
+            **{"model_config": model_json, "dataset_path": data_dir, "save_dir": tmp_path / "run"},
+            **{"batch_size": 4, "total_batch_size": 8, "lr": 1e-2, "num_training_steps": 20, "warmup_steps": 2},
+            **{"eval_every": 10, "save_every": 10, "workers": 0},
+            **changes,
+        }
+        return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+
+    return build
