@@ -166,8 +166,8 @@ def _open_data(launch: Launch) -> tuple[TokenBlocks, TokenBlocks]:
             largest, vocabulary = blocks.largest_token_id(_TOKENS_SCANNED), facts.model["vocab_size"]
             if largest >= vocabulary:
                 problems.append(
-                    f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary of "
-                    f"{vocabulary}"
+                    f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary "
+                    f"of {vocabulary}"
                 )
     if problems:
         raise ConfigError(problems)

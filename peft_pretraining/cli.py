@@ -1,4 +1,4 @@
-"""From the command line of `torchrun_main.py` to a checked `Config`. Every problem is found before torch is imported."""
+"""From the command line of `torchrun_main.py` to a checked `Config`, before torch is imported."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def _derive(
         updates = config.schedule.max_train_tokens // tokens_per_update
         if updates == 0:
             problems.append(
-                f"--max_train_tokens {config.schedule.max_train_tokens} is less than one update's {tokens_per_update} tokens"
+                f"--max_train_tokens {config.schedule.max_train_tokens} is less than one update's "
+                f"{tokens_per_update} tokens"
             )
             return config.replace(**settings)
         if "num_training_steps" in given:

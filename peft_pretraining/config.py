@@ -1,8 +1,8 @@
 """Everything that can be set for a pre-training run, as frozen dataclasses.
 
-Each field is also a flag of `torchrun_main.py` and a key of `--training_config` files: its help text, with units, is its
-documentation. A section's `*_problems` function checks what can be checked without looking at files; `validate.py` adds
-what needs them. Nothing here imports torch.
+Each field is also a flag of `torchrun_main.py` and a key of `--training_config` files: its help text, with units, is
+its documentation. A section's `*_problems` function checks what can be checked without looking at files;
+`validate.py` adds what needs them. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -259,6 +259,7 @@ def schedule_problems(config: ScheduleConfig, total: int) -> list[str]:
         problems.append(f"--num_training_steps {total} must be a multiple of --cycle_length {cycle}")
     if config.scheduler == "cosine_restarts" and config.adjust_step + config.warmup_steps > cycle:
         problems.append(
-            f"--adjust_step {config.adjust_step} + --warmup_steps {config.warmup_steps} must not exceed the cycle {cycle}"
+            f"--adjust_step {config.adjust_step} + --warmup_steps {config.warmup_steps} must not exceed the cycle "
+            f"of {cycle}"
         )
     return problems

@@ -33,8 +33,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Sum of token losses over number of tokens, over all ranks, divided once at the end.
 
-    `batches` has the same length on every rank (None where this one has nothing to do). Every few batches `should_stop`,
-    which must answer alike on all ranks, may end the evaluation: None is returned.
+    `batches` has the same length on every rank (None where this one has nothing to do). Every few batches
+    `should_stop`, which must answer alike on all ranks, may end the evaluation: None is returned.
     """
     was_training = model.training
     model.eval()

@@ -9,8 +9,8 @@ IGNORED = -100
 """Label of positions that do not count (padding)."""
 
 Batch = dict[str, torch.Tensor]
-"""`input_ids` (batch, length); optionally `labels` and `attention_mask` of the same shape. Without labels every token is
-its own label."""
+"""`input_ids` (batch, length); optionally `labels` and `attention_mask` of the same shape. Without labels every token
+is its own label."""
 
 
 def count_targets(batch: Batch) -> int:

@@ -1,7 +1,7 @@
 """Reading a LLaMA's shape from JSON, checked without importing transformers.
 
-The JSONs of older code bases load as they are: `max_sequence_length` is taken as `max_position_embeddings`. Any other key
-that `LlamaConfig` would keep and ignore is a problem, because a misspelt key would silently train another model.
+The JSONs of older code bases load as they are: `max_sequence_length` is taken as `max_position_embeddings`. Any other
+key that `LlamaConfig` would keep and ignore is a problem, because a misspelt key would silently train another model.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from peft_pretraining.distributed import ProcessGroup
 
 EXIT_REQUEUE = 75
-"""Exit code after stopping on request with everything saved (EX_TEMPFAIL of sysexits.h): launch the same command again."""
+"""Exit code after stopping on request with everything saved (EX_TEMPFAIL of sysexits.h): launch it again."""
 
 
 class StopRequest:

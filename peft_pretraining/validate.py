@@ -1,4 +1,4 @@
-"""Checks of a configuration against files: the model's JSON, the data folder, the run's folder. No torch, no writing."""
+"""Checks of a configuration against files: the model's JSON, the data, the run's folder. No torch, no writing."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
     largest, vocabulary = facts.data.get("largest_token_id"), model_config.vocabulary_size(facts.model)
     if largest is not None and largest >= vocabulary:
         problems.append(
-            f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary of {vocabulary}"
+            f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary "
+            f"of {vocabulary}"
         )
 
 
@@ -191,6 +192,8 @@ def _check_same_run(
         shown = {"model": "another model", "data": "other data"}.get(name, f"{name} {old!r} instead of {new!r}")
         problems.append(f"{what}: it was begun with {shown}")
     for name, old, new in run_dir.differences(begun_settings, config.settings()):
+        if name in ("autoresume", "allow_restart"):
+            continue
         warnings.append(f"resuming with another --{name}: {new!r} instead of {old!r}")
 
 
@@ -211,5 +214,6 @@ def _check_writable(folder: Path, config: Config, facts: FileFacts, problems: li
         free = shutil.disk_usage(parent).free
         if free < needed:
             problems.append(
-                f"--save_dir {folder}: no space, a checkpoint takes over {needed / 1e9:.1f} GB and {free / 1e9:.1f} are free"
+                f"--save_dir {folder}: no space, a checkpoint takes over {needed / 1e9:.1f} GB "
+                f"and {free / 1e9:.1f} are free"
             )

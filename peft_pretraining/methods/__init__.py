@@ -1,8 +1,8 @@
 """The registry of training methods: one line each.
 
-The command line is checked before torch is imported, so an entry names its class instead of importing it, and says which
-settings the method reads (any other method setting that is given has no effect, and the user is told) and where its
-defaults differ from those of `config.py`.
+The command line is checked before torch is imported, so an entry names its class instead of importing it, and says
+which settings the method reads (any other method setting that is given has no effect, and the user is told) and where
+its defaults differ from those of `config.py`.
 """
 
 from __future__ import annotations

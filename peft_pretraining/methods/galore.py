@@ -1,7 +1,8 @@
 """GaLore: the gradients of the linear layers are projected onto their own top singular vectors, and AdamW runs there.
 
-Zhao et al., arXiv 2403.03507. Every `update_proj_gap` updates a layer's basis becomes the top `rank` singular vectors of
-its current gradient; in between R = PᵀG (or GQᵀ) goes through AdamW and back. The moments are (r, n) instead of (m, n).
+Zhao et al., arXiv 2403.03507. Every `update_proj_gap` updates a layer's basis becomes the top `rank` singular vectors
+of its current gradient; in between R = PᵀG (or GQᵀ) goes through AdamW and back. The moments are (r, n) instead of
+(m, n).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class GaLore(TrainingMethod):
         optimizer.update_step = step
 
     def grad_norm(self, model: nn.Module, optimizer: LowRankOptimizer) -> Tensor:
-        """Norm over R of the projected weights, in the basis of this update, and over the full gradients of the rest."""
+        """Norm over R of the projected weights, in this update's basis, and over the full gradients of the rest."""
         optimizer.project_gradients()
         if self.config.method.clip_norm == "full":
             return super().grad_norm(model, optimizer)

@@ -36,8 +36,9 @@ def build_model(
 ) -> LlamaForCausalLM:
     """A LLaMA in training mode on `device`.
 
-    `shape` is the model JSON's settings; weights are drawn from N(0, initializer_range) by `seed`, in float32 on the CPU
-    and then rounded, so that they are the same on every device. With `weights_from`, a folder or hub name, they are read.
+    `shape` is the model JSON's settings; weights are drawn from N(0, initializer_range) by `seed`, in float32 on the
+    CPU and then rounded, so that they are the same on every device. With `weights_from`, a folder or hub name, they
+    are read.
     """
     dtype = resolve_dtype(config.dtype, device)
     check_attention(config.attn_implementation, device, dtype)

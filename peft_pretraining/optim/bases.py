@@ -105,7 +105,7 @@ def _top_singular_vectors(grad: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_signs(vectors: Tensor, old: Tensor | None, dim: int) -> Tensor:
-    """Turn each vector (they run along `dim`) towards the old one; without an old one make its largest entry positive."""
+    """Turn each vector (along `dim`) towards the old one; without an old one make its largest entry positive."""
     if old is None:
         score = vectors.gather(dim, vectors.abs().argmax(dim, keepdim=True))
     else:

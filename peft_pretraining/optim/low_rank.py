@@ -33,12 +33,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
     refreshes of the basis (0 keeps the first), `scale` multiplies the projected update. Source: GaLore,
     arXiv 2403.03507, algorithm 2.
 
-    A step has two parts. `project_gradients` refreshes the bases that are due and projects, but commits nothing: clipping
-    can look at the projected gradients, and an update that is skipped leaves no trace and the refresh pending. `step`
-    commits the bases and moves the weights; it projects what was not projected before, so calling it alone is enough.
+    A step has two parts. `project_gradients` refreshes the bases that are due and projects, but commits nothing:
+    clipping can look at the projected gradients, and an update that is skipped leaves no trace and the refresh
+    pending. `step` commits the bases and moves the weights; it projects what was not projected before, so calling it
+    alone is enough.
 
-    `update_step` is the training loop's 0-based update number, by which refreshes fall due. It may be left at None: then
-    each parameter counts its own updates.
+    `update_step` is the training loop's 0-based update number, by which refreshes fall due. It may be left at None:
+    then each parameter counts its own updates.
     """
 
     def __init__(
@@ -102,8 +103,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         return _Staged(basis.down(bases, param.grad), new, step)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients as this optimizer sees them, for norms and scaling in place: R of the projected weights, the full
-        gradient of the others. Call `project_gradients` first."""
+        """The gradients as this optimizer sees them, for norms and scaling in place: R of the projected weights, the
+        full gradient of the others. Call `project_gradients` first."""
         params = (param for group in self.param_groups for param in group["params"] if param.grad is not None)
         return [self._staged[param].low_rank_grad if param in self._bases else param.grad for param in params]
 
