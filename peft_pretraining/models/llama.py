@@ -64,5 +64,7 @@ def build_model(
     model.get_input_embeddings().padding_idx = None
     model.config.use_cache = True
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it in 5.2x; both take the arguments of torch.utils.checkpoint first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model.to(device).train()

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Install what is missing, run the tests and check their coverage. Arguments go to pytest; with any, coverage is not
+# checked: scripts/test.sh tests/test_resume.py -k sigterm. Tests marked slow are run by scripts/test_slow.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/install.sh
+
+# Several processes whose threads spin while they wait starve each other.
+export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-true}
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+if (($#)); then
+    exec .venv/bin/python -m pytest "$@"
+fi
+.venv/bin/coverage erase
+.venv/bin/coverage run -m pytest -m "not slow"
+.venv/bin/coverage combine --quiet
+.venv/bin/coverage report --fail-under=85
