@@ -38,20 +38,17 @@ def run(launch: Launch) -> int:
     group = ProcessGroup.start(launch.config.run.single_gpu)
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours
+    run = build(launch, group)
     exit_code = 1
-    run = None
     try:
-        run = build(launch, group)
         exit_code = train(run)
-        return exit_code
     except TrainingFailed as error:
         log.error("%s", error)
-        return exit_code
     finally:
-        if run is not None:
-            run.profiler.stop()
-            run.tracker.close(exit_code)
-        group.stop()
+        run.profiler.stop()
+        run.tracker.close(exit_code)
+    group.stop()  # only after success: with a rank that failed, leaving the group could wait for ever
+    return exit_code
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ _HUGGING_FACE_KEYS = {
     ),
     *("is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
 }
+IDENTITY_KEYS = frozenset(_LLAMA_KEYS - {"use_cache", "model_type", "architectures"})
+"""What makes two models different."""
 KNOWN_KEYS = frozenset(_LLAMA_KEYS | _HUGGING_FACE_KEYS)
 
 _POSITIVE_INTEGERS = (

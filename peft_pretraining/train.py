@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_pretraining import rng
 from peft_pretraining.checkpoint import Checkpointer, TrainState
@@ -83,6 +84,7 @@ def train(run: Run) -> int:
     state, settings = run.state, run.config.run
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        stack.enter_context(logging_redirect_tqdm([log]))
         bar = stack.enter_context(_progress_bar(run))
         evaluate_if_due(run, stop)
         while state.update_step < run.last_step:

@@ -140,7 +140,7 @@ def check_resume_from(config: Config, facts: FileFacts, problems: list[str]) -> 
 def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
     """What a resumed run must share with the run it continues."""
     reads = METHODS[config.method.method].options
-    model = {k: v for k, v in (facts.model or {}).items() if k in model_config.KNOWN_KEYS and k != "architectures"}
+    model = {k: v for k, v in (facts.model or {}).items() if k in model_config.IDENTITY_KEYS}
     counts = {key: facts.data.get(key) for key in ("tokenizer", "vocab_size", "sequence_length", "train", "validation")}
     return {
         "model": _fingerprint(model) if model else config.model.model_name_or_path,
