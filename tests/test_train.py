@@ -21,7 +21,7 @@ def metrics(save_dir: Path) -> list[dict]:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_full_rank_is_a_bare_loop(command, data_dir, model_json, tmp_path, accumulation):
-    """transformers' own loss, torch's AdamW and torch's clipping, over the same samples; the limit is often exceeded."""
+    """transformers' own loss, torch's AdamW and torch's clipping, over the same samples."""
     flags = command(batch_size=8 // accumulation, weight_decay=0.1, clip_grad_norm=0.5, num_training_steps=12)
     assert torchrun_main.main(flags) == 0
     updates = [record for record in metrics(tmp_path / "run") if "loss" in record]
