@@ -1,0 +1,100 @@
+"""Writing blocks of tokens as a folder that `datasets.load_from_disk` reads, without ever holding more than a few MiB.
+
+`datasets` itself writes such folders only from a finished dataset, which would mean writing everything twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+TOKENS_PER_RECORD_BATCH = 2**22  # 16 MiB
+TOKENS_PER_FILE = 2**27  # 512 MiB
+
+
+class BlockWriter:
+    """Cuts a stream of tokens into blocks of `length` and writes one split; the last incomplete block is dropped."""
+
+    def __init__(self, folder: Path, length: int):
+        from datasets import Features, List, Value
+
+        self.documents = 0
+        self.tokens = 0
+        """Tokens of all documents, EOS included, also those that fill no block."""
+        self.blocks = 0
+        self.largest_token_id = -1
+        self._folder, self._length = folder, length
+        self._features = Features({"input_ids": List(Value("int32"), length=length)})
+        # Written only when full, so that files do not depend on the sizes in which tokens arrive.
+        self._buffer = np.empty(max(1, TOKENS_PER_RECORD_BATCH // length) * length, dtype=np.int32)
+        self._filled = 0
+        self._file, self._tokens_in_file = None, 0
+        self._file_names: list[str] = []
+        self._digest = hashlib.blake2b(digest_size=8)
+        folder.mkdir()
+
+    def add(self, ids: np.ndarray, documents: int) -> None:
+        """Append the tokens of so many documents, (tokens,) int32."""
+        self.documents += documents
+        self.tokens += ids.size
+        while ids.size:
+            part = ids[: self._buffer.size - self._filled]
+            self._buffer[self._filled : self._filled + part.size] = part
+            self._filled += part.size
+            ids = ids[part.size :]
+            if self._filled == self._buffer.size:
+                self._write(self._buffer)
+                self._filled = 0
+
+    def finish(self) -> None:
+        """Write what is left, and the files that make the folder a dataset."""
+        from datasets import DatasetInfo, config
+
+        self._write(self._buffer[: self._filled // self._length * self._length])
+        self._close_file()
+        state = {
+            "_data_files": [{"filename": name} for name in self._file_names],
+            "_fingerprint": self._digest.hexdigest(),
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": self._folder.name,
+        }
+        (self._folder / config.DATASET_STATE_JSON_FILENAME).write_text(json.dumps(state, indent=2))
+        DatasetInfo(features=self._features).write_to_directory(str(self._folder))
+
+    def _write(self, tokens: np.ndarray) -> None:
+        """Append whole blocks as one record batch, in a new file where the last is full."""
+        import pyarrow as pa
+        from datasets.arrow_writer import ArrowWriter
+
+        if not tokens.size:
+            return
+        if self._file is None:
+            self._file_names.append(f"data-{len(self._file_names):05d}.arrow")
+            self._file = ArrowWriter(features=self._features, path=str(self._folder / self._file_names[-1]))
+        column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), self._length)
+        self._file.write_table(pa.table({"input_ids": column}), writer_batch_size=len(column))
+        self._digest.update(tokens)
+        self.blocks += len(column)
+        self.largest_token_id = max(self.largest_token_id, int(tokens.max()))
+        self._tokens_in_file += tokens.size
+        if self._tokens_in_file >= TOKENS_PER_FILE:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.finalize()
+            self._file, self._tokens_in_file = None, 0
+
+
+def write_dataset_dict(folder: Path, splits: Iterable[str]) -> None:
+    """Make a folder of splits a `DatasetDict`."""
+    from datasets import config
+
+    (folder / config.DATASETDICT_JSON_FILENAME).write_text(json.dumps({"splits": list(splits)}))

@@ -1,0 +1,167 @@
+"""Tokenizers: loading or training one, and encoding documents, in their order, on several cores.
+
+Worker processes import this module, so `transformers` (seconds, and hundreds of megabytes each) is imported only where
+it is needed: a Rust tokenizer works without it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from peft_pretraining.data.sources import one_line
+from peft_pretraining.flags import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAINED_EOS, TRAINED_PAD = "<|endoftext|>", "<|padding|>"
+SMALLEST_VOCABULARY = 260  # 256 bytes, the two special tokens, and something to learn
+
+BATCH_CHARACTERS = 2**18  # about 0.1 s of work: far above the cost of handing it over, far below that of a long wait
+BATCH_DOCUMENTS = 4096
+BATCHES_AHEAD = 4  # per worker, read before they are needed
+
+
+class Encoded(NamedTuple):
+    """A batch of documents as tokens, each ended by one EOS."""
+
+    ids: np.ndarray  # (sum(lengths),) int32
+    lengths: np.ndarray  # (documents,) int64: tokens of each document, EOS included
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a hub name; ConfigError when there is none or it has no EOS."""
+    import huggingface_hub
+    from transformers import AutoTokenizer
+
+    huggingface_hub.logging.set_verbosity_error()  # its warnings for every retry would bury the one line that counts
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # unknown name, no network, missing or broken files: each with exceptions of its own
+        raise ConfigError(
+            [f"--tokenizer {name}: no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"]
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError([f"--tokenizer {name}: has no end-of-sequence token to put between documents"])
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of exactly `entries` entries, special tokens included; it encodes any text without loss."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ.setdefault("RAYON_NUM_THREADS", str(num_cpu))  # takes effect when Rust first starts its threads
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=entries,
+        special_tokens=[TRAINED_EOS, TRAINED_PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if (learned := tokenizer.get_vocab_size()) != entries:
+        raise ConfigError([f"--train_tokenizer {entries}: the training text yields only {learned} entries"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=TRAINED_EOS, pad_token=TRAINED_PAD)
+
+
+class Encoder:
+    """Text to tokens, with the tokenizer that was saved in `folder`.
+
+    Text that spells a special token is ordinary text: a document ends once, where it ends.
+    """
+
+    def __init__(self, folder: str, eos_id: int):
+        self._eos_id = eos_id
+        if (Path(folder) / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            self._rust = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+            self._rust.no_truncation()
+            self._rust.no_padding()
+            self._rust.encode_special_tokens = True
+        else:
+            from transformers import AutoTokenizer
+
+            self._rust, self._python = None, AutoTokenizer.from_pretrained(folder)
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        pieces, lengths = [], []
+        for ids in self._ids(texts):
+            if self._eos_id in ids:  # SentencePiece vocabularies spell EOS even where it is not a special token
+                ids = [token for token in ids if token != self._eos_id]
+            pieces += ids
+            pieces.append(self._eos_id)
+            lengths.append(len(ids) + 1)
+        return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64))
+
+    def _ids(self, texts: list[str]) -> Iterator[list[int]]:
+        if self._rust is not None:
+            # "fast": without the offsets into the text
+            return (one.ids for one in self._rust.encode_batch_fast(texts, add_special_tokens=False))
+        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
+        return (self._python(text, **options)["input_ids"] for text in texts)
+
+
+def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cpu: int) -> Iterator[Encoded]:
+    """Encode `documents` in their order, in batches, with `num_cpu` processes (1: this one).
+
+    Processes rather than the tokenizer's own threads: those wait for the longest document of each batch, and stand
+    still while one thread turns their result into numbers.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers inherit it: one thread each
+    if num_cpu == 1:
+        yield from map(Encoder(str(folder), eos_id), _batches(documents))
+        return
+    encode = partial(_encode_in_worker, str(folder), eos_id)
+    # Not forked: this process may have threads (Arrow, Rust, torch) whose locks a fork would copy as they stand.
+    pool = ProcessPoolExecutor(num_cpu, get_context("spawn"), initializer=_obey_the_parent)
+    try:
+        pending = deque()
+        for batch in _batches(documents):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) == BATCHES_AHEAD * num_cpu:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_encoder = cache(Encoder)  # read once per worker, which lives for one `encode_documents`
+
+
+def _encode_in_worker(folder: str, eos_id: int, texts: list[str]) -> Encoded:
+    return _worker_encoder(folder, eos_id)(texts)
+
+
+def _obey_the_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when the parent was killed, instead of waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,85 @@
+"""Tokenise a corpus into blocks for pre-training: `python pretokenize.py --dataset c4 --dataset_config en ...`.
+
+The last line on stdout is the result's folder, `SAVE_DIR/{dataset}_{config}_{tokenizer}_{length}`. Exit code 2 for bad
+input: one line per problem on stderr, and nothing left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_pretraining.data.pretokenize import PretokenizeConfig, pretokenize, result_path
+from peft_pretraining.data.sources import Source, find_source
+from peft_pretraining.data.tokenizer import SMALLEST_VOCABULARY
+from peft_pretraining.flags import ConfigError, Flag, exit_with_problems, parse_command_line
+
+FLAGS = [Flag(field.name, **field.metadata) for field in dataclasses.fields(PretokenizeConfig)]
+
+
+def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:
+    """The flags and the data they name; ConfigError with every problem that shows before data is read."""
+    problems: list[str] = []
+    given = parse_command_line(FLAGS, argv, prog="pretokenize.py", description=__doc__, problems=problems)
+    config = PretokenizeConfig(**{name: item.value for name, item in given.items()})
+    for name in ("dataset", "save_dir"):
+        if name not in given:
+            problems.append(f"--{name} is required")
+    warnings: list[str] = []
+    source = find_source(config.dataset, config.from_json, problems, warnings) if config.dataset else None
+    problems += _tokenizer_problems(config)
+    if config.save_dir:
+        problems += _place_problems(config, source)
+    if problems:
+        raise ConfigError(problems)
+    if source.kind != "hub" and config.dataset_config:
+        warnings.append("--dataset_config only names the result: local data has no configurations")
+    if "text_field" in given and not source.has_fields:
+        warnings.append("--text_field has no effect on plain text files")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return config, source
+
+
+def _tokenizer_problems(config: PretokenizeConfig) -> list[str]:
+    problems = []
+    if config.train_tokenizer is not None:
+        if config.train_tokenizer < SMALLEST_VOCABULARY:
+            problems.append(
+                f"--train_tokenizer {config.train_tokenizer} must be at least {SMALLEST_VOCABULARY}: "
+                "256 bytes, two special tokens, and something to learn"
+            )
+        if config.tokenizer is not None:
+            problems.append(f"--tokenizer {config.tokenizer} contradicts --train_tokenizer {config.train_tokenizer}")
+    return problems
+
+
+def _place_problems(config: PretokenizeConfig, source: Source | None) -> list[str]:
+    """Whether the result may be written where it is to go."""
+    if source is not None and not config.overwrite and os.path.exists(wanted := result_path(config, source)):
+        return [f"{wanted} exists already (--overwrite replaces it)"]
+    save_dir = Path(config.save_dir)
+    nearest = next(folder for folder in (save_dir, *save_dir.absolute().parents) if os.path.exists(folder))
+    if not nearest.is_dir():
+        return [f"--save_dir {config.save_dir}: {nearest} is not a folder"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"--save_dir {config.save_dir}: no permission to write in {nearest}"]
+    return []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        config, source = load(sys.argv[1:] if argv is None else argv)
+        print(pretokenize(config, source))
+        return 0
+    except ConfigError as error:
+        return exit_with_problems(error)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: half a result and workers are cleaned up
+    sys.exit(main())
