@@ -66,12 +66,18 @@ class Checkpointer:
     """How many checkpoints to keep; None keeps all."""
     saved_step: int | None = None
     """Update of the last checkpoint that this process wrote or restored."""
+    _damaged: set[int] | None = None
+    """Updates of checkpoints that lay in the folder but were passed over when the run was resumed."""
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of the present state; older ones beyond `keep` go only when it is complete."""
         final = self.save_dir / f"model_{state.update_step}"
         temporary = final.with_name(final.name + ".tmp")
         if self.group.is_main:
+            if self._damaged is None:
+                resumed_from = -1 if self.saved_step is None else self.saved_step
+                present = (step for step, _ in run_dir.completed_checkpoints(self.save_dir))
+                self._damaged = {step for step in present if step > resumed_from}
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.group.barrier()
@@ -116,12 +122,17 @@ class Checkpointer:
         self.save_tokenizer(folder)
 
     def _delete_old(self, newest: int) -> None:
-        # Only up to the one just written: a later number is a damaged one that the run was not resumed from, and must
-        # not push out the good ones.
-        if self.keep is not None:
-            steps = [entry for entry in run_dir.completed_checkpoints(self.save_dir) if entry[0] <= newest]
-            for _, folder in steps[self.keep :]:
-                shutil.rmtree(folder)
+        """Delete what a complete checkpoint of update `newest` makes superfluous."""
+        assert self._damaged is not None
+        self._damaged.discard(newest)  # written anew
+        if self.keep is None:
+            return
+        # Damaged ones must not push out good ones. Those with a later number are written over when the run gets there.
+        steps = [entry for entry in run_dir.completed_checkpoints(self.save_dir) if entry[0] <= newest]
+        good = [folder for step, folder in steps if step not in self._damaged]
+        bad = [folder for step, folder in steps if step in self._damaged]
+        for folder in (*good[self.keep :], *bad):
+            shutil.rmtree(folder)
 
 
 def _complete(temporary: Path, final: Path) -> None:

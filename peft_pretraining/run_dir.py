@@ -57,19 +57,23 @@ def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None when every file is as it was written."""
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+        written = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST_FILE} cannot be read ({error})"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{name} is truncated or overgrown ({size} bytes instead of {expected['bytes']})"
-    for name, expected in files.items():  # sizes first: hashing reads everything
-        if file_digest(folder / name)["sha256"] != expected["sha256"]:
-            return f"{name} is damaged (its checksum differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})"
+    name = MANIFEST_FILE
+    try:
+        for name, size, _ in written:  # sizes first: hashing reads everything
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} is truncated or overgrown ({found} bytes instead of {size})"
+        for name, _, checksum in written:
+            if file_digest(folder / name)["sha256"] != checksum:
+                return f"{name} is damaged (its checksum differs)"
+    except OSError as error:
+        return f"{name} cannot be read ({error})"
     return None
 
 

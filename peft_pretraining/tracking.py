@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _start_wandb(save_dir: Path, config: Config) -> Any:
     import wandb
 
     path = save_dir / _WANDB_RUN_FILE
-    run_id = json.loads(path.read_text())["id"] if path.is_file() else wandb.util.generate_id()
+    run_id = json.loads(path.read_text())["id"] if path.is_file() else secrets.token_hex(4)
     run_dir.write_atomically(path, json.dumps({"id": run_id}) + "\n")
     tracking = config.tracking
     run = wandb.init(
