@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 EXIT_BAD_INPUT = 2
 
 _NO_VALUE = object()
+
+_NEGATIVE_NUMBER = re.compile(r"-[0-9.]+([eE][-+]?[0-9]+)?")
 
 
 class ConfigError(ValueError):
@@ -75,13 +78,24 @@ def parse_command_line(
             metavar="VALUE",
             help=flag.help.replace("%", "%%"),
         )
-    namespace, extra = parser.parse_known_args(list(argv), argparse.Namespace(_given={}))
+    namespace, extra = parser.parse_known_args(_join_negative_numbers(argv), argparse.Namespace(_given={}))
     by_name = {flag.name: flag for flag in flags}
     _report_unknown(extra, flags, problems)
     given = {}
     for name, (spelling, raw) in namespace._given.items():
         _convert(by_name[name], spelling, raw, "command line", given, problems)
     return given
+
+
+def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """`--lr -4e-4` as `--lr=-4e-4`: argparse takes a negative number with an exponent for a flag."""
+    joined: list[str] = []
+    for token in argv:
+        if joined and re.fullmatch(r"--[^=]+", joined[-1]) and _NEGATIVE_NUMBER.fullmatch(token):
+            joined[-1] += f"={token}"
+        else:
+            joined.append(token)
+    return joined
 
 
 def parse_yaml(flags: Sequence[Flag], path: str, problems: list[str]) -> dict[str, Given]:
@@ -93,13 +107,14 @@ def parse_yaml(flags: Sequence[Flag], path: str, problems: list[str]) -> dict[st
     except OSError as error:
         problems.append(f"--training_config {path}: cannot be read ({error.strerror})")
         return {}
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         problems.append(f"--training_config {path}: not valid YAML ({' '.join(str(error).split())})")
         return {}
     if not isinstance(settings, dict):
         problems.append(f"--training_config {path}: must be a mapping of flag names to values")
         return {}
-    by_spelling = {spelling: flag for flag in flags for spelling in flag.spellings}
+    # One file cannot name another: it would never be read.
+    by_spelling = {spelling: flag for flag in flags if flag.name != "training_config" for spelling in flag.spellings}
     given: dict[str, Given] = {}
     for key, value in settings.items():
         if str(key) not in by_spelling:

@@ -33,6 +33,7 @@ _HUGGING_FACE_KEYS = {
         "torch_dtype",
         "dtype",
         "_name_or_path",
+        "_attn_implementation_autoset",
         "chunk_size_feed_forward",
         "id2label",
         "label2id",
@@ -47,6 +48,8 @@ _POSITIVE_INTEGERS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "num_key_value_heads", "head_dim"),
 )
+_POSITIVE_NUMBERS = ("rms_norm_eps", "initializer_range")
+_BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
 def read_model_json(path: str, flag: str, problems: list[str]) -> dict[str, Any] | None:
@@ -90,8 +93,17 @@ def _shape_problems(settings: dict[str, Any], where: str) -> list[str]:
     problems = []
     for key in _POSITIVE_INTEGERS:
         value = settings.get(key, _SHAPE_DEFAULTS[key])
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+        if value is None and _SHAPE_DEFAULTS[key] is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             problems.append(f"{where}: {key} must be a positive integer, got {value!r}")
+    for key in _POSITIVE_NUMBERS:
+        value = settings.get(key, 1.0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            problems.append(f"{where}: {key} must be a positive number, got {value!r}")
+    for key in _BOOLEANS:
+        if not isinstance(value := settings.get(key, False), bool):
+            problems.append(f"{where}: {key} must be true or false, got {value!r}")
     if problems:
         return problems
     shape = {**_SHAPE_DEFAULTS, **settings}

@@ -22,6 +22,8 @@ SELECTORS = [
 _PLAIN_RULES = ("adamw", "adam", "adamw8bit", "adam8bit", "adam_zero", "sgd", "adafactor", "lion")
 _PROJECTED_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _RANDOM_PROJECTED_RULES = ("adamw", "adamw8bit", "sgd")
+_FACTOR_METHODS = ("lora", "relora", "switchlora", "golore")
+"""Methods that `--use_peft` and `--use_lora` go with."""
 _SUBSPACE_DESCENT_TYPES = (
     "random",
     "continuous",
@@ -69,6 +71,7 @@ def _split_optimizer(optimizer: str, problems: list[str]) -> tuple[str, str, boo
             if rule not in rules:
                 known = ", ".join(f"{family}_{name}" for name in rules)
                 problems.append(f"--optimizer {optimizer!r} is unknown; there is {known}")
+                return family, "unknown", False
             return family, rule, per_layer
     if stem not in _PLAIN_RULES or per_layer:
         problems.append(
@@ -106,13 +109,18 @@ def _claims(
             problems.append("--Golore needs --use_peft True (GoLore's optimizer form is --optimizer golore_adamw)")
     if is_set("Relora") or is_set("relora"):
         claims.append(("relora", "--Relora" if is_set("Relora") else f"--relora {given['relora'].value}"))
-    if not claims and (is_set("use_peft") or is_set("use_lora")):
+    if (is_set("use_peft") or is_set("use_lora")) and not any(method in _FACTOR_METHODS for method, _ in claims):
         claims.append(("lora", "--use_peft" if is_set("use_peft") else "--use_lora"))
 
     subspace_descent = proj_type in _SUBSPACE_DESCENT_TYPES
     if family == "galore" and subspace_descent:
         claims.append(("online_subspace_descent", f"--optimizer {optimizer} --proj_type {proj_type}"))
     elif family:
+        if family == "golore" and is_set("use_peft") and is_set("Golore"):
+            problems.append(
+                f"--use_peft --Golore asks for the adapter form of golore but --optimizer {optimizer} for its "
+                "optimizer form: give one of them"
+            )
         claims.append((family, f"--optimizer {optimizer}"))
     elif subspace_descent and claims and claims[0][0] == "galore":
         claims.append(("online_subspace_descent", f"--proj_type {proj_type}"))
