@@ -34,7 +34,7 @@ train() {
         --keep_checkpoints 1 --autoresume True --seed 42 "$@"
 }
 step "3/4 full-rank AdamW"
-train --method full_rank --lr 0.004 --save_dir "$out/full_rank"
+train --method full_rank --lr 0.002 --save_dir "$out/full_rank"
 step "4/4 GaLore"
 train --method galore --rank 40 --scale 0.25 --update_proj_gap 100 --lr 0.02 --save_dir "$out/galore"
 

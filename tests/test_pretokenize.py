@@ -2,11 +2,7 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -20,8 +16,6 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 import pretokenize
 from peft_pretraining.data import block_writer, tokenizer
 from peft_pretraining.data.pretokenize import BlockWriter
-from peft_pretraining.data.sources import find_source
-from peft_pretraining.flags import ConfigError
 
 WORDS = "the of and to in water energy nation people great law small river mountain light house never again".split()
 LENGTH = 16
