@@ -20,6 +20,7 @@ from peft_pretraining.data.blocks import TokenBlocks, evaluation_batches, traini
 from peft_pretraining.distributed import ProcessGroup, parallelize
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
+from peft_pretraining.model_config import vocabulary_size
 from peft_pretraining.models.llama import build_model, resolve_dtype
 from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
@@ -155,17 +156,12 @@ def _open_data(launch: Launch) -> tuple[TokenBlocks, TokenBlocks]:
         ]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError([f"--dataset_path {config.data.dataset_path}: {' '.join(str(error).split())}"]) from error
-    problems = []
-    for name, blocks in zip(("train", "validation"), splits, strict=True):
-        if not len(blocks):
-            problems.append(f"--dataset_path {config.data.dataset_path}: split {name} is empty")
-        elif "largest_token_id" not in facts.data and facts.model is not None:
-            largest, vocabulary = blocks.largest_token_id(_TOKENS_SCANNED), facts.model["vocab_size"]
-            if largest >= vocabulary:
-                problems.append(
-                    f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary "
-                    f"of {vocabulary}"
-                )
+    where = f"--dataset_path {config.data.dataset_path}"
+    problems = [f"{where}: split {blocks.split} is empty" for blocks in splits if not len(blocks)]
+    if not problems and "largest_token_id" not in facts.data and facts.model is not None:
+        largest = max(blocks.largest_token_id(_TOKENS_SCANNED) for blocks in splits)
+        if largest >= (vocabulary := vocabulary_size(facts.model)):
+            problems.append(f"{where}: token id {largest} is beyond the model's vocabulary of {vocabulary}")
     if problems:
         raise ConfigError(problems)
     return splits[0], splits[1]

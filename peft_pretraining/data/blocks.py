@@ -32,6 +32,7 @@ class TokenBlocks(Dataset):
     def __init__(self, folder: str | Path, split: str, max_length: int):
         import datasets
 
+        self.split = split
         self._origin = (folder, split, max_length)
         column = datasets.load_from_disk(str(folder))[split].data.column("input_ids")
         block_length = json.loads((Path(folder) / "args.json").read_text())["sequence_length"]
