@@ -115,7 +115,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         samples_per_epoch=len(train_blocks),
         evaluation_batches=_Evaluation(config, eval_blocks, group),
         checkpointer=checkpointer,
-        tracker=Tracker(save_dir, config, state.update_step if start.checkpoint else None, model, group.is_main),
+        tracker=Tracker(save_dir, config, state if start.checkpoint else None, model, group.is_main),
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
 

@@ -69,6 +69,11 @@ class Checkpointer:
     _damaged: set[int] | None = None
     """Updates of checkpoints that lay in the folder but were passed over when the run was resumed."""
 
+    def save_once(self, state: TrainState) -> None:
+        """`save`, unless there is a checkpoint of this update already."""
+        if self.saved_step != state.update_step:
+            self.save(state)
+
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint of the present state; older ones beyond `keep` go only when it is complete."""
         final = self.save_dir / f"model_{state.update_step}"

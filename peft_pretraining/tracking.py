@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from peft_pretraining import run_dir
+from peft_pretraining.checkpoint import TrainState
 from peft_pretraining.config import Config
 
 log = logging.getLogger("peft_pretraining")
@@ -32,12 +33,12 @@ class Tracker:
     """Writes one JSON object per record to `metrics.jsonl`, and the same to wandb. Only the main process has one that
     writes; the others' does nothing."""
 
-    def __init__(self, save_dir: Path, config: Config, resumed_step: int | None, model: nn.Module, enabled: bool):
+    def __init__(self, save_dir: Path, config: Config, resumed: TrainState | None, model: nn.Module, enabled: bool):
         self._file = self._wandb = None
         if not enabled:
             return
         path = save_dir / run_dir.METRICS_FILE
-        _forget_after(path, resumed_step)
+        _forget_after(path, resumed)
         self._file = open(path, "a", buffering=1)  # line-buffered: a crash loses no finished record
         if config.tracking.with_tracking or config.tracking.wandb_project:
             self._wandb = _start_wandb(save_dir, config)
@@ -58,20 +59,21 @@ class Tracker:
             self._wandb.finish(exit_code=exit_code)
 
 
-def _forget_after(path: Path, step: int | None) -> None:
-    """Drop records of updates that a resumed run will do again, and a last line that a crash cut off.
+def _forget_after(path: Path, resumed: TrainState | None) -> None:
+    """Drop records of what a resumed run will do again, and a last line that a crash cut off.
 
-    `step` is the update the run continues from; None starts afresh.
+    `resumed` is the state the run continues from; None starts afresh.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines() if step is not None else []:
+    for line in path.read_text().splitlines() if resumed is not None else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if record.get("update_step", 0) <= step:
+        last = resumed.evaluated_step if "final_eval_loss" in record else resumed.update_step
+        if record["update_step"] <= last:
             kept.append(line + "\n")
     run_dir.write_atomically(path, "".join(kept))
 

@@ -81,28 +81,25 @@ class Update:
 
 def train(run: Run) -> int:
     """Train to the last update, or until asked to stop; returns the process's exit code."""
-    state, settings = run.state, run.config.run
+    state = run.state
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(logging_redirect_tqdm([log]))
         bar = stack.enter_context(_progress_bar(run))
-        evaluate_if_due(run, stop)
-        while state.update_step < run.last_step:
+        while True:
+            if evaluation_is_due(run) and not evaluate_and_record(run, stop):
+                return save_and_stop(run)
+            finished = state.update_step >= run.last_step
+            if finished or (state.update_step > 0 and state.update_step % run.config.run.save_every == 0):
+                run.checkpointer.save_once(state)
+            if finished:
+                return 0
             began = time.perf_counter()
             update = train_step(run, list(islice(run.batches, run.config.batch.gradient_accumulation)), stop)
             report(run, update, time.perf_counter() - began, bar)
             run.profiler.step()
             if update.stop:
-                run.checkpointer.save(state)
-                log.info("asked to stop: saved update %d; launch the same command again to go on", state.update_step)
-                return EXIT_REQUEUE
-            evaluate_if_due(run, stop)
-            if state.update_step % settings.save_every == 0 or state.update_step == run.last_step:
-                run.checkpointer.save(state)
-        if run.checkpointer.saved_step != state.update_step:
-            run.checkpointer.save(state)
-        # An evaluation that a signal cut short is made up for by the next launch.
-        return 0 if state.evaluated_step == state.update_step else EXIT_REQUEUE
+                return save_and_stop(run)
 
 
 def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Update:
@@ -188,15 +185,26 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
             )
 
 
-def evaluate_if_due(run: Run, stop: StopRequest) -> None:
-    """Evaluate before the first update, every `--eval_every`, and at the end; at each of them once."""
+def save_and_stop(run: Run) -> int:
+    """What a request to stop ends in."""
+    run.checkpointer.save_once(run.state)
+    log.info("asked to stop: saved update %d; launch the same command again to go on", run.state.update_step)
+    return EXIT_REQUEUE
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """Before the first update, every `--eval_every`, and at the end; at each of them once."""
     state = run.state
     due = state.update_step % run.config.run.eval_every == 0 or state.update_step == run.last_step
-    if not due or state.evaluated_step == state.update_step:
-        return
+    return due and state.evaluated_step != state.update_step
+
+
+def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
+    """Evaluate; False when a request to stop cut it short: then the resumed run makes up for it."""
+    state = run.state
     result = evaluate(run.model, run.evaluation_batches, run.group, lambda: stop.anywhere(run.group))
-    if result is None:  # asked to stop: the resumed run evaluates
-        return
+    if result is None:
+        return False
     state.evaluated_step = state.update_step
     run.tracker.record(
         update_step=state.update_step,
@@ -207,6 +215,7 @@ def evaluate_if_due(run: Run, stop: StopRequest) -> None:
         optimizer_state_bytes=state_bytes(run.optimizer),
     )
     log.info("update %d: validation loss %.4f, perplexity %.2f", state.update_step, result.loss, result.perplexity)
+    return True
 
 
 def state_bytes(optimizer: Optimizer) -> int:

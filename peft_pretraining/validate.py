@@ -145,7 +145,9 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
     return {
         "model": _fingerprint(model) if model else config.model.model_name_or_path,
         "method": config.method.method,
+        "optimizer": config.optimizer.optimizer,
         "rank": config.method.rank if "rank" in reads else None,
+        "proj_type": config.method.proj_type if "proj_type" in reads else None,
         "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
         "data": _fingerprint(counts),
         "max_length": config.data.max_length,

@@ -105,7 +105,7 @@ PUBLISHED = [
     ("cosine_with_min_lr", 40_000, {"w": 100}),
     ("cosine_restarts", 20_000, {"w": 500, "c": 5000, "q": 100, "f": 0.1}),  # ReLoRA
     ("cosine_restarts", 19_000, {"w": 500, "c": 1000, "q": 100, "a": 250, "f": 0}),
-    ("linear", 150_000, {"w": 15_000}),
+    ("linear", 15_000, {"w": 1500}),
     ("linear", 500, {"w": 0}),
     ("constant", 500, {"w": 20}),
     ("constant", 500, {"w": 0}),
