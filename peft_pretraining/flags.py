@@ -20,7 +20,7 @@ EXIT_BAD_INPUT = 2
 
 _NO_VALUE = object()
 
-_NEGATIVE_NUMBER = re.compile(r"-[0-9.]+([eE][-+]?[0-9]+)?")
+_NEGATIVE_NUMBER = re.compile(r"-\.?[0-9].*")
 
 
 class ConfigError(ValueError):
@@ -88,7 +88,7 @@ def parse_command_line(
 
 
 def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
-    """`--lr -4e-4` as `--lr=-4e-4`: argparse takes a negative number with an exponent for a flag."""
+    """`--lr -4e-4` as `--lr=-4e-4`: argparse takes a negative number with an exponent or a suffix for a flag."""
     joined: list[str] = []
     for token in argv:
         if joined and re.fullmatch(r"--[^=]+", joined[-1]) and _NEGATIVE_NUMBER.fullmatch(token):

@@ -167,6 +167,27 @@ def signal_in_update(step: int, number: int = signal.SIGTERM):
     return before_update(step, lambda: os.kill(os.getpid(), number))
 
 
+@contextlib.contextmanager
+def signal_before_evaluation(number: int) -> Iterator[None]:
+    """SIGUSR1 to this process when it begins its `number`-th evaluation, which then does not take place."""
+    from peft_pretraining import train
+
+    evaluate, begun = train.evaluate, []
+
+    def wrapped(*args):
+        begun.append(True)
+        if len(begun) == number:
+            signal.raise_signal(signal.SIGUSR1)
+        return evaluate(*args)
+
+    train.evaluate = wrapped
+    try:
+        yield
+    finally:
+        train.evaluate = evaluate
+    assert len(begun) == number, f"{len(begun)} evaluations instead of {number}"
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment, with threads that leave the cores to each other."""
     fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
@@ -176,8 +197,9 @@ def child_environment(**changes: str) -> dict[str, str]:
 def _run_cases(path: Path) -> None:
     """Under torchrun: the runs that a JSON file lists, and what each rank has at the end of each.
 
-    A case is {"argv": [...]}, and with "signal": [rank, update], a SIGUSR1 to one rank within that update. Beside the
-    file, `rank{N}.json` gets a list of {"exit_code", "digest", "unsynchronised"}, one per case: the SHA-256 of weights
+    A case is {"argv": [...]}. With "signal": [rank, update], one rank gets a SIGUSR1 within that update; with
+    "evaluation_signal": [rank, number], as it begins that evaluation. Beside the file, `rank{N}.json` gets a list of
+    {"exit_code", "digest", "unsynchronised"}, one per case: the SHA-256 of weights
     and optimizer state, and the number of backward passes without a reduction.
     """
     import hashlib
@@ -209,9 +231,11 @@ def _run_cases(path: Path) -> None:
     dist.destroy_process_group = lambda: None
     for case in json.loads(path.read_text()):
         results.append({"unsynchronised": 0})
-        signalled, step = case.get("signal", (None, None))
-        stop = signal_in_update(step, signal.SIGUSR1) if signalled == rank else contextlib.nullcontext()
-        with stop:
+        with contextlib.ExitStack() as stops:
+            if case.get("signal", [None])[0] == rank:
+                stops.enter_context(signal_in_update(case["signal"][1], signal.SIGUSR1))
+            if case.get("evaluation_signal", [None])[0] == rank:
+                stops.enter_context(signal_before_evaluation(case["evaluation_signal"][1]))
             results[-1]["exit_code"] = run(case["argv"])
     destroy()
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))

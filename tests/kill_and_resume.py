@@ -12,6 +12,7 @@ line per interruption and a verdict; exit code 0 if all is well, 1 if not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -144,15 +145,29 @@ def _interrupt(
 
 def _wait_for(process: subprocess.Popen, until: Interruption, save_dir: Path, log: Path, began: float) -> None:
     """Until the update has been recorded and, if asked for, a checkpoint is being written."""
-    behind = True
+    behind, left_over = True, _unfinished_saves(save_dir)
     while True:
         assert process.poll() is None, f"ended before update {until.update}\n{log.read_text()}"
         assert time.monotonic() - began < _PATIENCE, f"no update {until.update}\n{log.read_text()}"
         if behind:
             behind = _last_update(save_dir) < until.update
-        elif not until.in_save or any(name.endswith(".tmp") for name in helpers.unfinished(save_dir)):
+        elif not until.in_save or _is_saving(save_dir, left_over):
             return
         time.sleep(0.001)
+
+
+def _unfinished_saves(save_dir: Path) -> set[int]:
+    """Inodes of the folders in which checkpoints were being written."""
+    found = set()
+    for name in helpers.unfinished(save_dir):
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+            found.add((save_dir / name).stat().st_ino)
+    return found
+
+
+def _is_saving(save_dir: Path, left_over: set[int]) -> bool:
+    """Whether this launch is writing a checkpoint: one that an earlier kill left behind does not count."""
+    return bool(_unfinished_saves(save_dir) - left_over)
 
 
 def _last_update(save_dir: Path) -> int:

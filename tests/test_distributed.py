@@ -48,6 +48,9 @@ def pairs(tmp_path_factory):
     stopped = command("stopped", **GALORE, batch_size=4)
     cases["stopped"] = {"argv": stopped, "signal": [1, 7]}
     cases["resumed"] = {"argv": [*stopped, *RESUME]}
+    stopped = command("stopped to evaluate", **GALORE, batch_size=4)
+    cases["stopped to evaluate"] = {"argv": stopped, "evaluation_signal": [1, 2]}
+    cases["resumed to evaluate"] = {"argv": [*stopped, *RESUME]}
     (folder / "cases.json").write_text(json.dumps(list(cases.values())))
     launched = subprocess.run(
         [*TORCHRUN, helpers.__file__, str(folder / "cases.json")],
@@ -103,6 +106,14 @@ def test_a_signal_to_one_rank_stops_both(pairs):
     assert pairs.reports["resumed"][0]["digest"] == pairs.reports["galore at once"][0]["digest"]
 
 
+def test_a_signal_to_one_rank_ends_the_evaluation_of_both(pairs):
+    folder = pairs.folder / "stopped to evaluate"
+    assert [report["exit_code"] for report in pairs.reports["stopped to evaluate"]] == [REQUEUE, REQUEUE]
+    assert helpers.counters(folder / "model_10")["evaluated_step"] == 0
+    assert [report["exit_code"] for report in pairs.reports["resumed to evaluate"]] == [0, 0]
+    helpers.assert_same_run(folder, pairs.folder / "galore at once")
+
+
 def test_more_processes_continue_with_the_same_samples(pairs):
     folder = pairs.folder / "from one to two"
     assert helpers.checkpoints(folder) == [7, 10, 20]
@@ -121,7 +132,8 @@ def test_fewer_processes_continue_with_the_same_samples(pairs):
 def test_one_process_speaks(pairs):
     assert pairs.log.count("INFO run folder") == len(pairs.reports)
     assert pairs.log.count("INFO asked to stop: saved update 8") == 1
-    assert pairs.log.count("INFO update 20: validation loss") == len(pairs.reports) - 1
+    assert pairs.log.count("INFO asked to stop: saved update 10") == 1
+    assert pairs.log.count("INFO update 20: validation loss") == len(pairs.reports) - 2
 
 
 def test_bad_input_is_reported_once(tmp_path, model_json):

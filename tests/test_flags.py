@@ -95,7 +95,7 @@ def test_no_two_flags_share_a_spelling():
     assert len(spellings) == len(set(spellings))
 
 
-@pytest.mark.parametrize("short", ["--autores", "--lora_ran", "--tok", "--sav"])
+@pytest.mark.parametrize("short", ["--autores", "--lora_ran", "--tok", "--save"])
 def test_abbreviations_are_unknown(short):
     values, problems = parse(short, "3")
     assert values == {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import shutil
 import signal
 
@@ -121,6 +123,21 @@ def test_signal_in_the_last_update(command, undisturbed, tmp_path):
 
 def crash():
     raise InterruptedError("as if the machine had gone")
+
+
+def test_data_workers_leave_signals_to_the_run(command, undisturbed, tmp_path):
+    """A scheduler signals every process of a job; the run still needs its workers to finish the update."""
+
+    def signal_workers():
+        workers = multiprocessing.active_children()
+        assert workers
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGUSR1)
+
+    with helpers.before_update(3, signal_workers):
+        assert helpers.run(command(**GALORE, workers=1)) == 0
+    helpers.assert_same_run(tmp_path / "run", undisturbed(command, **GALORE))
 
 
 def test_signal_handlers_are_given_back(command):
