@@ -91,6 +91,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         config.run.keep_checkpoints,
     )
     state = _initial_state(config, start, checkpointer)
+    method.prepare(model, optimizer, group.all_reduce_mean)
     if group.is_main:
         _prepare_save_dir(save_dir, launch)
     group.barrier()
@@ -99,7 +100,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         config=config,
         group=group,
         model=model,
-        parallel_model=parallelize(model, group),
+        parallel_model=model if method.reduces_gradients else parallelize(model, group),
         method=method,
         optimizer=optimizer,
         state=state,

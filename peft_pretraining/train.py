@@ -74,6 +74,8 @@ class Update:
     """Mean over all target tokens of all micro-batches and ranks."""
     grad_norm: float
     lr: float
+    samples: int
+    """Sequences read, over all ranks."""
     skipped: bool
     stop: bool
     """Some rank was asked to stop."""
@@ -95,7 +97,7 @@ def train(run: Run) -> int:
             if finished:
                 return 0
             began = time.perf_counter()
-            update = train_step(run, list(islice(run.batches, run.config.batch.gradient_accumulation)), stop)
+            update = train_step(run, next_micro_batches(run), stop)
             report(run, update, time.perf_counter() - began, bar)
             run.profiler.step()
             if update.stop:
@@ -108,18 +110,14 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     step = state.update_step
     torch.manual_seed(rng.derive_seed(run.config.run.seed, "update", step, group.rank))  # dropout
     lr = set_learning_rate(run, step)
-    method.before_forward(model, optimizer, step)
+    extra = method.extra_batches(step)
+    for _ in range(extra):
+        forward_backward(run, next_micro_batches(run))
+        method.observe_gradients(model, optimizer)
+        optimizer.zero_grad(set_to_none=True)
 
-    targets = torch.tensor(float(sum(map(count_targets, micro_batches))), dtype=torch.float64)
-    targets = group.all_reduce_sum(targets.to(group.device))
-    loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
-    for index, batch in enumerate(micro_batches):
-        batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
-        with synchronised_backward(run.parallel_model, now=index == len(micro_batches) - 1):
-            loss = token_loss_sum(run.parallel_model, batch)
-            # Times the world size because DDP averages gradients over the ranks.
-            (loss * (group.world_size / targets).to(loss.dtype)).backward()
-        loss_sum += loss.detach()
+    method.before_forward(model, optimizer, step)
+    loss_sum, targets = forward_backward(run, micro_batches)
     totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
 
     norm = method.grad_norm(model, optimizer)
@@ -135,9 +133,35 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     optimizer.zero_grad(set_to_none=True)
 
     state.update_step += 1
-    state.data_position += run.config.batch.total_batch_size
-    state.tokens_seen += run.config.batch.total_batch_size * run.config.data.max_length
-    return Update(loss_mean, norm_value, lr, skipped, asked_to_stop > 0)
+    samples = run.config.batch.total_batch_size * (1 + extra)
+    state.data_position += samples
+    state.tokens_seen += samples * run.config.data.max_length
+    return Update(loss_mean, norm_value, lr, samples, skipped, asked_to_stop > 0)
+
+
+def next_micro_batches(run: Run) -> list[Batch]:
+    """This rank's share of the next total batch."""
+    return list(islice(run.batches, run.config.batch.gradient_accumulation))
+
+
+def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the mean loss over all micro-batches and ranks, into `.grad`.
+
+    Returns this rank's sum of token losses and the number of target tokens over all ranks, float64 scalars.
+    """
+    group = run.group
+    targets = torch.tensor(float(sum(map(count_targets, micro_batches))), dtype=torch.float64)
+    targets = group.all_reduce_sum(targets.to(group.device))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
+    for index, batch in enumerate(micro_batches):
+        run.method.before_micro_batch(run.model, run.optimizer, index, len(micro_batches))
+        batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
+        with synchronised_backward(run.parallel_model, now=index == len(micro_batches) - 1):
+            loss = token_loss_sum(run.parallel_model, batch)
+            # Times the world size because gradients are averaged over the ranks.
+            (loss * (group.world_size / targets).to(loss.dtype)).backward()
+        loss_sum += loss.detach()
+    return loss_sum, targets
 
 
 def set_learning_rate(run: Run, step: int) -> float:
@@ -150,8 +174,8 @@ def set_learning_rate(run: Run, step: int) -> float:
 
 def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
     """Log one update, and stop the run when too many were skipped."""
-    state, batch = run.state, run.config.batch
-    tokens = batch.total_batch_size * run.config.data.max_length
+    state = run.state
+    tokens = update.samples * run.config.data.max_length
     run.tracker.record(
         update_step=state.update_step,
         loss=update.loss,
@@ -166,9 +190,8 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
     )
     bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {tokens / seconds:,.0f} tokens/s", refresh=False)
     bar.update()
-    if (epoch := state.data_position // run.samples_per_epoch) > (
-        state.data_position - batch.total_batch_size
-    ) // run.samples_per_epoch:
+    epoch = state.data_position // run.samples_per_epoch
+    if epoch > (state.data_position - update.samples) // run.samples_per_epoch:
         log.info(
             "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
         )

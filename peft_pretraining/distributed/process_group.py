@@ -55,6 +55,10 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean over all processes, in place."""
+        return self.all_reduce_sum(tensor).div_(self.world_size) if self.world_size > 1 else tensor
+
     def from_main(self, value: T) -> T:
         """The main process's value (anything that pickles), on every process."""
         if self.world_size == 1:

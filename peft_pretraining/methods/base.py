@@ -6,6 +6,7 @@ it is restored without pickled objects. Every default below is the identity or d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +30,26 @@ class TrainingMethod:
         """The optimizer over the distributed model's parameters, with all of its state already created."""
         raise NotImplementedError
 
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether the method itself averages all gradients over the ranks; the model is then not wrapped in DDP."""
+        return False
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Everything is built and restored. `reduce` averages a tensor over the ranks, in place."""
+
+    def extra_batches(self, step: int) -> int:
+        """Further total batches whose gradients `observe_gradients` should see before update `step`."""
+        return 0
+
+    def observe_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """The gradients of an extra batch are complete and reduced; they are dropped afterwards."""
+
     def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Before the first micro-batch of update `step`, also of one that is skipped later."""
+
+    def before_micro_batch(self, model: nn.Module, optimizer: Optimizer, index: int, count: int) -> None:
+        """Before the forward pass of micro-batch `index` of `count`."""
 
     def grad_norm(self, model: nn.Module, optimizer: Optimizer) -> Tensor:
         """Global norm of the gradients, a scalar; what clipping uses. Gradients are complete and reduced."""
