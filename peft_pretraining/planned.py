@@ -27,8 +27,6 @@ METHOD_SETTINGS: dict[str, str] = {
         "adam_warm_step remain_switch_state remain_switch_step_state zero_switch_state zero_switch_step_state "
         "zero_all_state zero_init_B force_disable_candidates switch_lora_drop discontinuous_switch "
         "no_offload_candidates cal_delta_norm check_rank_sync",
-        "golore": "rand_ratio",
-        "update rules other than adamw": "beta1 momentum dampening",
     }.items()
     for name in names.split()
 }
@@ -46,9 +44,6 @@ REFUSED: dict[str, str] = {
     "lora_scheduler": "the older scripts ignored it in pre-training",
     "log_details": "per-layer logging is not built yet",
     "compress": "gradient compression is not built yet",
-    "per_layer": "per-layer updates are not built yet",
-    "stagger_refresh": "staggered refreshes are not built yet",
-    "refresh_accumulation": "averaging gradients for the refresh is not built yet",
     "reduce_low_rank": "low-rank gradient reduction is not built yet",
     "reshard_after_forward": "FSDP2 is not built yet",
     "replicas": "FSDP2 is not built yet",
@@ -61,7 +56,6 @@ REFUSED: dict[str, str] = {
 ONE_VALUE: dict[str, tuple[str, str]] = {
     "use_hf_model": ("True", "the model is always transformers' LlamaForCausalLM"),
     "load_optimizer_state_on_resume": ("True", "for weights without optimizer state use --warmed_up_model"),
-    "svd_method": ("exact", "other SVD methods are not built yet"),
     "distributed_type": ("ddp", "FSDP2 is not built yet"),
 }
 """Flag -> the only value that is accepted (it is the behaviour anyway), and why no other is."""

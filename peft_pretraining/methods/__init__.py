@@ -27,14 +27,37 @@ class MethodEntry:
     """Defaults of this method that differ from `config.py`."""
 
 
-_PROJECTION = ("rank", "scale", "update_proj_gap", "proj_type", "target_modules", "clip_norm")
+_PROJECTION = (
+    *("rank", "scale", "update_proj_gap", "proj_type", "target_modules", "clip_norm"),
+    *("svd_method", "stagger_refresh", "refresh_accumulation", "per_layer"),
+)
+_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
+_GALORE_EPS = {"adam_eps": 1e-6}
 
 METHODS: dict[str, MethodEntry] = {
-    "full_rank": MethodEntry("peft_pretraining.methods.full_rank:FullRank"),
-    "galore": MethodEntry("peft_pretraining.methods.galore:GaLore", _PROJECTION, defaults={"adam_eps": 1e-6}),
+    "full_rank": MethodEntry("peft_pretraining.methods.full_rank:FullRank", optimizers=(*_RULES, "adam_zero")),
+    "galore": MethodEntry("peft_pretraining.methods.galore:GaLore", _PROJECTION, _RULES, _GALORE_EPS),
+    "golore": MethodEntry("peft_pretraining.methods.golore:GoLore", (*_PROJECTION, "rand_ratio"), _RULES, _GALORE_EPS),
+    "online_subspace_descent": MethodEntry(
+        "peft_pretraining.methods.online_subspace_descent:OnlineSubspaceDescent",
+        _PROJECTION,
+        _RULES,
+        {**_GALORE_EPS, "proj_type": "continuous"},
+    ),
 }
 
-PLANNED = ("golore", "online_subspace_descent", "lora", "relora", "switchlora")
+_ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
+RULE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "adamw": _ADAM,
+    "adamw8bit": _ADAM,
+    "adam_zero": _ADAM,
+    "adafactor": ("beta1",),
+    "lion": (),
+    "sgd": ("beta1", "momentum", "dampening"),
+}
+"""Settings that an update rule reads, of those that belong to update rules."""
+
+PLANNED = ("lora", "relora", "switchlora")
 """Methods whose flags are understood but which are not built yet."""
 
 
