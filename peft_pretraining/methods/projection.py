@@ -153,7 +153,9 @@ def gradient_bytes(optimizer: LowRankOptimizer, method: MethodConfig, accumulati
     kept = sum(param.numel() * param.element_size() for param in params if param not in subspaces)
     summed = [4 * param.numel() for param in subspaces]  # G and R are added up in float32
     low = sum(4 * space.rule.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
-    if method.clip_norm == "full" or method.proj_type.startswith("continuous"):
+    if method.proj_type.startswith("continuous"):
+        return whole, whole, whole
+    if method.clip_norm == "full":
         return kept + sum(summed) + largest, kept + sum(summed) + largest, whole
     gap = method.update_proj_gap or len(summed)
     at_once = -(-len(summed) // gap) if method.stagger_refresh else len(summed)

@@ -2,9 +2,10 @@
 
 Introduced for large models by GaLore (arXiv 2403.03507, section 4.3). Between refreshes the micro-batches of an update
 add up R, not G, in float32, so that no more than one full-size gradient of a projected weight exists at a time. G
-itself is added up, in float32, only where it is needed: in layers whose basis becomes the SVD of their gradient, in all
-of them with online PCA, whose loss is not linear in G, and with clipping by the full gradient's norm. Parameters
-without a projection (embeddings, norms, head) keep their gradient until the last micro-batch.
+itself is added up, in float32, only where it is needed: in layers whose basis becomes the SVD of their gradient, and in
+all of them with clipping by the full gradient's norm. Online PCA needs G in every update, because its loss is not
+linear in G; it saves memory only without accumulation. Parameters without a projection (embeddings, norms, head) keep
+their gradient until the last micro-batch.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class PerLayerUpdates:
         if param in self._sums:
             self._sums[param].add_(part)
         else:
-            self._sums[param] = part.to(torch.promote_types(part.dtype, torch.float32))
+            # Whole gradients of all layers are kept in their own dtype, as autograd would: they are large.
+            wide = torch.promote_types(part.dtype, torch.float32)
+            self._sums[param] = part.to(wide if subspace.rule.refreshes else part.dtype)
         if not last:
             return
         total = self._reduce(self._sums.pop(param))
