@@ -17,11 +17,12 @@ from peft_pretraining.checkpoint import Checkpointer, TrainState, starting_count
 from peft_pretraining.cli import Launch
 from peft_pretraining.config import Config, schedule_problems
 from peft_pretraining.data.blocks import TokenBlocks, evaluation_batches, training_batches
-from peft_pretraining.distributed import ProcessGroup, parallelize
+from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
+from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.model_config import vocabulary_size
-from peft_pretraining.models.llama import build_model, resolve_dtype
+from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
 from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
 from peft_pretraining.train import Run, TrainingFailed, train
@@ -78,8 +79,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     train_blocks, eval_blocks = _open_data(launch)
     method = load_method(config.method.method)(config)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
-    model = build_model(config.model, launch.facts.model, weights_from, group.device, config.run.seed)
-    model = method.convert(model)
+    model = _distributed_model(launch, method, group, weights_from)
     optimizer = method.build_optimizer(model)
     checkpointer = Checkpointer(
         save_dir,
@@ -91,7 +91,14 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         config.run.keep_checkpoints,
     )
     state = _initial_state(config, start, checkpointer)
-    method.prepare(model, optimizer, group.all_reduce_mean)
+    sharded = config.distributed.distributed_type == "fsdp" and group.world_size > 1  # whose gradients are reduced
+    method.prepare(model, optimizer, (lambda tensor: tensor) if sharded else group.all_reduce_mean)
+    parallel_model = model
+    if not method.reduces_gradients and not sharded:
+        low_rank = None
+        if config.distributed.reduce_low_rank is not False and group.world_size > 1:
+            low_rank = method.low_rank_reduction(model, optimizer)
+        parallel_model = parallelize(model, group, low_rank)
     if group.is_main:
         _prepare_save_dir(save_dir, launch)
     group.barrier()
@@ -100,7 +107,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         config=config,
         group=group,
         model=model,
-        parallel_model=model if method.reduces_gradients else parallelize(model, group),
+        parallel_model=parallel_model,
         method=method,
         optimizer=optimizer,
         state=state,
@@ -119,6 +126,29 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         tracker=Tracker(save_dir, config, state if start.checkpoint else None, model, group.is_main),
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
+
+
+def _distributed_model(
+    launch: Launch, method: TrainingMethod, group: ProcessGroup, weights_from: str | None
+) -> torch.nn.Module:
+    """The training model, with its layers changed and its parameters divided as the settings say.
+
+    Weights that are drawn get their memory last, so that a device never holds more than its part of them.
+    """
+    config = launch.config
+    model = build_model(config.model, launch.facts.model, weights_from, group.device)
+    if type(method).convert is not TrainingMethod.convert:  # which may read the weights
+        materialize(model, group.device, config.run.seed)
+        model = method.convert(model)
+    distributed = config.distributed
+    if distributed.distributed_type == "fsdp" and group.world_size > 1:
+        model = shard(
+            model,
+            group,
+            Sharding(distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension),
+        )
+    materialize(model, group.device, config.run.seed)
+    return model
 
 
 def _default_save_dir(config: Config) -> str:

@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from peft_pretraining import run_dir
 from peft_pretraining.distributed import ProcessGroup
+from peft_pretraining.distributed.sharding import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
 
 
@@ -89,8 +90,8 @@ class Checkpointer:
         tensors = self._tensors()
         with _quietly():
             dcp.save(tensors, checkpoint_id=temporary / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
+        self._export(temporary)
         if self.group.is_main:
-            self._export(temporary)
             counters = {**asdict(state), "world_size": self.group.world_size, "method": self.method.state_dict()}
             (temporary / run_dir.STATE_FILE).write_text(json.dumps(counters, indent=2) + "\n")
             _complete(temporary, final)
@@ -121,10 +122,11 @@ class Checkpointer:
         return {"model": self.model.state_dict(), "optimizer": optimizer}
 
     def _export(self, folder: Path) -> None:
-        """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it."""
-        weights: dict[str, Tensor] = self.method.merged_state_dict(self.model)
-        self.model.save_pretrained(folder, state_dict=weights)
-        self.save_tokenizer(folder)
+        """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it. The main process writes."""
+        weights = gather_to_main(self.method.merged_state_dict(self.model), self.group.is_main)
+        if self.group.is_main:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.save_tokenizer(folder)
 
     def _delete_old(self, newest: int) -> None:
         """Delete what a complete checkpoint of update `newest` makes superfluous."""

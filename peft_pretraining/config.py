@@ -177,6 +177,20 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    distributed_type: str = setting(
+        "ddp", choice("ddp", "fsdp"), "ddp: a whole model on each device; fsdp: weights, gradients and states divided"
+    )
+    replicas: int = setting(1, positive_int, "fsdp: copies of the divided model (HSDP); must divide the processes")
+    reshard_after_forward: bool = setting(
+        True, boolean, "fsdp: free gathered weights between forward and backward pass"
+    )
+    reduce_low_rank: bool | None = setting(
+        None, boolean, "ddp: reduce R instead of G between refreshes (default: where the method allows it)"
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     save_dir: str | None = setting(None, string, "folder of the run (default: checkpoints/{model}-{method}-{time})")
     save_every: int = setting(10_000, positive_int, "updates between two checkpoints; one follows the last update")
@@ -214,6 +228,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 

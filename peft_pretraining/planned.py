@@ -44,9 +44,6 @@ REFUSED: dict[str, str] = {
     "lora_scheduler": "the older scripts ignored it in pre-training",
     "log_details": "per-layer logging is not built yet",
     "compress": "gradient compression is not built yet",
-    "reduce_low_rank": "low-rank gradient reduction is not built yet",
-    "reshard_after_forward": "FSDP2 is not built yet",
-    "replicas": "FSDP2 is not built yet",
     "async_save": "asynchronous checkpoints are not built yet",
     "step_timeout": "the watchdog is not built yet",
     "skip_spikes": "the watchdog is not built yet",
@@ -56,7 +53,6 @@ REFUSED: dict[str, str] = {
 ONE_VALUE: dict[str, tuple[str, str]] = {
     "use_hf_model": ("True", "the model is always transformers' LlamaForCausalLM"),
     "load_optimizer_state_on_resume": ("True", "for weights without optimizer state use --warmed_up_model"),
-    "distributed_type": ("ddp", "FSDP2 is not built yet"),
 }
 """Flag -> the only value that is accepted (it is the behaviour anyway), and why no other is."""
 

@@ -20,6 +20,7 @@ from peft_pretraining import rng
 from peft_pretraining.checkpoint import Checkpointer, TrainState
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import ProcessGroup, synchronised_backward
+from peft_pretraining.distributed.sharding import local
 from peft_pretraining.evaluate import evaluate
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
 from peft_pretraining.methods.base import TrainingMethod
@@ -155,7 +156,8 @@ def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor
     for index, batch in enumerate(micro_batches):
         run.method.before_micro_batch(run.model, run.optimizer, index, len(micro_batches))
         batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
-        with synchronised_backward(run.parallel_model, now=index == len(micro_batches) - 1):
+        last = index == len(micro_batches) - 1
+        with synchronised_backward(run.parallel_model, now=last or run.method.reduces_gradients):
             loss = token_loss_sum(run.parallel_model, batch)
             # Times the world size because gradients are averaged over the ranks.
             (loss * (group.world_size / targets).to(loss.dtype)).backward()
@@ -242,7 +244,9 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the optimizer's state on this device."""
-    return sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values())
+    return sum(
+        local(value).numel() * value.element_size() for state in optimizer.state.values() for value in state.values()
+    )
 
 
 def _progress_bar(run: Run) -> tqdm:
