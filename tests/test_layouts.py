@@ -99,4 +99,6 @@ def test_final_weights_are_those_of_one_process(folder, layout, method):
     one, many = weights(folder / f"one {method}"), weights(folder / f"{layout} {method}")
     assert one.keys() == many.keys()
     for name in one:
-        torch.testing.assert_close(many[name], one[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            many[name], one[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -3,12 +3,13 @@
 from peft_pretraining.distributed.low_rank_reduction import LowRankReduction
 from peft_pretraining.distributed.parallel import Sharding, parallelize, shard, synchronised_backward
 from peft_pretraining.distributed.process_group import ProcessGroup
-from peft_pretraining.distributed.sharded_optimizer import sharded_optimizer
+from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
 
 __all__ = [
     "LowRankReduction",
     "ProcessGroup",
     "Sharding",
+    "own_share",
     "parallelize",
     "shard",
     "sharded_optimizer",

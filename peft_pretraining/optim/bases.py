@@ -219,7 +219,7 @@ def reconstruction_gradient(
     return (cross @ inner).addmm_(basis, basis.T @ cross).mul_(factor)
 
 
-def basis_rule(group: dict[str, Any], shard: Shard) -> BasisRule:
+def basis_rule(group: dict[str, Any], shape: torch.Size | Shard) -> BasisRule:
     """The rule for one weight, as its parameter group asks. Raises `ValueError` for settings that contradict."""
     proj_type, rand_ratio = group["proj_type"], group["rand_ratio"]
     if proj_type not in PROJECTION_TYPES:
@@ -229,7 +229,7 @@ def basis_rule(group: dict[str, Any], shard: Shard) -> BasisRule:
     if group["rank"] < 1 or group["update_proj_gap"] < 0:
         raise ValueError(f"rank must be at least 1, got {group['rank']}; "
                          f"update_proj_gap at least 0, got {group['update_proj_gap']}")  # fmt: skip
-    projection = Projection.for_weight(proj_type if proj_type in SIDES else "std", group["rank"], shard)
+    projection = Projection.for_weight(proj_type if proj_type in SIDES else "std", group["rank"], shape)
     if rand_ratio is not None and proj_type not in SIDES:
         raise ValueError(f"rand_ratio (GoLore) goes with proj_type {', '.join(SIDES)}, got {proj_type!r}")
     if rand_ratio is not None:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import Shard, distribute_like, local, whole_norm
-from peft_pretraining.optim.bases import basis_rule
+from peft_pretraining.optim.bases import BasisRule, basis_rule
 from peft_pretraining.optim.projection import Projection
 from peft_pretraining.optim.subspace import Projected, Subspace, counter
 from peft_pretraining.optim.update_rules import UPDATE_RULES, UpdateRule
 
 log = logging.getLogger("peft_pretraining")
+
+_ATTRIBUTES = ("rule", "update_step", "subspaces", "refresh_metrics", "projected", "_peers", "_shards", "_scaled_by")
+"""What a copy of the optimizer takes along, besides groups and state."""
 
 _GROUP_DEFAULTS = {
     **{"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"},
@@ -94,19 +97,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             names = group.get("param_names") or [
                 f"{len(self.param_groups) - 1}.{i}" for i in range(len(group["params"]))
             ]
-            for param, name in zip(group["params"], names, strict=True):
-                self._init_param(param, name, group)
+            rules = [_basis_rule(param, name, group) for param, name in zip(group["params"], names, strict=True)]
         except ValueError:
             self.param_groups.pop()
             raise
+        for param, name, rule in zip(group["params"], names, rules, strict=True):
+            self._init_param(param, name, rule, group)
 
-    def _init_param(self, param: Tensor, name: str, group: dict[str, Any]) -> None:
+    def _init_param(self, param: Tensor, name: str, rule: BasisRule | None, group: dict[str, Any]) -> None:
         state: dict[str, Any] = {"step": counter(0)}
         like, shard = local(param.detach()), Shard.of(param)
-        if group["rank"] is not None:
-            if param.ndim != 2:
-                raise ValueError(f"a projected parameter must be a matrix, got {name} of shape {tuple(param.shape)}")
-            rule = basis_rule(group, shard)
+        if rule:
             self.subspaces[param] = Subspace(rule, name, self._peers)
             self.subspaces[param].init_state(state, like)
             like = like.new_empty(rule.projection.low_rank_shape(like.shape))
@@ -254,42 +255,35 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype: torch would cast integers, too, to the parameter's. Raises
-        `ValueError` for the state of another rank, projection or rule."""
+        `ValueError`, and loads nothing, for the state of another rank, projection or rule."""
         like = {param: dict(state) for param, state in self.state.items()}
+        saved = {
+            param: state_dict["state"].get(index, {})
+            for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
+            for index, param in zip(saved_group["params"], group["params"], strict=False)
+        }  # torch refuses other numbers of groups or parameters
+        for param, state in saved.items():
+            if (found := _shapes(state)) != (expected := _shapes(like[param])):
+                raise ValueError(f"state of another rank, proj_type or rule: {found} instead of {expected}")
         super().load_state_dict(state_dict)
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for index, param in zip(saved_group["params"], group["params"], strict=True):
-                saved = state_dict["state"].get(index, {})
-                if (found := _shapes(saved)) != (expected := _shapes(like[param])):
-                    raise ValueError(f"state of another rank, proj_type or rule: {found} instead of {expected}")
-                for key, value in saved.items():
-                    local(like[param][key]).copy_(local(value))
-                self.state[param] = like[param]
+        for param, state in saved.items():
+            for key, value in state.items():
+                local(like[param][key]).copy_(local(value))
+            self.state[param] = like[param]
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and `pickle`: torch's own would leave out what it does not know."""
+        return super().__getstate__() | {name: getattr(self, name) for name in _ATTRIBUTES}
 
 
-class LowRankGradients:
-    """Lets a `LowRankOptimizer` take R from elsewhere than `param.grad`: from a reduction over ranks."""
-
-    def __init__(self, optimizer: LowRankOptimizer):
-        self._optimizer = optimizer
-        self._waiting: dict[Tensor, Projected] = {}
-        self._groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-
-    def project(self, param: Tensor, grad: Tensor) -> Tensor | None:
-        """R of one rank's gradient; None where there is no projection, or where this update takes a basis from G."""
-        optimizer, group = self._optimizer, self._groups[param]
-        subspace, state = optimizer.subspaces.get(param), optimizer.local_state(param)
-        if subspace is None or subspace.refresh_reads_gradient(state, group, optimizer.step_of(param)):
-            return None
-        projected = self._waiting[param] = subspace.project(state, grad, group, optimizer.step_of(param))
-        projected.energy = None  # of one rank's gradient
-        return projected.low_rank_grad
-
-    def receive(self, param: Tensor, low_rank_grad: Tensor) -> None:
-        """R, complete: what the next `step` uses."""
-        projected = self._waiting.pop(param)
-        projected.low_rank_grad = low_rank_grad
-        self._optimizer.projected[param] = projected
+def _basis_rule(param: Tensor, name: str, group: dict[str, Any]) -> BasisRule | None:
+    """The rule of a projected parameter, None for another."""
+    if group["rank"] is None:
+        return None
+    if param.ndim != 2:
+        raise ValueError(f"a projected parameter must be a matrix, got {name} of shape {tuple(param.shape)}")
+    return basis_rule(group, Shard.of(param))
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

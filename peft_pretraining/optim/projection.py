@@ -52,8 +52,9 @@ class Projection:
     shard: Shard = WHOLE
 
     @classmethod
-    def for_weight(cls, side: str, rank: int, shard: Shard) -> Projection:
-        """The projection of a weight (m, n); a rank beyond min(m, n) becomes min(m, n)."""
+    def for_weight(cls, side: str, rank: int, shape: torch.Size | Shard) -> Projection:
+        """The projection of a weight (m, n), or of one that is divided; a rank beyond min(m, n) becomes min(m, n)."""
+        shard = shape if isinstance(shape, Shard) else Shard(shape)
         return cls(projected_sides(side, shard.shape), min(rank, *shard.shape), shard)
 
     def init_state(self, state: dict[str, Any], param: Tensor) -> None:

@@ -78,7 +78,8 @@ class Subspace:
         """R of a gradient in the basis that its update uses, a new one where a refresh is due. Nothing is committed.
 
         A gradient with a NaN or an infinity never reaches the SVD, which would not return: it is projected with the old
-        basis, stays non-finite, and its refresh stays due.
+        basis, stays non-finite, and its refresh stays due. A random basis needs no look at the gradient, and must not
+        depend on one: with per-layer updates each rank sees its own.
         """
         if not self.refresh_is_due(state, group, step):
             return Projected(self.down(state, grad))
@@ -91,9 +92,8 @@ class Subspace:
         projected.low_rank_grad = self.down(state, grad, projected)
         projected.failed = projected.new_bases is None
         # In float64: the squares of a small float32 gradient underflow.
-        kept, whole = (
-            torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in (projected.low_rank_grad, grad)
-        )
+        norms = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in (projected.low_rank_grad, grad))
+        kept, whole = (norm.square() for norm in norms)
         if shard.dim is not None:
             kept, whole = self.rule.projection.low_rank_shard.sum(kept), shard.sum(whole)
         projected.energy = torch.where(whole > 0, kept / whole, 1.0)

@@ -132,18 +132,17 @@ class AdamW8bit(AdamW):
 
         k, (signed, unsigned) = int(state["step"]), self._quantization_maps(grad.device)
         beta1, beta2 = group["betas"] or self.betas
-        grad = _upright(grad.float() if grad.dtype == torch.float64 else grad, shard).contiguous()
+        dtype = grad.dtype  # the kernel does not take float64
+        grad = _upright(grad.float() if dtype == torch.float64 else grad, shard).contiguous()
         minus_d = torch.zeros_like(grad)
         optimizer_update_8bit_blockwise(
             *("adam", grad, minus_d, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, 0.0, 0.0),
             *(self.epsilon(group["eps"], beta2, k), k, 1.0, signed, unsigned),
             *(state["exp_avg_absmax"], state["exp_avg_sq_absmax"]),
         )
-        return _upright(minus_d, shard), -group["lr"]
+        return _upright(minus_d, shard).to(dtype), -group["lr"]
 
     def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
-        if state["exp_avg"].dtype != torch.uint8:
-            return super().rotate(state, change)
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
@@ -195,11 +194,11 @@ class Adafactor(UpdateRule):
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         square = wide.square().add_(self._EPS)
         if grad.ndim >= 2:
-            row = state["exp_avg_sq_row"].lerp_(_mean(square, 1, shard), 1 - decay)
-            col = state["exp_avg_sq_col"].lerp_(_mean(square, 0, shard), 1 - decay)
-            row_mean = _mean(row, 0, shard if shard.dim == 0 else WHOLE)
-            scale = (row / row_mean).rsqrt_().unsqueeze(-1)  # (m, 1)
-            update = wide * scale * col.rsqrt().unsqueeze(-2)  # (m, n)
+            row = state["exp_avg_sq_row"].lerp_(_mean(square, grad.ndim - 1, shard), 1 - decay)
+            col = state["exp_avg_sq_col"].lerp_(_mean(square, grad.ndim - 2, shard), 1 - decay)
+            row_mean = _mean(row, grad.ndim - 2, shard).unsqueeze(-1)  # (..., 1)
+            scale = (row / row_mean).rsqrt_().unsqueeze(-1)  # (..., m, 1)
+            update = wide * scale * col.rsqrt().unsqueeze(-2)  # (..., m, n)
         else:
             update = wide * state["exp_avg_sq"].lerp_(square, 1 - decay).rsqrt()
         numbers = update.numel() if shard.dim is None else shard.shape.numel()
