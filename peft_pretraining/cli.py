@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining import planned, selection, validate
+from peft_pretraining import factor_config, planned, selection, validate
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
 from peft_pretraining.methods import METHODS
@@ -71,6 +71,7 @@ def _defaults(given: dict[str, Given], method: str, problems: list[str]) -> dict
         defaults["clip_grad_norm"] = 0.0  # the code base with that spelling did not clip unless told to
     if method in METHODS:
         defaults |= METHODS[method].defaults
+    defaults |= factor_config.defaults(given, method)
     return {**defaults, **{name: item.value for name, item in given.items() if name in names}}
 
 
@@ -104,11 +105,13 @@ def _derive(
         if "num_training_steps" in given:
             warnings.append(f"--max_train_tokens gives {updates} updates; --num_training_steps has no effect")
         settings["num_training_steps"] = updates
-    config = config.replace(**settings)
+    config = factor_config.resolve(config.replace(**settings), given, problems)
     if config.schedule.max_train_tokens is None or batch_is_known:
         # A warm start's schedule is shorter; it is checked again when its first update is known.
         if not config.run.warmed_up_model:
-            problems += schedule_problems(config.schedule, config.schedule.num_training_steps)
+            schedule_is_wrong = schedule_problems(config.schedule, config.schedule.num_training_steps)
+            problems += schedule_is_wrong
+            warnings += factor_config.warnings(config) if not schedule_is_wrong else []
     return config
 
 
@@ -117,11 +120,12 @@ def _warn_without_effect(given: dict[str, Given], config: Config, warnings: list
     entry = METHODS.get(config.method.method)
     if entry is None:
         return
-    method_settings = set(vars(config.method)) - {"method"}
+    method_settings = (set(vars(config.method)) | set(vars(config.factors))) - {"method"}
+    options = set(entry.options) - factor_config.unread(given, config.method.method)
     unread = [
         f"--{item.spelling}"
         for name, item in given.items()
-        if (name in method_settings and name not in entry.options)
+        if (name in method_settings and name not in options and item.value is not False)
         or (name in planned.METHOD_SETTINGS and item.value not in ("False", "false"))
     ]
     if unread:

@@ -20,13 +20,6 @@ _anything.value_is_optional = True
 METHOD_SETTINGS: dict[str, str] = {
     name: owner
     for owner, names in {
-        "lora": "lora_alpha lora_dropout lora_plus_ratio lora_only quantize use_double_quant init_lora_type",
-        "relora": "reset_optimizer_on_relora optimizer_random_pruning optimizer_magnitude_pruning train_scaling "
-        "force_keep_original",
-        "switchlora": "switch_lora_interval switch_lora_descent_rate switch_descend_type fix_switch_lora_interval "
-        "adam_warm_step remain_switch_state remain_switch_step_state zero_switch_state zero_switch_step_state "
-        "zero_all_state zero_init_B force_disable_candidates switch_lora_drop discontinuous_switch "
-        "no_offload_candidates cal_delta_norm check_rank_sync",
         "golore": "rand_ratio",
         "update rules other than adamw": "beta1 momentum dampening",
     }.items()
@@ -39,8 +32,9 @@ REFUSED: dict[str, str] = {
     "padding_data": "per-document streaming is not built yet; pre-tokenise and pass --dataset_path",
     "megatron_dataset_config": "Megatron datasets are out of scope; pre-tokenise and pass --dataset_path",
     "plot_rank": "singular values of the updates are not built yet",
-    "change_lora_lr": "the older scripts ignored it; learning rates of adapters alone are not built yet",
-    "no_lora_lr_ratio": "the older scripts ignored it; learning rates of adapters alone are not built yet",
+    "change_lora_lr": "the older scripts ignored it; --lora_plus_ratio and --dense_lr_ratio set rates apart",
+    "no_lora_lr_ratio": "the older scripts ignored it; --lora_plus_ratio and --dense_lr_ratio set rates apart",
+    "zero_all_state": "it failed in the older script, or was ignored; a switch resets its counterpart's state alone",
     "add_weighted_rank": "the older scripts ignored it",
     "adjust_lora_schedule": "the older scripts ignored it in pre-training",
     "lora_scheduler": "the older scripts ignored it in pre-training",

@@ -7,7 +7,8 @@ Here, and only here, the older spellings (`--use_peft`, `--Golore`, `--relora`, 
 from __future__ import annotations
 
 from peft_pretraining.config import PROJECTION_TYPES
-from peft_pretraining.flags import Flag, Given, boolean, non_negative_int
+from peft_pretraining.factor_config import FACTOR_METHODS
+from peft_pretraining.flags import Flag, Given, boolean
 from peft_pretraining.methods import METHODS, PLANNED
 
 SELECTORS = [
@@ -16,14 +17,11 @@ SELECTORS = [
     Flag("switch_lora", boolean, "older selector: SwitchLoRA"),
     Flag("Golore", boolean, "older selector, with --use_peft: GoLore's adapter form"),
     Flag("Relora", boolean, "older selector, with --use_peft: ReLoRA"),
-    Flag("relora", non_negative_int, "ReLoRA: updates between merges; selects it with --use_peft"),
 ]
 
 _PLAIN_RULES = ("adamw", "adam", "adamw8bit", "adam8bit", "adam_zero", "sgd", "adafactor", "lion")
 _PROJECTED_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _RANDOM_PROJECTED_RULES = ("adamw", "adamw8bit", "sgd")
-_FACTOR_METHODS = ("lora", "relora", "switchlora", "golore")
-"""Methods that `--use_peft` and `--use_lora` go with."""
 _SUBSPACE_DESCENT_TYPES = (
     "random",
     "continuous",
@@ -104,12 +102,12 @@ def _claims(
         claims.append(("switchlora", "--switch_lora"))
     if is_set("Golore"):
         if is_set("use_peft"):
-            claims.append(("golore", "--use_peft --Golore"))
+            claims.append(("golore_adapter", "--use_peft --Golore"))
         else:
             problems.append("--Golore needs --use_peft True (GoLore's optimizer form is --optimizer golore_adamw)")
     if is_set("Relora") or is_set("relora"):
         claims.append(("relora", "--Relora" if is_set("Relora") else f"--relora {given['relora'].value}"))
-    if (is_set("use_peft") or is_set("use_lora")) and not any(method in _FACTOR_METHODS for method, _ in claims):
+    if (is_set("use_peft") or is_set("use_lora")) and not any(method in FACTOR_METHODS for method, _ in claims):
         claims.append(("lora", "--use_peft" if is_set("use_peft") else "--use_lora"))
 
     subspace_descent = proj_type in _SUBSPACE_DESCENT_TYPES
