@@ -65,14 +65,17 @@ class SwitchLoRA(FactorMethod):
         generator = rng.generator(self.config.run.seed, "switch count", step, index)
         return float(torch.rand((), dtype=torch.float64, generator=generator))
 
+    def requested_count(self, rank: int, step: int, index: int) -> int:
+        """Slots of each factor that the schedule would switch, before the clamp."""
+        t = self.own_time(step)
+        return SwitchSchedule.of(self.config, self.own_total()).requested_count(t, rank, self.uniform(step, index))
+
     def plan(self, layer: SwitchedLinear, step: int, index: int) -> Switch:
         """What a layer exchanges in this update."""
         factors, state = self.config.factors, layer.switching
         if state.candidates <= layer.rank:
             return Switch()
-        t = self.own_time(step)
-        schedule = SwitchSchedule.of(self.config, self.own_total())
-        requested = schedule.requested_count(t, layer.rank, self.uniform(step, index))
+        requested = self.requested_count(layer.rank, step, index)
         count = allowed_count(requested, layer.rank, state.frozen_count(), state.candidates)
         if not factors.discontinuous_switch:
             return state.next_in_ring(count, not factors.zero_init_B)
