@@ -28,8 +28,8 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
         layer = ctx.layer
-        if ctx.saved_tensors:
-            (x,) = ctx.saved_tensors
+        if saved := ctx.saved_tensors:  # asked for once: activation checkpointing recomputes it each time
+            (x,) = saved
             outputs = grad_output.reshape(-1, layer.out_features)  # (N, m)
             inputs = x.reshape(-1, layer.in_features)  # (N, n)
             layer.full_gradient += outputs.T @ inputs
