@@ -10,7 +10,7 @@ from typing import Any
 from peft_pretraining import factor_config, planned, selection, validate
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
-from peft_pretraining.methods import METHODS
+from peft_pretraining.methods import METHODS, RULE_SETTINGS
 
 DESCRIPTION = "Pre-train a LLaMA. Run under torchrun, or as a plain script for one process."
 
@@ -36,11 +36,13 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     warnings: list[str] = []
     given = _parse(argv, problems)
     planned.check_planned(given, problems)
-    method, rule = selection.choose(given, problems)
-    config = Config.from_settings({**_defaults(given, method, problems), "method": method, "optimizer": rule})
+    chosen = selection.choose(given, problems)
+    method = chosen.method
+    config = Config.from_settings({**_defaults(given, chosen, problems), "method": method, "optimizer": chosen.rule})
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     _warn_without_effect(given, config, warnings)
+    validate.check_method(config, problems, warnings)
 
     facts = validate.FileFacts()
     validate.read_model(config, facts, problems)
@@ -63,16 +65,25 @@ def _parse(argv: Sequence[str], problems: list[str]) -> dict[str, Given]:
     return given
 
 
-def _defaults(given: dict[str, Given], method: str, problems: list[str]) -> dict[str, Any]:
+def _defaults(given: dict[str, Given], chosen: selection.Selection, problems: list[str]) -> dict[str, Any]:
     """Settings that were given, over the defaults that depend on the method and on the spelling used."""
     names = {flag.name for flag in config_flags()}
     defaults: dict[str, Any] = {}
     if "scale" in given and given["scale"].spelling == "galore_scale":
         defaults["clip_grad_norm"] = 0.0  # the code base with that spelling did not clip unless told to
-    if method in METHODS:
-        defaults |= METHODS[method].defaults
-    defaults |= factor_config.defaults(given, method)
-    return {**defaults, **{name: item.value for name, item in given.items() if name in names}}
+    if chosen.method in METHODS:
+        defaults |= METHODS[chosen.method].defaults
+    defaults |= factor_config.defaults(given, chosen.method)
+    if chosen.method == "full_rank" and chosen.rule == "sgd" and "beta1" in given:
+        defaults["momentum"] = given["beta1"].value  # what the older scripts call it
+    settings = {**defaults, **{name: item.value for name, item in given.items() if name in names}}
+    if chosen.per_layer:
+        if settings.get("per_layer") is False:
+            problems.append(f"--optimizer {given['optimizer'].value} and --per_layer False contradict each other")
+        settings["per_layer"] = True
+    if settings.get("stagger_refresh") is None:
+        settings["stagger_refresh"] = settings.get("per_layer", False)
+    return settings
 
 
 def _derive(
@@ -121,14 +132,18 @@ def _warn_without_effect(given: dict[str, Given], config: Config, warnings: list
     if entry is None:
         return
     method_settings = (set(vars(config.method)) | set(vars(config.factors))) - {"method"}
+    rule_settings = {name for names in RULE_SETTINGS.values() for name in names}
     options = set(entry.options) - factor_config.unread(given, config.method.method)
+    read = {*options, *RULE_SETTINGS.get(config.optimizer.optimizer, rule_settings)}
+    if config.method.method != "full_rank" and config.optimizer.optimizer == "sgd":
+        read.discard("beta1")
     unread = [
         f"--{item.spelling}"
         for name, item in given.items()
-        if (name in method_settings and name not in options and item.value is not False)
-        or (name in planned.METHOD_SETTINGS and item.value not in ("False", "false"))
+        if (name in method_settings | rule_settings and name not in read and item.value is not False)
     ]
     if unread:
-        warnings.append(f"without effect for method {config.method.method}: {', '.join(sorted(unread))}")
+        how = f"method {config.method.method} with {config.optimizer.optimizer}"
+        warnings.append(f"without effect for {how}: {', '.join(sorted(unread))}")
     if "model_revision" in given and not config.model.model_name_or_path:
         warnings.append("--model_revision has no effect without --model_name_or_path")

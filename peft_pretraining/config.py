@@ -18,6 +18,7 @@ from peft_pretraining.flags import (
     choice,
     comma_separated,
     fraction_below_one,
+    fraction_up_to_one,
     integer,
     non_negative_float,
     non_negative_int,
@@ -30,6 +31,10 @@ from peft_pretraining.flags import (
 
 SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr")
 PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
+SUBSPACE_DESCENT_TYPES = (
+    *("random", "continuous", "continuous_adam8bit", "continuous_lion", "continuous_adafactor", "continuous_sgd"),
+)
+SVD_METHODS = ("gram", "exact", "randomized")
 
 
 def _dtype(text: str) -> str:
@@ -107,6 +112,11 @@ class OptimizerConfig:
     adam_beta1: float = setting(0.9, fraction_below_one, "AdamW: decay of the first moment")
     adam_beta2: float = setting(0.999, fraction_below_one, "AdamW: decay of the second moment")
     adam_eps: float = setting(1e-8, positive_float, "AdamW: added to the root of the second moment")
+    beta1: float | None = setting(
+        None, fraction_below_one, "Adafactor: decay of the first moment (default: none); full-rank SGD: --momentum"
+    )
+    momentum: float = setting(0.9, fraction_below_one, "SGD: decay of the momentum buffer")
+    dampening: float = setting(0.9, fraction_up_to_one, "SGD: what is subtracted from 1 to weigh a gradient in it")
     clip_grad_norm: float = setting(
         1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
     )
@@ -137,7 +147,23 @@ class MethodConfig:
     rank: int = setting(128, positive_int, "rank of the low-rank updates", ("lora_r", "lora_rank"))
     scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
     update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
-    proj_type: str = setting("std", string, f"side of the projection: {', '.join(PROJECTION_TYPES)}")
+    proj_type: str = setting(
+        "std",
+        string,
+        f"side of the projection: {', '.join(PROJECTION_TYPES)}; kind of online_subspace_descent: "
+        f"{', '.join(SUBSPACE_DESCENT_TYPES)}",
+    )
+    rand_ratio: float = setting(
+        2.0, non_negative_float, "golore: share of --num_training_steps after which bases are random; above 1 never"
+    )
+    svd_method: str = setting("gram", choice(*SVD_METHODS), f"how bases are computed: {', '.join(SVD_METHODS)}")
+    stagger_refresh: bool | None = setting(
+        None, boolean, "spread the layers' refreshes over --update_proj_gap (default: with --per_layer)"
+    )
+    refresh_accumulation: int = setting(
+        1, positive_int, "total batches whose mean gradient an SVD sees; the update sees its own"
+    )
+    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
     target_modules: tuple[str, ...] = setting(
         ("attn", "attention", "mlp"), comma_separated, "linear layers whose dotted name contains one of these"
     )

@@ -248,6 +248,12 @@ def fraction_below_one(text: str) -> float:
     return value
 
 
+def fraction_up_to_one(text: str) -> float:
+    if not 0 <= (value := _number(float, text)) <= 1:
+        raise ValueError("must be between 0 and 1")
+    return value
+
+
 def token_count(text: str) -> int:
     """A number of tokens: `1000000`, `100M`, `1.5B`."""
     scale = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)

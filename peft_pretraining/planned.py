@@ -1,7 +1,7 @@
 """Flags of older launch scripts that this code base understands but does not (or not yet) act on.
 
-They are parsed so that an old command is understood as a whole. None is ignored silently: a setting of a method that
-was not chosen is named in one warning as having no effect; a part that is not built, or is out of scope, is refused.
+They are parsed so that an old command is understood as a whole. None is ignored silently: what is not built, or is out
+of scope, is refused with the reason.
 """
 
 from __future__ import annotations
@@ -17,16 +17,6 @@ def _anything(text: str) -> str:
 
 _anything.value_is_optional = True
 
-METHOD_SETTINGS: dict[str, str] = {
-    name: owner
-    for owner, names in {
-        "golore": "rand_ratio",
-        "update rules other than adamw": "beta1 momentum dampening",
-    }.items()
-    for name in names.split()
-}
-"""Setting -> what reads it. Without effect unless that is chosen, which for now is refused by name."""
-
 REFUSED: dict[str, str] = {
     "from_json_data": "per-document streaming is not built yet; pre-tokenise and pass --dataset_path",
     "padding_data": "per-document streaming is not built yet; pre-tokenise and pass --dataset_path",
@@ -40,9 +30,6 @@ REFUSED: dict[str, str] = {
     "lora_scheduler": "the older scripts ignored it in pre-training",
     "log_details": "per-layer logging is not built yet",
     "compress": "gradient compression is not built yet",
-    "per_layer": "per-layer updates are not built yet",
-    "stagger_refresh": "staggered refreshes are not built yet",
-    "refresh_accumulation": "averaging gradients for the refresh is not built yet",
     "reduce_low_rank": "low-rank gradient reduction is not built yet",
     "reshard_after_forward": "FSDP2 is not built yet",
     "replicas": "FSDP2 is not built yet",
@@ -55,21 +42,19 @@ REFUSED: dict[str, str] = {
 ONE_VALUE: dict[str, tuple[str, str]] = {
     "use_hf_model": ("True", "the model is always transformers' LlamaForCausalLM"),
     "load_optimizer_state_on_resume": ("True", "for weights without optimizer state use --warmed_up_model"),
-    "svd_method": ("exact", "other SVD methods are not built yet"),
     "distributed_type": ("ddp", "FSDP2 is not built yet"),
 }
 """Flag -> the only value that is accepted (it is the behaviour anyway), and why no other is."""
 
 
 def planned_flags() -> list[Flag]:
-    flags = [Flag(name, _anything, f"setting of {owner} (planned)") for name, owner in METHOD_SETTINGS.items()]
-    flags += [Flag(name, _anything, f"refused: {why}") for name, why in REFUSED.items()]
+    flags = [Flag(name, _anything, f"refused: {why}") for name, why in REFUSED.items()]
     flags += [Flag(name, _anything, f"only {value}: {why}") for name, (value, why) in ONE_VALUE.items()]
     return flags
 
 
 def check_planned(given: dict[str, Given], problems: list[str]) -> None:
-    """Refuse what cannot be done; settings of methods that are not chosen are `cli`'s to warn about."""
+    """Refuse what cannot be done."""
     for name, why in REFUSED.items():
         if name in given and given[name].value not in _OFF:
             problems.append(f"--{given[name].spelling}: {why}")

@@ -6,7 +6,9 @@ Here, and only here, the older spellings (`--use_peft`, `--Golore`, `--relora`, 
 
 from __future__ import annotations
 
-from peft_pretraining.config import PROJECTION_TYPES
+from dataclasses import dataclass
+
+from peft_pretraining.config import PROJECTION_TYPES, SUBSPACE_DESCENT_TYPES
 from peft_pretraining.factor_config import FACTOR_METHODS
 from peft_pretraining.flags import Flag, Given, boolean
 from peft_pretraining.methods import METHODS, PLANNED
@@ -22,18 +24,21 @@ SELECTORS = [
 _PLAIN_RULES = ("adamw", "adam", "adamw8bit", "adam8bit", "adam_zero", "sgd", "adafactor", "lion")
 _PROJECTED_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _RANDOM_PROJECTED_RULES = ("adamw", "adamw8bit", "sgd")
-_SUBSPACE_DESCENT_TYPES = (
-    "random",
-    "continuous",
-    "continuous_adam8bit",
-    "continuous_lion",
-    "continuous_adafactor",
-    "continuous_sgd",
-)
 
 
-def choose(given: dict[str, Given], problems: list[str]) -> tuple[str, str]:
-    """The method's and the update rule's name. Contradicting selectors are a problem that names both."""
+@dataclass(frozen=True)
+class Selection:
+    """What the selectors of a command come to."""
+
+    method: str
+    rule: str
+    """The update rule."""
+    per_layer: bool
+    """`--optimizer` asks for updates in the backward pass."""
+
+
+def choose(given: dict[str, Given], problems: list[str]) -> Selection:
+    """Method and update rule. Contradicting selectors are a problem that names both."""
     optimizer = given["optimizer"].value.lower() if "optimizer" in given else "adamw"  # `Adam` in any capitals
     family, rule, per_layer = _split_optimizer(optimizer, problems)
     proj_type = given["proj_type"].value if "proj_type" in given else "std"
@@ -54,9 +59,11 @@ def choose(given: dict[str, Given], problems: list[str]) -> tuple[str, str]:
     elif rule not in METHODS[method].optimizers and rule in (*_PLAIN_RULES, *_PROJECTED_RULES):
         built = ", ".join(METHODS[method].optimizers)
         problems.append(f"--optimizer {optimizer}: update rule {rule} is not built yet for {method}; there is {built}")
-    if per_layer:
-        problems.append(f"--optimizer {optimizer}: per-layer updates are not built yet")
-    return method, rule
+    if "proj_type" in given and method in ("online_subspace_descent", "golore"):
+        kinds = SUBSPACE_DESCENT_TYPES if method == "online_subspace_descent" else PROJECTION_TYPES
+        if proj_type in (*PROJECTION_TYPES, *SUBSPACE_DESCENT_TYPES) and proj_type not in kinds:
+            problems.append(f"--proj_type {proj_type}: {method} has {', '.join(kinds)}")
+    return Selection(method, rule, per_layer)
 
 
 def _split_optimizer(optimizer: str, problems: list[str]) -> tuple[str, str, bool]:
@@ -82,7 +89,7 @@ def _split_optimizer(optimizer: str, problems: list[str]) -> tuple[str, str, boo
 
 
 def _check_proj_type(proj_type: str, problems: list[str]) -> None:
-    known = (*PROJECTION_TYPES, *_SUBSPACE_DESCENT_TYPES)
+    known = (*PROJECTION_TYPES, *SUBSPACE_DESCENT_TYPES)
     if proj_type not in known:
         problems.append(f"--proj_type must be one of {', '.join(known)}, got {proj_type!r}")
 
@@ -110,7 +117,7 @@ def _claims(
     if (is_set("use_peft") or is_set("use_lora")) and not any(method in FACTOR_METHODS for method, _ in claims):
         claims.append(("lora", "--use_peft" if is_set("use_peft") else "--use_lora"))
 
-    subspace_descent = proj_type in _SUBSPACE_DESCENT_TYPES
+    subspace_descent = proj_type in SUBSPACE_DESCENT_TYPES
     if family == "galore" and subspace_descent:
         claims.append(("online_subspace_descent", f"--optimizer {optimizer} --proj_type {proj_type}"))
     elif family:

@@ -110,13 +110,12 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     step = state.update_step
     torch.manual_seed(rng.derive_seed(run.config.run.seed, "update", step, group.rank))  # dropout
     lr = set_learning_rate(run, step)
-    extra = method.extra_batches(step)
+    method.before_forward(model, optimizer, step)
+    extra = method.extra_batches(model, optimizer, step)
     for _ in range(extra):
         forward_backward(run, next_micro_batches(run))
         method.observe_gradients(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
-
-    method.before_forward(model, optimizer, step)
     loss_sum, targets = forward_backward(run, micro_batches)
     totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
 

@@ -123,6 +123,26 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
         )
 
 
+def check_method(config: Config, problems: list[str], warnings: list[str]) -> None:
+    """Settings of the method against each other."""
+    method = config.method
+    options = METHODS[method.method].options if method.method in METHODS else ()
+    if method.proj_type.startswith("continuous") and "proj_type" in options and method.update_proj_gap == 0:
+        problems.append(
+            f"--update_proj_gap 0: must be positive with --proj_type {method.proj_type}, whose basis learns at 1 / gap"
+        )
+    if method.method == "golore" and method.rand_ratio > 1:
+        warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
+    if method.per_layer and "per_layer" in options:
+        if method.refresh_accumulation > 1:
+            problems.append(
+                f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "
+                "per-layer updates never hold: leave one of the two out"
+            )
+        if config.optimizer.clip_grad_norm > 0 and method.clip_norm == "full":
+            warnings.append("--clip_norm full: with per-layer updates every layer adds up its full gradient in float32")
+
+
 def check_resume_from(config: Config, facts: FileFacts, problems: list[str]) -> None:
     folder = config.run.resume_from
     if folder is None:

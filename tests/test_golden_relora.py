@@ -10,7 +10,7 @@ from torch import nn
 from peft_pretraining.config import Config
 from peft_pretraining.methods.relora import ReLoRA
 
-NUMBERS = load_file(Path(__file__).parent / "golden" / "adapter_public.safetensors")
+NUMBERS = load_file(Path(__file__).parent / "golden" / "relora.safetensors")
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 

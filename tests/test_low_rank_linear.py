@@ -99,19 +99,18 @@ def test_full_gradient(m, n, needs_input_gradient):
     layer.full_gradient = torch.zeros(m, n, dtype=torch.float64)
     for inputs, outputs in zip(x, dy, strict=True):  # micro-batches add up
         (layer(inputs) * outputs).sum().backward()
-    ours = [p.grad for p in (layer.lora_A, layer.lora_B, layer.bias)] + (
-        [x.grad.clone()] if needs_input_gradient else []
-    )
-    full, layer.full_gradient, x.grad = layer.full_gradient, None, None
+    ours = [p.grad for p in (layer.lora_A, layer.lora_B, layer.bias)]
+    input_gradient, full = x.grad, layer.full_gradient
+    layer.full_gradient, x.grad = None, None
     layer.zero_grad()
     for inputs, outputs in zip(x, dy, strict=True):
         (plain(inputs) * outputs).sum().backward()
     torch.testing.assert_close(full, plain.weight.grad)
     if needs_input_gradient:
-        torch.testing.assert_close(ours[-1], x.grad)
+        torch.testing.assert_close(input_gradient, x.grad)
     for inputs, outputs in zip(x.detach(), dy, strict=True):
         (layer(inputs) * outputs).sum().backward()
-    for parameter, gradient in zip((layer.lora_A, layer.lora_B, layer.bias), ours, strict=False):
+    for parameter, gradient in zip((layer.lora_A, layer.lora_B, layer.bias), ours, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     assert layer.weight.grad is None and not layer.weight.requires_grad
 

@@ -2,5 +2,6 @@
 
 from peft_pretraining.distributed.parallel import parallelize, synchronised_backward
 from peft_pretraining.distributed.process_group import ProcessGroup
+from peft_pretraining.distributed.sharded_optimizer import sharded_optimizer
 
-__all__ = ["ProcessGroup", "parallelize", "synchronised_backward"]
+__all__ = ["ProcessGroup", "parallelize", "sharded_optimizer", "synchronised_backward"]

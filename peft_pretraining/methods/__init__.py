@@ -27,7 +27,12 @@ class MethodEntry:
     """Defaults of this method that differ from `config.py`."""
 
 
-_PROJECTION = ("rank", "scale", "update_proj_gap", "proj_type", "target_modules", "clip_norm")
+_PROJECTION = (
+    *("rank", "scale", "update_proj_gap", "proj_type", "target_modules", "clip_norm"),
+    *("svd_method", "stagger_refresh", "refresh_accumulation", "per_layer"),
+)
+_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
+_GALORE_EPS = {"adam_eps": 1e-6}
 
 _FACTORS = ("rank", "target_modules", "lora_dropout", "lora_plus_ratio", "dense_lr_ratio", "check_rank_sync")
 _FROZEN = ("lora_alpha", "train_scaling", "force_keep_original", "lora_only", "quantize", "use_double_quant")
@@ -40,8 +45,15 @@ _SWITCHING = (
 )
 
 METHODS: dict[str, MethodEntry] = {
-    "full_rank": MethodEntry("peft_pretraining.methods.full_rank:FullRank"),
-    "galore": MethodEntry("peft_pretraining.methods.galore:GaLore", _PROJECTION, defaults={"adam_eps": 1e-6}),
+    "full_rank": MethodEntry("peft_pretraining.methods.full_rank:FullRank", optimizers=(*_RULES, "adam_zero")),
+    "galore": MethodEntry("peft_pretraining.methods.galore:GaLore", _PROJECTION, _RULES, _GALORE_EPS),
+    "golore": MethodEntry("peft_pretraining.methods.golore:GoLore", (*_PROJECTION, "rand_ratio"), _RULES, _GALORE_EPS),
+    "online_subspace_descent": MethodEntry(
+        "peft_pretraining.methods.online_subspace_descent:OnlineSubspaceDescent",
+        _PROJECTION,
+        _RULES,
+        {**_GALORE_EPS, "proj_type": "continuous"},
+    ),
     "lora": MethodEntry(
         "peft_pretraining.methods.lora:LoRA",
         (*_FACTORS, *_FROZEN, "init_lora_type", "zero_init_B", "force_disable_candidates"),
@@ -52,7 +64,18 @@ METHODS: dict[str, MethodEntry] = {
     "switchlora": MethodEntry("peft_pretraining.methods.switchlora:SwitchLoRA", (*_FACTORS, *_SWITCHING)),
 }
 
-PLANNED = ("golore", "golore_adapter", "online_subspace_descent")
+_ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
+RULE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "adamw": _ADAM,
+    "adamw8bit": _ADAM,
+    "adam_zero": _ADAM,
+    "adafactor": ("beta1",),
+    "lion": (),
+    "sgd": ("beta1", "momentum", "dampening"),
+}
+"""Settings that an update rule reads, of those that belong to update rules."""
+
+PLANNED = ("golore_adapter",)
 """Methods whose flags are understood but which are not built yet."""
 
 

@@ -38,7 +38,7 @@ class TrainingMethod:
     def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
         """Everything is built and restored. `reduce` averages a tensor over the ranks, in place."""
 
-    def extra_batches(self, step: int) -> int:
+    def extra_batches(self, model: nn.Module, optimizer: Optimizer, step: int) -> int:
         """Further total batches whose gradients `observe_gradients` should see before update `step`."""
         return 0
 
@@ -46,7 +46,7 @@ class TrainingMethod:
         """The gradients of an extra batch are complete and reduced; they are dropped afterwards."""
 
     def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-        """Before the first micro-batch of update `step`, also of one that is skipped later."""
+        """Before the first forward pass of update `step`, also of one that is skipped later."""
 
     def before_micro_batch(self, model: nn.Module, optimizer: Optimizer, index: int, count: int) -> None:
         """Before the forward pass of micro-batch `index` of `count`."""

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from peft_pretraining import rng
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.methods.full_rank import create_adam_state
 from peft_pretraining.methods.rank_sync import assert_equal_on_all_ranks
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict, wrap_linears
 from peft_pretraining.nn.initialization import draw_factors, draw_factors_alone
-from peft_pretraining.optim.torch_adamw import adamw_with_state
 
 
 class FactorMethod(TrainingMethod):
@@ -74,12 +74,15 @@ class FactorMethod(TrainingMethod):
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         settings = self.config.optimizer
-        return adamw_with_state(
+        optimizer = AdamW(
             self.parameter_groups(model),
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_eps,
             weight_decay=settings.weight_decay,
+            fused=True,
         )
+        create_adam_state(optimizer)
+        return optimizer
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
         self._reduce = reduce

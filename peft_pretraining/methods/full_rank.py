@@ -1,4 +1,4 @@
-"""Full-rank training with torch's AdamW: the baseline."""
+"""Full-rank training: the baseline. AdamW is torch's; the other update rules are those of the projected optimizer."""
 
 from __future__ import annotations
 
@@ -6,25 +6,46 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from peft_pretraining.distributed import sharded_optimizer
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.optim.update_rules import AdamW8bit
 
 
 class FullRank(TrainingMethod):
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         settings = self.config.optimizer
-        optimizer = AdamW(
-            model.parameters(),
-            lr=settings.lr,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        # torch creates this at the first step; a checkpoint needs tensors to load into before that.
-        for param in model.parameters():
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        if settings.optimizer not in ("adamw", "adam_zero"):
+            return LowRankOptimizer(
+                model.named_parameters(),
+                rule=AdamW8bit(torch_epsilon=True) if settings.optimizer == "adamw8bit" else settings.optimizer,
+                lr=settings.lr,
+                betas=None if settings.optimizer == "lion" else betas,
+                eps=settings.adam_eps,
+                beta1=settings.beta1,
+                momentum=settings.momentum,
+                dampening=settings.dampening,
+                weight_decay=settings.weight_decay,
+            )
+        arguments = {
+            **{"lr": settings.lr, "betas": betas, "eps": settings.adam_eps},
+            **{"weight_decay": settings.weight_decay, "fused": True},
+        }
+        if settings.optimizer == "adam_zero":
+            optimizer = sharded_optimizer(model.parameters(), AdamW, arguments)
+        else:
+            optimizer = AdamW(model.parameters(), **arguments)
+        create_adam_state(optimizer)
+        return optimizer
+
+
+def create_adam_state(optimizer: Optimizer) -> None:
+    """torch creates this at the first step; a checkpoint needs tensors to load into before that."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
             optimizer.state[param] = {
                 "step": torch.zeros((), dtype=torch.float32, device=param.device),
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
-        return optimizer

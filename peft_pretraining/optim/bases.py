@@ -1,7 +1,10 @@
-"""Basis rules: the low-rank subspace in which a weight's gradient is seen.
+"""Basis rules: where the subspaces come from in which gradients are seen, and when they change.
 
-A weight W (m, n) is projected from the left by a basis P (m, r), R = Pᵀ G (r, n), from the right by Q (r, n),
-R = G Qᵀ (m, r), or from both, R = Pᵀ G Qᵀ (r, r). Bases are orthonormal.
+| `proj_type` | rule |
+|---|---|
+| `std reverse_std left right full` | `SVDBasis` (GaLore), or with a `rand_ratio` `SVDThenRandom` (GoLore) |
+| `random` | `GaussianBasis` (Online Subspace Descent's ablation) |
+| `continuous*` | `OnlinePCA` (Online Subspace Descent) |
 """
 
 from __future__ import annotations
@@ -12,102 +15,206 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEFT, RIGHT = "left_basis", "right_basis"
-"""Keys of P (m, r) and Q (r, n) in a parameter's optimizer state."""
+from peft_pretraining import rng
+from peft_pretraining.optim.projection import LEFT, RIGHT, SIDES, Bases, Projection
+from peft_pretraining.optim.svd import SVD_METHODS, random_stiefel, top_singular_vectors, with_signs
+from peft_pretraining.optim.update_rules import SGD, Adafactor, AdamW, AdamW8bit, Lion, UpdateRule
 
-Bases = dict[str, Tensor]
+BASIS_OPTIMIZERS: dict[str, tuple[type[UpdateRule], dict[str, Any]]] = {
+    "continuous": (AdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}),
+    "continuous_adam8bit": (AdamW8bit, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}),
+    "continuous_lion": (Lion, {"betas": (0.9, 0.99), "weight_decay": 0.0}),
+    "continuous_adafactor": (Adafactor, {"beta1": None, "weight_decay": 0.0}),
+    "continuous_sgd": (SGD, {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}),
+}
+"""Update rule and settings of the basis optimizers of Online Subspace Descent, by `proj_type`."""
 
-
-def projected_sides(proj_type: str, shape: torch.Size) -> tuple[str, ...]:
-    """Which bases a weight of this shape has. Decided once from the weight's shape, never from that of R.
-
-    `std` (GaLore, arXiv 2403.03507, section 3.3) projects the shorter side away from the moments: right if m >= n.
-    """
-    tall = shape[0] >= shape[1]
-    sides = {
-        "std": (RIGHT,) if tall else (LEFT,),
-        "reverse_std": (LEFT,) if tall else (RIGHT,),
-        "left": (LEFT,),
-        "right": (RIGHT,),
-        "full": (LEFT, RIGHT),
-    }
-    if proj_type not in sides:
-        raise ValueError(f"proj_type must be one of {', '.join(sides)}, got {proj_type!r}")
-    return sides[proj_type]
+PROJECTION_TYPES = (*SIDES, "random", *BASIS_OPTIMIZERS)
 
 
 @dataclass(frozen=True)
-class SVDBasis:
-    """GaLore's rule: the top singular vectors of the current gradient (arXiv 2403.03507, algorithm 2)."""
+class Refresh:
+    """One refresh of one parameter's basis."""
 
-    sides: tuple[str, ...]
-    rank: int
+    step: int
+    """0-based update."""
+    number: int
+    """How many refreshes this parameter has had before."""
+    seed: int
+    name: str
+    """The parameter's."""
 
-    @classmethod
-    def for_weight(cls, proj_type: str, rank: int, shape: torch.Size) -> SVDBasis:
-        return cls(projected_sides(proj_type, shape), min(rank, *shape))
+    def generator(self, purpose: str) -> torch.Generator:
+        """A pure function of (seed, parameter's name, refresh number), and so the same on every rank."""
+        return rng.generator(self.seed, f"{purpose} of {self.name}", step=self.number)
+
+
+class BasisRule:
+    """Makes the bases of one projection. Bases are orthonormal unless the rule says otherwise."""
+
+    carries_momentum = False
+    """Whether the first moment moves into a new basis, or its coordinates are simply read in the new one."""
+    refreshes = True
+    """Whether bases are made anew at every `update_proj_gap`, after the first."""
+
+    def __init__(self, projection: Projection, svd_method: str = "gram"):
+        self.projection = projection
+        self.svd_method = svd_method
 
     def init_state(self, state: dict[str, Any], param: Tensor) -> None:
-        """Zero bases, to be filled by the first refresh, and zeros in the shape of R for whoever needs it."""
-        m, n = param.shape
-        if LEFT in self.sides:
-            state[LEFT] = param.new_zeros(m, self.rank)
-        if RIGHT in self.sides:
-            state[RIGHT] = param.new_zeros(self.rank, n)
+        """Create the rule's own tensors."""
 
-    def bases(self, state: dict[str, Any]) -> Bases:
-        """The stored bases themselves."""
-        return {side: state[side] for side in self.sides}
+    def reads_gradient(self, step: int) -> bool:
+        """Whether a refresh at this update depends on the gradient."""
+        return True
 
-    def low_rank_shape(self, shape: torch.Size) -> tuple[int, int]:
-        m, n = shape
-        return (self.rank if LEFT in self.sides else m, self.rank if RIGHT in self.sides else n)
+    def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
+        """New bases for a finite `grad` (m, n), in float32 or float64; nothing is stored. Raises `LinAlgError`."""
+        raise NotImplementedError
 
-    def refreshed(self, old: Bases, grad: Tensor, first: bool) -> Bases:
-        """New bases for a finite `grad` (m, n), in its dtype; nothing is stored.
+    def advance(
+        self, state: dict[str, Any], grad: Tensor, low_rank_grad: Tensor, scaled_by: Tensor | float, lr: float
+    ) -> None:
+        """After the weight has moved, without a refresh. `low_rank_grad` is R of `grad`, times `scaled_by`."""
 
-        Signs of singular vectors are arbitrary, but the moments outlive a refresh, so each vector is turned towards the
-        old one of the same index. The first ones get a positive largest entry. So runs agree across ranks and devices.
-        """
-        left, right = _top_singular_vectors(grad, self.rank)  # (m, r), (r, n)
+
+class SVDBasis(BasisRule):
+    """GaLore's rule: the top singular vectors of the current gradient (arXiv 2403.03507, algorithm 2)."""
+
+    def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
+        start = old if refresh.number else {}
+        sides, rank = self.projection.sides, self.projection.rank
+        sketch = refresh.generator("sketch")
+        new = top_singular_vectors(grad, rank, sides, self.svd_method, start, sketch)
+        return {side: with_signs(new[side], start.get(side), dim=0 if side == LEFT else 1) for side in sides}
+
+
+class RandomBasis(BasisRule):
+    """GoLore's rule: bases uniform on the Stiefel manifold, independent of the gradient (arXiv 2410.11289)."""
+
+    carries_momentum = True
+
+    def reads_gradient(self, step: int) -> bool:
+        return False
+
+    def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
+        m, n = grad.shape
         new: Bases = {}
-        if LEFT in self.sides:
-            new[LEFT] = _with_signs(left, None if first else old[LEFT], dim=0).to(grad.dtype)
-        if RIGHT in self.sides:
-            new[RIGHT] = _with_signs(right, None if first else old[RIGHT], dim=1).to(grad.dtype)
+        for side in self.projection.sides:
+            drawn = random_stiefel(
+                m if side == LEFT else n, self.projection.rank, refresh.generator(f"random {side}"), grad.device
+            )
+            new[side] = drawn if side == LEFT else drawn.T
         return new
 
-    def down(self, bases: Bases, grad: Tensor) -> Tensor:
-        """Project: (m, n) -> the shape of R."""
-        if LEFT in bases:
-            grad = bases[LEFT].T @ grad
-        return grad @ bases[RIGHT].T if RIGHT in bases else grad
 
-    def add_back(self, param: Tensor, bases: Bases, update: Tensor, factor: float) -> None:
-        """param += factor * (update projected back), without forming the full-size update where one product does."""
-        if LEFT in bases and RIGHT in bases:
-            param.addmm_(bases[LEFT] @ update, bases[RIGHT], alpha=factor)
-        elif LEFT in bases:
-            param.addmm_(bases[LEFT], update, alpha=factor)
-        else:
-            param.addmm_(update, bases[RIGHT], alpha=factor)
+class SVDThenRandom(BasisRule):
+    """GoLore: SVD at first, random from the update t on with t / num_training_steps >= rand_ratio (algorithm 1)."""
 
+    carries_momentum = True
 
-def _top_singular_vectors(grad: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (m, r) and Vᵀ (r, n), in float64 for a float64 gradient and in float32 otherwise (bf16 has no SVD)."""
-    matrix = grad if grad.dtype == torch.float64 else grad.float()
-    try:
-        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # a device's routine may fail to converge where LAPACK in float64 does not
-        u, _, vt = torch.linalg.svd(matrix.cpu().double(), full_matrices=False)
-        u, vt = u.to(matrix), vt.to(matrix)
-    return u[:, :rank], vt[:rank]
+    def __init__(self, projection: Projection, svd_method: str, rand_ratio: float, num_training_steps: int):
+        super().__init__(projection, svd_method)
+        self.rand_ratio, self.num_training_steps = rand_ratio, num_training_steps
+        self._svd, self._random = SVDBasis(projection, svd_method), RandomBasis(projection)
+
+    def reads_gradient(self, step: int) -> bool:
+        # A ratio beyond 1 means never random, also in updates after the schedule's end.
+        return self.rand_ratio > 1 or step / self.num_training_steps < self.rand_ratio
+
+    def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
+        rule = self._svd if self.reads_gradient(refresh.step) else self._random
+        return rule.refreshed(old, grad, refresh)
 
 
-def _with_signs(vectors: Tensor, old: Tensor | None, dim: int) -> Tensor:
-    """Turn each vector (along `dim`) towards the old one; without an old one make its largest entry positive."""
-    if old is None:
-        score = vectors.gather(dim, vectors.abs().argmax(dim, keepdim=True))
-    else:
-        score = (vectors * old.to(vectors.dtype)).sum(dim, keepdim=True)
-    return torch.where(score < 0, -vectors, vectors)
+class GaussianBasis(SVDBasis):
+    """The top singular vectors of a fresh Gaussian matrix of the gradient's shape: the ablation `random` of Online
+    Subspace Descent (arXiv 2408.12857). A random subspace, but, as in GaLore, the moments stay as they are."""
+
+    def reads_gradient(self, step: int) -> bool:
+        return False
+
+    def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
+        noise = torch.randn(grad.shape, generator=refresh.generator("gaussian matrix"), dtype=torch.float32)
+        return super().refreshed(old, noise.to(grad.device), refresh)
+
+
+class OnlinePCA(SVDBasis):
+    """Online Subspace Descent (arXiv 2408.12857, algorithm 1): the basis is a parameter with an optimizer of its own.
+
+    It starts from an SVD, and after every later update takes a step on the reconstruction loss ‖Ĝ QᵀQ - Ĝ‖² with
+    Ĝ = G / ‖G‖, at 1 / update_proj_gap times the weights' schedule. It is never orthonormalised again.
+    """
+
+    refreshes = False
+
+    def __init__(self, projection: Projection, svd_method: str, proj_type: str):
+        super().__init__(projection, svd_method)
+        rule, self._settings = BASIS_OPTIMIZERS[proj_type]
+        self._rule = rule(torch_epsilon=True) if rule in (AdamW, AdamW8bit) else rule()
+        (self._side,) = projection.sides
+
+    def init_state(self, state: dict[str, Any], param: Tensor) -> None:
+        state["basis_step"] = torch.zeros((), dtype=torch.int64)
+        own: dict[str, Any] = {}
+        self._rule.init_state(own, state[self._side], self._settings)
+        state.update({f"basis_{key}": value for key, value in own.items()})
+
+    def advance(
+        self, state: dict[str, Any], grad: Tensor, low_rank_grad: Tensor, scaled_by: Tensor | float, lr: float
+    ) -> None:
+        basis, settings = state[self._side], {**self._settings, "lr": lr}
+        own = {key.removeprefix("basis_"): value for key, value in state.items() if key.startswith("basis_")}
+        own["step"] += 1
+        gradient = reconstruction_gradient(self._side, basis, grad, low_rank_grad).div_(scaled_by)  # linear in R
+        direction, factor = self._rule.direction(own, gradient, settings)
+        if settings["weight_decay"]:
+            basis.mul_(1 - lr * settings["weight_decay"])  # before the step, as torch's AdamW
+        basis.add_(self._rule.finish(direction), alpha=-factor)
+
+
+def reconstruction_gradient(side: str, basis: Tensor, grad: Tensor, low_rank_grad: Tensor) -> Tensor:
+    """∇L of the loss L(Q) = ‖Ĝ QᵀQ - Ĝ‖² with Ĝ = G / ‖G‖, in the shape of the basis (left: L(P) = ‖P PᵀĜ - Ĝ‖²).
+
+    `low_rank_grad` is R = G Qᵀ (m, r) or Pᵀ G (r, n) for the same G. With E = R Q - G and T = RᵀG the definition,
+    2 (Q Eᵀ G + Q Gᵀ E), becomes 2 [(QQᵀ - 2 I) T + (T Qᵀ) Q]: one product with G and four with r x r factors, and
+    nothing of the size m x m or n x n.
+    """
+    flat = grad.reshape(-1)
+    square = torch.dot(flat, flat).double()  # a single pass, where a norm takes two
+    factor = torch.where(square > 0, 2 / square, 0)  # a zero gradient has no direction: the basis stays
+    if side == RIGHT:
+        cross = low_rank_grad.T @ grad  # (r, m) @ (m, n) -> (r, n)
+        inner = basis @ basis.T  # (r, r)
+        inner.diagonal().sub_(2)
+        return (inner @ cross).addmm_(cross @ basis.T, basis).mul_(factor)
+    cross = grad @ low_rank_grad.T  # (m, n) @ (n, r) -> (m, r)
+    inner = basis.T @ basis  # (r, r)
+    inner.diagonal().sub_(2)
+    return (cross @ inner).addmm_(basis, basis.T @ cross).mul_(factor)
+
+
+def basis_rule(group: dict[str, Any], shape: torch.Size) -> BasisRule:
+    """The rule that a parameter group asks for. Raises `ValueError` for settings that contradict each other."""
+    proj_type, rand_ratio = group["proj_type"], group["rand_ratio"]
+    if proj_type not in PROJECTION_TYPES:
+        raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}, got {proj_type!r}")
+    if group["svd_method"] not in SVD_METHODS:
+        raise ValueError(f"svd_method must be one of {', '.join(SVD_METHODS)}, got {group['svd_method']!r}")
+    if group["rank"] < 1 or group["update_proj_gap"] < 0:
+        raise ValueError(f"rank must be at least 1, got {group['rank']}; "
+                         f"update_proj_gap at least 0, got {group['update_proj_gap']}")  # fmt: skip
+    projection = Projection.for_weight(proj_type if proj_type in SIDES else "std", group["rank"], shape)
+    if rand_ratio is not None and proj_type not in SIDES:
+        raise ValueError(f"rand_ratio (GoLore) goes with proj_type {', '.join(SIDES)}, got {proj_type!r}")
+    if rand_ratio is not None:
+        if group["num_training_steps"] is None and 0 < rand_ratio <= 1:
+            raise ValueError(f"rand_ratio {rand_ratio} needs num_training_steps in the same group")
+        return SVDThenRandom(projection, group["svd_method"], rand_ratio, group["num_training_steps"] or 1)
+    if proj_type == "random":
+        return GaussianBasis(projection, group["svd_method"])
+    if proj_type in BASIS_OPTIMIZERS:
+        if group["update_proj_gap"] == 0:
+            raise ValueError(f"update_proj_gap must not be 0 with {proj_type}: the basis learns at a rate of 1 / gap")
+        return OnlinePCA(projection, group["svd_method"], proj_type)
+    return SVDBasis(projection, group["svd_method"])

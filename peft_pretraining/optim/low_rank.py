@@ -1,25 +1,28 @@
-"""The one optimizer for projected gradients: a basis rule and an update rule, combined."""
+"""The one optimizer for projected gradients: basis rules and an update rule, combined."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_pretraining.optim.bases import Bases, SVDBasis
-from peft_pretraining.optim.update_rules import UPDATE_RULES
+from peft_pretraining.optim.bases import basis_rule
+from peft_pretraining.optim.projection import Projection
+from peft_pretraining.optim.subspace import Projected, Subspace, counter
+from peft_pretraining.optim.update_rules import UPDATE_RULES, UpdateRule
 
+log = logging.getLogger("peft_pretraining")
 
-@dataclass
-class _Staged:
-    """A projected gradient waiting for `step`, and the bases it was projected with if they are new."""
+_COUNTERS = ("step", "last_refresh", "refreshes", "basis_step")
+"""State that stays on the CPU, int64: updates, step of the last refresh (-1: none), refreshes, steps of the basis."""
 
-    low_rank_grad: Tensor
-    new_bases: Bases | None
-    at_step: int
+_GROUP_DEFAULTS = {
+    **{"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"},
+    **{"rand_ratio": None, "num_training_steps": None, "stagger_refresh": False},
+}
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
@@ -30,83 +33,136 @@ class LowRankOptimizer(torch.optim.Optimizer):
                                  "proj_type": "std"}], rule="adamw", lr=0.01, weight_decay=0.01)
 
     A group with a `rank` is projected; its parameters must be matrices. `update_proj_gap` counts updates between two
-    refreshes of the basis (0 keeps the first), `scale` multiplies the projected update. Source: GaLore,
-    arXiv 2403.03507, algorithm 2.
+    refreshes of the basis (0 keeps the first), `scale` multiplies the projected update, `proj_type` is one of
+    `bases.PROJECTION_TYPES`. `rand_ratio` (with `num_training_steps`) makes it GoLore, and `stagger_refresh` spreads
+    the refreshes of a group's weights over the gap. Sources: GaLore, arXiv 2403.03507, algorithm 2; GoLore, arXiv
+    2410.11289; Online Subspace Descent, arXiv 2408.12857.
+
+    `rule` is one of adamw, adamw8bit, adafactor, lion, sgd, for projected and other parameters alike. `betas` belong to
+    AdamW (0.9, 0.999) and Lion (0.9, 0.99), `eps` to AdamW (added before the bias correction), `beta1` to Adafactor,
+    `momentum` and `dampening` to SGD. `svd_method` is gram, exact or randomized. Random bases are functions of (seed,
+    parameter's name, refresh number): pass named parameters, or the names are positions.
 
     A step has two parts. `project_gradients` refreshes the bases that are due and projects, but commits nothing:
     clipping can look at the projected gradients, and an update that is skipped leaves no trace and the refresh
-    pending. `step` commits the bases and moves the weights; it projects what was not projected before, so calling it
-    alone is enough.
+    pending. `step` commits the bases and moves the weights; called alone it does both.
 
-    `update_step` is the training loop's 0-based update number, by which refreshes fall due. It may be left at None:
-    then each parameter counts its own updates.
+    `begin_update` tells the training loop's 0-based update number, by which refreshes fall due, and leaves it to the
+    loop to skip updates with gradients that are not finite. Without it each parameter counts its own updates, and
+    `step` skips such an update itself, with a warning.
     """
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Any,
         *,
-        rule: str = "adamw",
+        rule: str | UpdateRule = "adamw",
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-6,
+        beta1: float | None = None,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
         weight_decay: float = 0.0,
+        svd_method: str = "gram",
+        seed: int = 0,
     ):
-        if rule not in UPDATE_RULES:
+        if isinstance(rule, str) and rule not in UPDATE_RULES:
             raise ValueError(f"rule must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
-        self._rule = UPDATE_RULES[rule]()
-        self._bases: dict[Tensor, SVDBasis] = {}
-        self._staged: dict[Tensor, _Staged] = {}
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        self.rule: UpdateRule = UPDATE_RULES[rule]() if isinstance(rule, str) else rule
         self.update_step: int | None = None
-        defaults = {
-            **{"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            **{"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"},
-        }
-        super().__init__(params, defaults)
+        self.subspaces: dict[Tensor, Subspace] = {}
+        self.refresh_metrics: dict[str, list[Tensor]] = {}
+        """Of the last update's refreshes, one number per weight: captured energy, overlap with the basis before."""
+        self._peers: list[Subspace] = []
+        self._projected: dict[Tensor, Projected] = {}
+        self._scaled_by: Tensor | float = 1.0
+        own = {"lr": lr, "betas": betas, "eps": eps, "beta1": beta1, "momentum": momentum, "dampening": dampening}
+        shared = {"weight_decay": weight_decay, "svd_method": svd_method, "seed": seed}
+        super().__init__(params, {**own, **shared, **_GROUP_DEFAULTS})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and create its state at once: a checkpoint loads into tensors that exist."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for param in group["params"]:
-            state = self.state[param]
-            state["step"] = torch.zeros((), dtype=torch.int64)
-            like = param
-            if group["rank"] is not None:
-                if param.ndim != 2:
-                    raise ValueError(f"a projected parameter must be a matrix, got shape {tuple(param.shape)}")
-                basis = SVDBasis.for_weight(group["proj_type"], group["rank"], param.shape)
-                basis.init_state(state, param)
-                state["last_refresh"] = torch.full((), -1, dtype=torch.int64)
-                self._bases[param] = basis
-                like = param.new_empty(basis.low_rank_shape(param.shape))
-            self._rule.init_state(state, like.detach())
+        try:
+            # Online Subspace Descent's base rate, where no scheduler keeps an `initial_lr`.
+            group.setdefault("first_lr", group["lr"])
+            names = group.get("param_names") or [
+                f"{len(self.param_groups) - 1}.{i}" for i in range(len(group["params"]))
+            ]
+            for param, name in zip(group["params"], names, strict=True):
+                self._init_param(param, name, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _init_param(self, param: Tensor, name: str, group: dict[str, Any]) -> None:
+        state: dict[str, Any] = {"step": counter(0)}
+        like = param.detach()
+        if group["rank"] is not None:
+            if param.ndim != 2:
+                raise ValueError(f"a projected parameter must be a matrix, got {name} of shape {tuple(param.shape)}")
+            rule = basis_rule(group, param.shape)
+            self.subspaces[param] = Subspace(rule, name, self._peers)
+            self.subspaces[param].init_state(state, like)
+            like = like.new_empty(rule.projection.low_rank_shape(param.shape))
+        self.rule.init_state(state, like, group)
+        self.state[param] = state
+
+    def begin_update(self, step: int) -> None:
+        """Take `step` as the 0-based number of the update, and drop what a skipped one may have left."""
+        self.update_step = step
+        self.refresh_metrics = {}
+        self._forget()
+
+    def step_of(self, param: Tensor) -> int:
+        """The 0-based update that a parameter is at."""
+        return int(self.state[param]["step"]) if self.update_step is None else self.update_step
+
+    def some_refresh_reads_gradients(self) -> bool:
+        """Whether some basis will be taken from this update's gradient."""
+        return any(
+            self.subspaces[param].refresh_reads_gradient(self.state[param], group, self.step_of(param))
+            for group in self.param_groups
+            for param in group["params"]
+            if param in self.subspaces
+        )
+
+    @torch.no_grad()
+    def observe_gradients(self) -> None:
+        """Let refreshes that are due see these gradients, too: their SVD is of the mean over all that were observed and
+        the update's own (large-batch GaLore, arXiv 2410.11289, section 5). The update itself does not see them."""
+        for param, group in self._with_gradients():
+            subspace = self.subspaces.get(param)
+            if subspace and subspace.refresh_reads_gradient(self.state[param], group, self.step_of(param)):
+                subspace.observe(param.grad)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Project every gradient that is not projected yet, refreshing bases that are due. Nothing is committed.
-
-        A gradient with a NaN or an infinity never reaches the SVD, which would not return: it is projected with the old
-        basis, stays non-finite, and its refresh stays due.
-        """
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in self._bases and param.grad is not None and param not in self._staged:
-                    self._staged[param] = self._project(param, group)
-
-    def _project(self, param: Tensor, group: dict[str, Any]) -> _Staged:
-        state, basis = self.state[param], self._bases[param]
-        step = int(state["step"]) if self.update_step is None else self.update_step
-        bases, new = basis.bases(state), None
-        if _refresh_is_due(step, int(state["last_refresh"]), group["update_proj_gap"]) and param.grad.isfinite().all():
-            bases = new = basis.refreshed(bases, param.grad, first=int(state["last_refresh"]) < 0)
-        return _Staged(basis.down(bases, param.grad), new, step)
+        """Project every gradient that is not projected yet, refreshing bases that are due. Nothing is committed."""
+        for param, group in self._with_gradients():
+            if param in self.subspaces and param not in self._projected:
+                self._projected[param] = self.subspaces[param].project(
+                    self.state[param], param.grad, group, self.step_of(param)
+                )
 
     def gradients(self) -> list[Tensor]:
-        """The gradients as this optimizer sees them, for norms and scaling in place: R of the projected weights, the
-        full gradient of the others. Call `project_gradients` first."""
-        params = (param for group in self.param_groups for param in group["params"] if param.grad is not None)
-        return [self._staged[param].low_rank_grad if param in self._bases else param.grad for param in params]
+        """The gradients as this optimizer sees them, for norms: R of the projected weights, the full gradient of the
+        others. Call `project_gradients` first."""
+        return [
+            self._projected[param].low_rank_grad if param in self.subspaces else param.grad
+            for param, _ in self._with_gradients()
+        ]
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply `gradients()` by a scalar, in place."""
+        if gradients := self.gradients():
+            torch._foreach_mul_(gradients, factor)
+        self._scaled_by = self._scaled_by * factor
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -115,50 +171,83 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.update_step is None:
+            self.refresh_metrics = {}
         self.project_gradients()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
-        self._staged.clear()
+        if self.update_step is not None or self._gradients_are_finite():
+            for param, group in self._with_gradients():
+                self.update(param, param.grad, group, self._projected.get(param), self._scaled_by)
+        self._forget()
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
+    def _gradients_are_finite(self) -> bool:
+        gradients = self.gradients()
+        if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            return True
+        log.warning("skipped an update: a gradient is not finite")
+        return False
+
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        projected: Projected | None,
+        scaled_by: Tensor | float = 1.0,
+    ) -> None:
+        """Move one parameter. `projected` is its gradient after `project` and whatever scaling (`scaled_by`) since, or
+        None for a parameter without a projection; `grad` (m, n) is the full gradient, which only online PCA reads."""
+        state, rate, step = self.state[param], float(group["lr"]), self.step_of(param)
         state["step"] += 1
-        if param in self._bases:
-            basis, staged = self._bases[param], self._staged[param]
-            bases = basis.bases(state)
-            if staged.new_bases is not None:
-                for side, new in staged.new_bases.items():
-                    bases[side].copy_(new)
-                state["last_refresh"].fill_(staged.at_step)
-            direction, factor = self._rule.direction(state, staged.low_rank_grad, group)
-            basis.add_back(param, bases, direction, -factor * group["scale"])
+        subspace = self.subspaces.get(param)
+        if subspace:
+            subspace.commit(state, projected, step, self.rule, self.refresh_metrics)
+        projection = subspace.rule.projection if subspace else Projection()
+        bases = projection.bases(state)
+        direction, factor = self.rule.direction(state, projected.low_rank_grad if projected else grad, group)
+        if group["weight_decay"] and self.rule.decays_first:
+            param.mul_(1 - rate * group["weight_decay"])
+        if self.rule.acts_in_full_space:
+            param.add_(self.rule.finish(projection.up(bases, direction)), alpha=-factor)  # a sign: scale cannot matter
         else:
-            direction, factor = self._rule.direction(state, param.grad, group)
-            param.add_(direction, alpha=-factor)
-        if group["weight_decay"]:
-            param.mul_(1 - group["lr"] * group["weight_decay"])  # after the update, and not scaled
+            projection.add_back(param, bases, direction, -factor * (group["scale"] if subspace else 1.0))
+        if subspace and not subspace.rule.refreshes and projected.new_bases is None and not projected.failed:
+            base_rate = group.get("initial_lr", group["first_lr"])
+            basis_rate = rate / base_rate / group["update_proj_gap"] if base_rate else 0.0
+            subspace.rule.advance(state, grad.to(param.dtype), projected.low_rank_grad, scaled_by, basis_rate)
+        if group["weight_decay"] and not self.rule.decays_first:
+            param.mul_(1 - rate * group["weight_decay"])  # after the update, and not scaled
+
+    def _with_gradients(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((p, group) for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    def _forget(self) -> None:
+        self._projected.clear()
+        self._scaled_by = 1.0
+        for subspace in self._peers:
+            subspace.forget_observed()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, projected ones included: a refresh that was not committed stays due."""
-        self._staged.clear()
+        """Drop the gradients, projected ones included: a refresh that was not committed stays due. What was observed
+        for this update stays, too."""
+        self._projected.clear()
+        self._scaled_by = 1.0
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps its dtype: torch would cast integers, too, to the parameter's."""
-        dtypes = {param: {key: value.dtype for key, value in state.items()} for param, state in self.state.items()}
+        """As torch's, but every tensor keeps its dtype: torch would cast integers, too, to the parameter's. Raises
+        `ValueError` for the state of another rank, projection or rule."""
+        like = {param: dict(state) for param, state in self.state.items()}
         super().load_state_dict(state_dict)
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, param in zip(saved_group["params"], group["params"], strict=True):
-                for key, saved in state_dict["state"][index].items():
-                    device = "cpu" if key in ("step", "last_refresh") else param.device
-                    self.state[param][key] = saved.detach().clone().to(device, dtypes[param].get(key, saved.dtype))
+                saved = state_dict["state"].get(index, {})
+                if (found := _shapes(saved)) != (expected := _shapes(like[param])):
+                    raise ValueError(f"state of another rank, proj_type or rule: {found} instead of {expected}")
+                for key, value in saved.items():
+                    device = "cpu" if key in _COUNTERS else param.device
+                    self.state[param][key] = value.detach().clone().to(device, like[param][key].dtype)
 
 
-def _refresh_is_due(step: int, last_refresh: int, gap: int) -> bool:
-    """At every multiple of the gap, or at the first update after one at which the refresh could not be made."""
-    if last_refresh < 0:
-        return True
-    return gap > 0 and step // gap > last_refresh // gap
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}

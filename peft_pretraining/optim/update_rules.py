@@ -1,40 +1,227 @@
 """Update rules: what becomes of a gradient, in low-rank coordinates or, for unprojected weights, in full ones.
 
-A rule turns a gradient into a direction D; the weight then moves by -factor * scale * back(D).
+A rule turns a gradient into a direction D, in the same coordinates, and a factor; the weight then moves by
+-factor * finish(scale * back(D)). Each formula stands here once, for GaLore, GoLore, Online Subspace Descent, their
+bases' own optimizers, and parameters that are not projected. `state["step"]` is k, this parameter's updates, this one
+included. `group` holds the settings.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
-class UpdateRule(Protocol):
-    def init_state(self, state: dict[str, Any], like: Tensor) -> None:
+class UpdateRule:
+    decays_first = False
+    """Whether decoupled weight decay, W <- W - lr * decay * W, comes before the update or after it."""
+    acts_in_full_space = False
+    """Whether `finish` must see the whole update, projected back."""
+    betas: tuple[float, float] | None = None
+    """What `betas` are where a group does not say."""
+    first_moment = "exp_avg"
+    """Key of the first moment in the state, where there is one."""
+
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
         """Create the rule's tensors for gradients of `like`'s shape, dtype and device."""
 
     def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
-        """The direction D, in the shape of `grad`, and the factor (rate included) to subtract it with."""
+        """D, in the shape of `grad`, and the factor (rate included) to subtract it with."""
+        raise NotImplementedError
+
+    def finish(self, update: Tensor) -> Tensor:
+        """The last step, in full space and possibly in place."""
+        return update
+
+    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
+        """Put the first moment through `change`, which carries it into a new basis."""
+        if (moment := state.get(self.first_moment)) is not None:
+            moment.copy_(change(moment))
 
 
-class AdamW:
-    """Adam in the form of GaLore's authors: ε is added to √v before the bias correction."""
+class AdamW(UpdateRule):
+    """D = m̂ / (√v̂ + ε'), by torch's fused kernel on a zero buffer.
 
-    def init_state(self, state: dict[str, Any], like: Tensor) -> None:
-        state["exp_avg"] = torch.zeros_like(like)
-        state["exp_avg_sq"] = torch.zeros_like(like)
+    GaLore's authors add ε to √v before the bias correction, which is torch's ε divided by √(1-β2^k).
+    `torch_epsilon` leaves it as torch's.
+    """
+
+    betas = (0.9, 0.999)
+
+    def __init__(self, torch_epsilon: bool = False):
+        self._torch_epsilon = torch_epsilon
+
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+        state["exp_avg"] = _zeros(like)
+        state["exp_avg_sq"] = _zeros(like)
 
     def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
-        beta1, beta2 = group["betas"]
-        k = int(state["step"])  # this parameter's updates, this one included
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.lerp_(grad, 1 - beta1)  # β1 m + (1-β1) R
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)  # β2 v + (1-β2) R²
-        correction = math.sqrt(1 - beta2**k) / (1 - beta1**k)
-        return m / v.sqrt().add_(group["eps"]), group["lr"] * correction
+        grad = grad.contiguous()  # the kernel walks through memory
+        k, minus_d = int(state["step"]), torch.zeros_like(grad)
+        beta1, beta2 = group["betas"] or self.betas
+        adamw(
+            *([minus_d], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], []),
+            [torch.full((), k - 1.0, device=grad.device)],  # which torch increments
+            **{"fused": True, "amsgrad": False, "maximize": False, "lr": 1.0, "weight_decay": 0.0},
+            **{"beta1": beta1, "beta2": beta2, "eps": self.epsilon(group["eps"], beta2, k)},
+        )
+        return minus_d, -group["lr"]
+
+    def epsilon(self, eps: float, beta2: float, k: int) -> float:
+        """torch's ε for the one that was set."""
+        return eps if self._torch_epsilon else eps / math.sqrt(1 - beta2**k)
 
 
-UPDATE_RULES: dict[str, type[UpdateRule]] = {"adamw": AdamW}
+class AdamW8bit(AdamW):
+    """AdamW with both moments in 8 bits and one float32 scale per 256 numbers, by bitsandbytes (arXiv 2110.02861).
+
+    Vectors of fewer than 4096 numbers (norms, biases) keep float32 moments, as in bitsandbytes itself.
+    """
+
+    _BLOCK = 256
+    _SMALLEST_VECTOR = 4096
+
+    def __init__(self, torch_epsilon: bool = False):
+        super().__init__(torch_epsilon)
+        self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+        if like.ndim < 2 and like.numel() < self._SMALLEST_VECTOR:
+            super().init_state(state, like.float(), group)
+            return
+        blocks = -(-like.numel() // self._BLOCK)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+            state[f"{moment}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
+
+    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        if state["exp_avg"].dtype != torch.uint8:
+            direction, factor = super().direction(state, grad.float(), group)
+            return direction.to(grad.dtype), factor
+        from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+        k, (signed, unsigned) = int(state["step"]), self._quantization_maps(grad.device)
+        beta1, beta2 = group["betas"] or self.betas
+        grad = (grad.float() if grad.dtype == torch.float64 else grad).contiguous()
+        minus_d = torch.zeros_like(grad)
+        optimizer_update_8bit_blockwise(
+            *("adam", grad, minus_d, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, 0.0, 0.0),
+            *(self.epsilon(group["eps"], beta2, k), k, 1.0, signed, unsigned),
+            *(state["exp_avg_absmax"], state["exp_avg_sq_absmax"]),
+        )
+        return minus_d, -group["lr"]
+
+    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
+        if state["exp_avg"].dtype != torch.uint8:
+            return super().rotate(state, change)
+        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+        code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
+        dequantized = dequantize_blockwise(moment, absmax=state[absmax], code=code, blocksize=self._BLOCK)
+        quantized, scales = quantize_blockwise(change(dequantized).contiguous(), code=code, blocksize=self._BLOCK)
+        moment.copy_(quantized)
+        state[absmax].copy_(scales.absmax)
+
+    def _quantization_maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The 256 values of a signed and of an unsigned byte."""
+        if device not in self._maps:
+            from bitsandbytes.functional import create_dynamic_map
+
+            self._maps[device] = tuple(create_dynamic_map(signed=signed).to(device) for signed in (True, False))
+        return self._maps[device]
+
+
+class Adafactor(UpdateRule):
+    """Second moments of a matrix as row and column means, updates clipped to a root mean square of 1.
+
+    Source: arXiv 1804.04235, algorithm 4. Fixed: ε = 1e-30, decay 1 - k^-0.8, no relative step, no parameter scale.
+    `beta1` adds a first moment, of the update already multiplied by the rate.
+    """
+
+    decays_first = True
+    _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
+
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)  # 1e-30 and slow decay need it
+        if like.ndim >= 2:
+            state["exp_avg_sq_row"] = like.new_zeros(like.shape[:-1], dtype=wide)
+            state["exp_avg_sq_col"] = like.new_zeros((*like.shape[:-2], like.shape[-1]), dtype=wide)
+        else:
+            state["exp_avg_sq"] = _zeros(like, wide)
+        if group["beta1"]:
+            state["exp_avg"] = _zeros(like)
+
+    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        decay = 1 - int(state["step"]) ** -self._DECAY
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        square = wide.square().add_(self._EPS)
+        if grad.ndim >= 2:
+            row = state["exp_avg_sq_row"].lerp_(square.mean(-1), 1 - decay)
+            col = state["exp_avg_sq_col"].lerp_(square.mean(-2), 1 - decay)
+            scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
+            update = wide * scale * col.rsqrt().unsqueeze(-2)  # (..., m, n)
+        else:
+            update = wide * state["exp_avg_sq"].lerp_(square, 1 - decay).rsqrt()
+        rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
+        update.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(group["lr"])
+        if group["beta1"]:
+            update = state["exp_avg"].lerp_(update.to(grad.dtype), 1 - group["beta1"])
+        return update.to(grad.dtype), 1.0
+
+
+class Lion(UpdateRule):
+    """The sign, in full space, of a mixture of momentum and gradient (arXiv 2302.06675, algorithm 2)."""
+
+    acts_in_full_space = True
+    betas = (0.9, 0.99)
+
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+        state["exp_avg"] = _zeros(like)
+
+    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        beta1, beta2 = group["betas"] or self.betas
+        mixture = torch.lerp(state["exp_avg"], grad, 1 - beta1)
+        state["exp_avg"].lerp_(grad, 1 - beta2)
+        return mixture, group["lr"]
+
+    def finish(self, update: Tensor) -> Tensor:
+        return update.sign_()
+
+
+class SGD(UpdateRule):
+    """b = R at first, then b <- μ b + (1 - dampening) R. Without momentum there is no state."""
+
+    first_moment = "momentum_buffer"
+
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+        if group["momentum"]:
+            state[self.first_moment] = _zeros(like)
+
+    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        if not group["momentum"]:
+            return grad, group["lr"]
+        buffer = state[self.first_moment]
+        if int(state["step"]) == 1:
+            buffer.copy_(grad)
+        else:
+            buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
+        return buffer, group["lr"]
+
+
+def _zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros of the same shape, contiguous whatever `like` is."""
+    return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
+UPDATE_RULES: dict[str, type[UpdateRule]] = {
+    "adamw": AdamW,
+    "adamw8bit": AdamW8bit,
+    "adafactor": Adafactor,
+    "lion": Lion,
+    "sgd": SGD,
+}

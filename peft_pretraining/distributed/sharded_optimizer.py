@@ -1,0 +1,32 @@
+"""Optimizer states sharded over the ranks (ZeRO, arXiv 1910.02054, stage 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+
+
+class ShardedOptimizer(ZeroRedundancyOptimizer):
+    """torch's ZeroRedundancyOptimizer, whose `state` is that of this rank's share: what there is to save and count."""
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return self.optim.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """`Optimizer.__init__` begins with an empty one, before there is a share."""
+        if hasattr(self, "optim"):
+            self.optim.state = value
+
+
+def sharded_optimizer(params: Iterable[Tensor], kind: Callable[..., Optimizer], arguments: dict[str, Any]) -> Optimizer:
+    """An optimizer whose states are divided over the ranks by whole parameters; an ordinary one for one process."""
+    if not dist.is_initialized():
+        return kind(params, **arguments)
+    return ShardedOptimizer(params, kind, **arguments)
