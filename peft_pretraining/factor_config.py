@@ -134,6 +134,8 @@ def resolve(config: Config, given: Mapping[str, Given], problems: list[str]) -> 
         problems.append("--use_double_quant needs --quantize 4bit")
     if method == "switchlora":
         _check_switching(config, given, problems)
+    if method == "golore_adapter" and config.method.clip_norm == "full":
+        problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")
     return config
 
 

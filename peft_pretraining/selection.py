@@ -103,12 +103,14 @@ def _claims(
         return name in given and bool(given[name].value)
 
     claims = []
+    adapter_form = is_set("use_peft") and is_set("Golore")
     if "method" in given:
-        claims.append((given["method"].value, f"--method {given['method'].value}"))
+        name = given["method"].value
+        claims.append(("golore_adapter" if name == "golore" and adapter_form else name, f"--method {name}"))
     if is_set("switch_lora"):
         claims.append(("switchlora", "--switch_lora"))
     if is_set("Golore"):
-        if is_set("use_peft"):
+        if adapter_form:
             claims.append(("golore_adapter", "--use_peft --Golore"))
         else:
             problems.append("--Golore needs --use_peft True (GoLore's optimizer form is --optimizer golore_adamw)")
@@ -121,11 +123,6 @@ def _claims(
     if family == "galore" and subspace_descent:
         claims.append(("online_subspace_descent", f"--optimizer {optimizer} --proj_type {proj_type}"))
     elif family:
-        if family == "golore" and is_set("use_peft") and is_set("Golore"):
-            problems.append(
-                f"--use_peft --Golore asks for the adapter form of golore but --optimizer {optimizer} for its "
-                "optimizer form: give one of them"
-            )
         claims.append((family, f"--optimizer {optimizer}"))
     elif subspace_descent and claims and claims[0][0] == "galore":
         claims.append(("online_subspace_descent", f"--proj_type {proj_type}"))

@@ -131,7 +131,7 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
         problems.append(
             f"--update_proj_gap 0: must be positive with --proj_type {method.proj_type}, whose basis learns at 1 / gap"
         )
-    if method.method == "golore" and method.rand_ratio > 1:
+    if method.method in ("golore", "golore_adapter") and method.rand_ratio > 1:
         warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
     if method.per_layer and "per_layer" in options:
         if method.refresh_accumulation > 1:

@@ -44,6 +44,10 @@ _SWITCHING = (
     *("zero_switch_step_state", "switch_lora_drop", "discontinuous_switch", "no_offload_candidates", "cal_delta_norm"),
 )
 
+_ADAPTER = (
+    *("scale", "update_proj_gap", "rand_ratio", "clip_norm", "svd_method", "stagger_refresh", "refresh_accumulation"),
+)
+
 METHODS: dict[str, MethodEntry] = {
     "full_rank": MethodEntry("peft_pretraining.methods.full_rank:FullRank", optimizers=(*_RULES, "adam_zero")),
     "galore": MethodEntry("peft_pretraining.methods.galore:GaLore", _PROJECTION, _RULES, _GALORE_EPS),
@@ -62,6 +66,12 @@ METHODS: dict[str, MethodEntry] = {
         "peft_pretraining.methods.relora:ReLoRA", (*_FACTORS, *_FROZEN, *_RELORA, "scale", "update_proj_gap")
     ),
     "switchlora": MethodEntry("peft_pretraining.methods.switchlora:SwitchLoRA", (*_FACTORS, *_SWITCHING)),
+    "golore_adapter": MethodEntry(
+        "peft_pretraining.methods.golore_adapter:GoLoreAdapter",
+        (*_FACTORS, *_ADAPTER, "lora_only", "quantize"),
+        ("adamw", "sgd"),
+        _GALORE_EPS,
+    ),
 }
 
 _ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
@@ -75,7 +85,7 @@ RULE_SETTINGS: dict[str, tuple[str, ...]] = {
 }
 """Settings that an update rule reads, of those that belong to update rules."""
 
-PLANNED = ("golore_adapter",)
+PLANNED: tuple[str, ...] = ()
 """Methods whose flags are understood but which are not built yet."""
 
 
