@@ -1,7 +1,7 @@
 """Process groups and parallel models. Nothing outside this folder knows about torch.distributed."""
 
 from peft_pretraining.distributed.parallel import parallelize, synchronised_backward
-from peft_pretraining.distributed.process_group import ProcessGroup
+from peft_pretraining.distributed.process_group import ProcessGroup, mean_over_processes
 from peft_pretraining.distributed.sharded_optimizer import sharded_optimizer
 
-__all__ = ["ProcessGroup", "parallelize", "sharded_optimizer", "synchronised_backward"]
+__all__ = ["ProcessGroup", "mean_over_processes", "parallelize", "sharded_optimizer", "synchronised_backward"]
