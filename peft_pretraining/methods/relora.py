@@ -46,15 +46,14 @@ class ReLoRA(FactorMethod):
 
     def reset_moments(self, optimizer: Optimizer, layers: list[LowRankLinear], step: int) -> None:
         """Zero the moments of A and B, or part of them; step counts stay."""
-        factors = self.config.factors
-        moments = state_reset.moments(
-            optimizer, [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-        )
-        if factors.reset_optimizer_on_relora:
-            state_reset.zero(moments)
-        for index, moment in enumerate(moments):
+        factors, seed = self.config.factors, self.config.run.seed
+        for index, param in enumerate(factor for layer in layers for factor in (layer.lora_A, layer.lora_B)):
+            moments = state_reset.moments(optimizer, param)
             if factors.optimizer_random_pruning:
-                generator = rng.generator(self.config.run.seed, "pruned moments", step, index)
-                state_reset.prune_randomly(moment, factors.optimizer_random_pruning, generator)
-            if factors.optimizer_magnitude_pruning:
-                state_reset.prune_by_magnitude(moment, factors.optimizer_magnitude_pruning)
+                generator = rng.generator(seed, "pruned moments", step, index)
+                state_reset.prune_randomly(moments, factors.optimizer_random_pruning, generator)
+            for moment in moments:
+                if factors.reset_optimizer_on_relora:
+                    moment.zero_()
+                elif factors.optimizer_magnitude_pruning:
+                    state_reset.prune_by_magnitude(moment, factors.optimizer_magnitude_pruning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,22 +12,22 @@ from torch.optim import Optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def moments(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
-    """First and second moments of `params`, in a fixed order."""
-    return [optimizer.state[param][key] for param in params for key in MOMENTS]
+def moments(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
+    """First and second moment of one parameter."""
+    return [optimizer.state[param][key] for key in MOMENTS]
 
 
 @torch.no_grad()
-def zero(tensors: Iterable[Tensor]) -> None:
+def prune_randomly(tensors: Sequence[Tensor], fraction: float, generator: torch.Generator) -> None:
+    """Zero each entry with probability `fraction`, the same entries of all tensors (of one shape).
+
+    A second moment of zero beside a first one that is not would make an update of any size. The draw is on the
+    generator's device.
+    """
+    drawn = torch.rand(tensors[0].shape, generator=generator, device=generator.device)
+    chosen = (drawn < fraction).to(tensors[0].device)
     for tensor in tensors:
-        tensor.zero_()
-
-
-@torch.no_grad()
-def prune_randomly(tensor: Tensor, fraction: float, generator: torch.Generator) -> None:
-    """Zero each entry with probability `fraction`. The draw is on the generator's device."""
-    drawn = torch.rand(tensor.shape, generator=generator, device=generator.device)
-    tensor.masked_fill_((drawn < fraction).to(tensor.device), 0)
+        tensor.masked_fill_(chosen, 0)
 
 
 @torch.no_grad()
