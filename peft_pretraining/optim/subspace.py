@@ -89,9 +89,10 @@ class Subspace:
         projected = Projected(grad, self._refreshed(state, seen, group, step))
         projected.low_rank_grad = self.down(state, grad, projected)
         projected.failed = projected.new_bases is None
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        parts = [torch.linalg.vector_norm(part, dtype=wide).square() for part in (projected.low_rank_grad, grad)]
-        projected.energy = torch.where(parts[1] > 0, parts[0] / parts[1], 1.0)
+        # In float64: the squares of a small float32 gradient underflow.
+        norms = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in (projected.low_rank_grad, grad))
+        kept, whole = (norm.square() for norm in norms)
+        projected.energy = torch.where(whole > 0, kept / whole, 1.0)
         return projected
 
     def down(self, state: dict[str, Any], grad: Tensor, projected: Projected | None = None) -> Tensor:
