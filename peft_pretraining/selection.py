@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from peft_pretraining.config import PROJECTION_TYPES, SUBSPACE_DESCENT_TYPES
 from peft_pretraining.factor_config import FACTOR_METHODS
 from peft_pretraining.flags import Flag, Given, boolean
-from peft_pretraining.methods import METHODS, PLANNED
+from peft_pretraining.methods import METHODS
 
 SELECTORS = [
     Flag("use_peft", boolean, "older selector: low-rank factors (LoRA, or as --Relora, --relora, --Golore say)"),
@@ -50,12 +50,8 @@ def choose(given: dict[str, Given], problems: list[str]) -> Selection:
             problems.append(f"{claims[0][1]} asks for {claims[0][0]} but {why} asks for {method}: give one of them")
     method = claims[0][0] if claims else "full_rank"
 
-    if method in PLANNED:
-        problems.append(f"{claims[0][1]}: method {method} is not built yet; there is {' and '.join(METHODS)}")
-    elif method not in METHODS:
-        problems.append(
-            f"--method {method!r} is unknown; there is {', '.join(METHODS)} (planned: {', '.join(PLANNED)})"
-        )
+    if method not in METHODS:
+        problems.append(f"--method {method!r} is unknown; there is {', '.join(METHODS)}")
     elif rule not in METHODS[method].optimizers and rule in (*_PLAIN_RULES, *_PROJECTED_RULES):
         built = ", ".join(METHODS[method].optimizers)
         problems.append(f"--optimizer {optimizer}: update rule {rule} is not built yet for {method}; there is {built}")

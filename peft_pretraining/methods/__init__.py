@@ -85,9 +85,6 @@ RULE_SETTINGS: dict[str, tuple[str, ...]] = {
 }
 """Settings that an update rule reads, of those that belong to update rules."""
 
-PLANNED: tuple[str, ...] = ()
-"""Methods whose flags are understood but which are not built yet."""
-
 
 def load_method(name: str) -> type[TrainingMethod]:
     """The class registered under `name`."""
