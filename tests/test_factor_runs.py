@@ -52,6 +52,43 @@ def test_what_the_points_of_resuming_are(command, undisturbed):
     assert [row[2] for row in helpers.updates(run)][10] == 0  # the update after a merge runs at rate 0
 
 
+QUANTISED = {
+    "4bit": {"method": "relora", "rank": 4, "relora": 5, "lora_alpha": 4, "quantize": "4bit"},
+    "4bit twice": {"method": "lora", "rank": 4, "lora_alpha": 4, "quantize": "4bit", "use_double_quant": True},
+    "8bit": {"method": "relora", "rank": 4, "relora": 5, "lora_alpha": 4, "quantize": "8bit"},
+    "none": {"method": "lora", "rank": 8, "lora_alpha": 8, "lora_only": True},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_or_absent_weights_train_resume_and_are_exported(command, undisturbed, tmp_path, kind):
+    stop_after(7, command(**QUANTISED[kind]))
+    assert helpers.run([*command(**QUANTISED[kind]), *RESUME]) == 0
+    reference = undisturbed(command, **QUANTISED[kind])
+    helpers.assert_same_run(tmp_path / "run", reference)
+    first, *_, last = (row[1] for row in helpers.evaluations(reference))
+    assert last < first - 0.5
+    saved = helpers.tensors(reference / "model_20")
+    frozen = [value for name, value in saved.items() if name.startswith("model.") and name.endswith("_proj.weight")]
+    codes = [value for name, value in saved.items() if name.endswith("_proj.quantized.codes")]
+    assert (len(frozen), len(codes)) == (0, 0 if kind == "none" else 14)
+    assert all(value.dtype == torch.uint8 for value in codes)
+    # A run that starts from the export starts with the loss of the run that was exported.
+    from_export = {"warmed_up_model": reference / "model_20", "save_dir": tmp_path / "from export"}
+    assert helpers.run(command(**from_export, num_training_steps=21, warmup_steps=0)) == 0
+    assert helpers.evaluations(tmp_path / "from export")[0][1] == pytest.approx(last, abs=1e-4)
+
+
+def test_pools_on_the_device_and_a_check_of_the_ranks_change_no_bit(command, undisturbed, tmp_path):
+    flags = {"no_offload_candidates": True, "check_rank_sync": 3, "cal_delta_norm": True}
+    assert helpers.run(command(**FACTORS["switchlora"], **flags)) == 0
+    reference = undisturbed(command, **FACTORS["switchlora"])
+    assert helpers.different_tensors(tmp_path / "run" / "model_20", reference / "model_20") == []
+    norms = [row["switch_delta_norm"] for row in helpers.records(tmp_path / "run") if "loss" in row]
+    counts = [row["switched_vectors"] for row in helpers.records(tmp_path / "run") if "loss" in row]
+    assert [norm > 0 for norm in norms] == [count > 0 for count in counts]
+
+
 @methods
 def test_wrapping_changes_nothing_at_first(command, undisturbed, name):
     """Initial evaluation and first loss are those of full-rank training."""

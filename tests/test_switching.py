@@ -173,7 +173,7 @@ def test_layers_of_different_shapes_and_effective_ranks_in_one_model():
 
 
 def test_counterparts_are_reset_and_frozen():
-    """An exchanged row of A: the column of B beside it starts anew, gets no gradient for w updates, and still counts."""
+    """An exchanged row of A: the column of B beside it starts anew, is frozen for w updates, and still counts."""
     torch.manual_seed(0)
     method, model, optimizer = method_for([nn.Linear(8, 12, dtype=torch.float64)], adam_warm_step=2)
     layer = model["mlp0"]
@@ -211,7 +211,7 @@ def test_a_state_dict_holds_everything_once():
 
 
 def test_the_clamp_keeps_frozen_slots_from_being_switched():
-    """Over many updates with as many switches as are allowed, no frozen slot is switched, and A's and B's stay apart."""
+    """With as many switches as are allowed no frozen slot is switched, and A's and B's stay apart."""
     torch.manual_seed(0)
     method, model, optimizer = method_for(
         [nn.Linear(30, 40)], rank=9, adam_warm_step=3, switch_lora_interval=6.0, fix_switch_lora_interval=True
