@@ -54,6 +54,11 @@ def test_the_ranks_hold_the_same_bits(ranks, method):
     one, other = ranks[1][method]
     assert (one["exit_code"], other["exit_code"]) == (0, 0)
     assert one["digest"] == other["digest"]
+    seen = [record for record in helpers.records(ranks[0] / method) if "loss" in record]
+    if "switchlora" in method:
+        assert sum(record["switched_vectors"] for record in seen) > 500
+    if method == "golore_adapter":
+        assert [record["update_step"] for record in seen if "refreshed_layers" in record] == [1, 11, 21, 31, 41]
 
 
 @pytest.mark.parametrize("method", FACTORS)

@@ -37,6 +37,26 @@ def test_resume_changes_no_bit(command, undisturbed, tmp_path, name, updates):
     helpers.assert_same_run(tmp_path / "run", undisturbed(command, **FACTORS[name]))
 
 
+def test_resume_with_refreshes_that_are_staggered_and_read_more_batches(command, tmp_path):
+    flags = {**FACTORS["golore_adapter"], "stagger_refresh": True, "refresh_accumulation": 2, "rand_ratio": 2}
+    assert helpers.run(command(**flags, save_dir=tmp_path / "at once")) == 0
+    stop_after(7, command(**flags))
+    assert helpers.run([*command(**flags), *RESUME]) == 0
+    helpers.assert_same_run(tmp_path / "run", tmp_path / "at once")
+    refreshed = [row["refreshed_layers"] for row in helpers.records(tmp_path / "run") if "refreshed_layers" in row]
+    assert refreshed[0] == 14 and max(refreshed[1:]) <= 3
+    assert helpers.counters(tmp_path / "run" / "model_20")["data_position"] > 20 * 8
+
+
+@methods
+def test_activation_checkpointing_changes_nothing(command, undisturbed, tmp_path, name):
+    """Also not the full gradients, which the recomputed forward pass must not add again."""
+    assert helpers.run(command(**FACTORS[name], activation_checkpointing=True, num_training_steps=20)) == 0
+    ours, reference = (helpers.updates(folder) for folder in (tmp_path / "run", undisturbed(command, **FACTORS[name])))
+    for row, expected in zip(ours, reference, strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
 def test_what_the_points_of_resuming_are(command, undisturbed):
     """At them something is frozen, merged, or about to be refreshed, or the test above would show nothing."""
     run = undisturbed(command, **FACTORS["switchlora"])

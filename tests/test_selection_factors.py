@@ -183,6 +183,24 @@ def test_a_golore_run_that_is_never_random_is_worth_a_warning(load):
     assert not any("never be random" in warning for warning in load("--use_peft --Golore --rand_ratio 0.8").warnings)
 
 
+@pytest.mark.parametrize("method", ["lora", "relora", "switchlora", "golore"])
+def test_recipes_pass_every_check(method, tmp_path):
+    import sys
+
+    from conftest import write_blocks
+    from helpers import PROJECT
+
+    sys.path.insert(0, str(PROJECT / "scripts"))
+    import recipe
+
+    data = write_blocks(tmp_path / "data", train=8, validation=2, block=512)
+    for size in recipe.known_sizes():
+        words = recipe.command(size, method, recipe.Devices(1))
+        words = [*words[words.index(str(recipe.TRAINER)) + 1 :], "--dataset_path", str(data)]
+        words[words.index("--save_dir") + 1] = str(tmp_path / "run")
+        assert cli.load(words, environ={}).warnings == ()
+
+
 def test_a_run_goes_on_with_the_factors_it_was_begun_with(load, command, tmp_path, capsys):
     import helpers
 
