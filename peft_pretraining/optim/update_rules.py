@@ -118,8 +118,6 @@ class AdamW8bit(AdamW):
         return minus_d.to(dtype), -group["lr"]
 
     def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
-        if state["exp_avg"].dtype != torch.uint8:
-            return super().rotate(state, change)
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
