@@ -11,6 +11,7 @@ import pytest
 from conftest import write_blocks, write_model
 from factor_helpers import FACTORS
 
+pytestmark = pytest.mark.timeout(600)  # one launch makes all the runs
 UPDATES = 50
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RUNS = {**FACTORS, "full_rank": {"method": "full_rank"}}
@@ -41,7 +42,7 @@ def ranks(tmp_path_factory):
     launched = subprocess.run(
         [*TORCHRUN, str(helpers.PROJECT / "tests" / "factor_ranks.py"), str(folder / "cases.json")],
         **{"env": helpers.child_environment(), "cwd": helpers.PROJECT, "capture_output": True, "text": True},
-        timeout=280,
+        timeout=500,
     )
     assert launched.returncode == 0, launched.stderr[-5000:]
     reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
