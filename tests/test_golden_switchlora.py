@@ -55,6 +55,18 @@ def plan_from(method, layer, numbers):
     method.plan = forced
 
 
+def counters_after_switch(method, layer):
+    """A dictionary that always holds the freeze counters as the last switch left them, before they count down."""
+    freeze, counters = method._freeze, {}
+
+    def observed_freeze(layers):
+        counters.update(A=layer.switching.frozen_A.clone(), B=layer.switching.frozen_B.clone())
+        freeze(layers)
+
+    method._freeze = observed_freeze
+    return counters
+
+
 @pytest.mark.parametrize("stem", LAYER_FILES)
 def test_one_layer(stem):
     numbers, case = golden(stem)
@@ -70,13 +82,7 @@ def test_one_layer(stem):
     start_from(layer, numbers)
     plan_from(method, layer, numbers)
 
-    freeze, counters = method._freeze, {}
-
-    def observed_freeze(layers):
-        counters.update(A=layer.switching.frozen_A.clone(), B=layer.switching.frozen_B.clone())
-        freeze(layers)
-
-    method._freeze = observed_freeze
+    counters = counters_after_switch(method, layer)
     for t in range(case["steps"]):
 
         def same(actual, name, t=t):
