@@ -2,6 +2,13 @@
 
 from peft_pretraining.distributed.parallel import parallelize, synchronised_backward
 from peft_pretraining.distributed.process_group import ProcessGroup, mean_over_processes
-from peft_pretraining.distributed.sharded_optimizer import sharded_optimizer
+from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
 
-__all__ = ["ProcessGroup", "mean_over_processes", "parallelize", "sharded_optimizer", "synchronised_backward"]
+__all__ = [
+    "ProcessGroup",
+    "mean_over_processes",
+    "own_share",
+    "parallelize",
+    "sharded_optimizer",
+    "synchronised_backward",
+]
