@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(launch)
     except ConfigError as error:
-        # Every rank finds the same problems: one per machine speaks. torchrun kills the others when the first one exits,
+        # Every rank finds the same problems: one per machine speaks. torchrun kills the others when the first exits,
         # which must not be one that has said nothing.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             return exit_with_problems(error)
