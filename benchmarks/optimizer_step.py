@@ -55,7 +55,8 @@ def main() -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    training = Training(arguments.updates, arguments.gap, arguments.batch_size, arguments.length)
+    settings = ("updates", "gap", "batch_size", "length", "last_batches")
+    training = Training(**{name: getattr(arguments, name) for name in settings})
     blocks = real_gradients.read_blocks(arguments, training)
     if blocks is None:
         print("no --text or --data, and no quickstart/data: the quality of refreshes is not measured on real gradients")

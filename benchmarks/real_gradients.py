@@ -60,13 +60,15 @@ class Training:
     gap: int
     batch_size: int
     length: int
+    last_batches: int
+    """Batches that the gradient after the training is the mean over: its rank is at most its number of tokens."""
     lr: float = 0.005
     seed: int = 0
 
     @property
     def blocks(self) -> int:
-        """Blocks that it reads: those of `updates` updates and of the gradient after them."""
-        return (self.updates + 1) * self.batch_size
+        """Blocks that it reads."""
+        return (self.updates + self.last_batches) * self.batch_size
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +79,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--updates", type=int, default=100, help="updates of training before the gradient is taken")
     parser.add_argument("--gap", type=int, default=50, help="age of the basis that warm-started refreshes begin with")
     parser.add_argument("--batch_size", type=int, default=4, help="of the training, in blocks")
+    parser.add_argument("--last_batches", type=int, default=16, help="batches that the gradient is the mean over")
     parser.add_argument("--length", type=int, default=128, help="tokens per block of the training")
 
 
@@ -138,15 +141,16 @@ def _train(shape: dict, rank: int, blocks: Tensor, training: Training) -> list[L
     )
     losses = []
     for update, batch in enumerate(blocks.split(training.batch_size)):
-        optimizer.zero_grad()
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
         losses.append(loss.item())
-        if update == training.updates:
-            break
+        if update >= training.updates:
+            (loss / training.last_batches).backward()
+            continue
+        loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = training.lr * min(1.0, (update + 1) / (0.2 * training.updates))
         optimizer.step()
+        optimizer.zero_grad()
     print(f"trained {training.updates} updates: loss {losses[0]:.2f} -> {losses[-1]:.2f}", file=sys.stderr, flush=True)
     return [
         Layer(param.detach().clone(), param.grad.clone(), optimizer.subspaces[param].bases(optimizer.state[param]))
