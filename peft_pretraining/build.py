@@ -91,14 +91,11 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         config.run.keep_checkpoints,
     )
     state = _initial_state(config, start, checkpointer)
-    sharded = config.distributed.distributed_type == "fsdp" and group.world_size > 1  # whose gradients are reduced
-    method.prepare(model, optimizer, (lambda tensor: tensor) if sharded else group.all_reduce_mean)
+    method.prepare(model, optimizer, group.all_reduce_mean)
     parallel_model = model
-    if not method.reduces_gradients and not sharded:
-        low_rank = None
-        if config.distributed.reduce_low_rank is not False and group.world_size > 1:
-            low_rank = method.low_rank_reduction(model, optimizer)
-        parallel_model = parallelize(model, group, low_rank)
+    if not method.reduces_gradients:
+        low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
+        parallel_model = parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
     if group.is_main:
         _prepare_save_dir(save_dir, launch)
     group.barrier()

@@ -88,7 +88,7 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         self.group.barrier()
         tensors = self._tensors()
-        with _quietly():
+        with quietly():
             dcp.save(tensors, checkpoint_id=temporary / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
         self._export(temporary)
         if self.group.is_main:
@@ -103,7 +103,7 @@ class Checkpointer:
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged."""
         tensors = self._tensors()
-        with _quietly():
+        with quietly():
             dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
         counters = run_dir.read_state(folder)
         self.method.load_state_dict(counters["method"])
@@ -163,7 +163,7 @@ def _complete(temporary: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the warning that a single process needs no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

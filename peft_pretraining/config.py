@@ -8,10 +8,10 @@ its documentation. A section's `*_problems` function checks what can be checked 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft_pretraining.factor_config import FactorConfig
 from peft_pretraining.flags import (
     Flag,
     boolean,
@@ -24,6 +24,7 @@ from peft_pretraining.flags import (
     non_negative_int,
     positive_float,
     positive_int,
+    setting,
     string,
     token_count,
 )
@@ -34,11 +35,6 @@ SUBSPACE_DESCENT_TYPES = (
     *("random", "continuous", "continuous_adam8bit", "continuous_lion", "continuous_adafactor", "continuous_sgd"),
 )
 SVD_METHODS = ("gram", "exact", "randomized")
-
-
-def setting(default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a flag."""
-    return dataclasses.field(default=default, metadata={"convert": convert, "help": help, "aliases": aliases})
 
 
 def _dtype(text: str) -> str:
@@ -228,6 +224,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
+    factors: FactorConfig = dataclasses.field(default_factory=FactorConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)

@@ -131,7 +131,7 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
         problems.append(
             f"--update_proj_gap 0: must be positive with --proj_type {method.proj_type}, whose basis learns at 1 / gap"
         )
-    if method.method == "golore" and method.rand_ratio > 1:
+    if method.method in ("golore", "golore_adapter") and method.rand_ratio > 1:
         warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
     if method.per_layer and "per_layer" in options:
         if method.refresh_accumulation > 1:
@@ -157,6 +157,9 @@ def check_resume_from(config: Config, facts: FileFacts, problems: list[str]) -> 
         _check_same_run(config, facts, Path(folder).parent, f"--resume_from {folder}", problems, [])
 
 
+_FACTOR_IDENTITY = ("lora_alpha", "train_scaling", "lora_only", "quantize", "use_double_quant")
+
+
 def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
     """What a resumed run must share with the run it continues."""
     reads = METHODS[config.method.method].options
@@ -169,6 +172,7 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
         "rank": config.method.rank if "rank" in reads else None,
         "proj_type": config.method.proj_type if "proj_type" in reads else None,
         "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
+        **{name: getattr(config.factors, name) for name in _FACTOR_IDENTITY if name in reads},
         "data": _fingerprint(counts),
         "max_length": config.data.max_length,
     }

@@ -153,7 +153,7 @@ def test_settings_of_the_basis(load, text):
         ("--method galore --optimizer golore_sgd", ["--method galore", "--optimizer golore_sgd"]),
         ("--method golore --optimizer galore_sgd", ["--method golore", "--optimizer galore_sgd"]),
         ("--method full_rank --optimizer golore_adamw", ["--method full_rank", "--optimizer golore_adamw"]),
-        ("--use_peft --Golore --optimizer golore_adamw", ["adapter form", "--optimizer golore_adamw"]),
+        ("--use_peft --Golore --optimizer golore_adamw", ["golore_adapter", "--optimizer golore_adamw"]),
         (
             "--optimizer galore_sgd_per_layer --per_layer False",
             ["--optimizer galore_sgd_per_layer", "--per_layer False"],

@@ -2,13 +2,14 @@
 
 from peft_pretraining.distributed.low_rank_reduction import LowRankReduction
 from peft_pretraining.distributed.parallel import Sharding, parallelize, shard, synchronised_backward
-from peft_pretraining.distributed.process_group import ProcessGroup
+from peft_pretraining.distributed.process_group import ProcessGroup, mean_over_processes
 from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
 
 __all__ = [
     "LowRankReduction",
     "ProcessGroup",
     "Sharding",
+    "mean_over_processes",
     "own_share",
     "parallelize",
     "shard",
