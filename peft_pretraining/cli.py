@@ -42,12 +42,12 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     _warn_without_effect(given, config, warnings)
-    validate.check_method(config, problems, warnings)
 
     facts = validate.FileFacts()
     validate.read_model(config, facts, problems)
     validate.read_data(config, facts, problems)
     config = _derive(config, given, facts, environ if environ is not None else os.environ, problems, warnings)
+    validate.check_method(config, problems, warnings)
     validate.check_data(config, facts, problems)
     validate.check_resume_from(config, facts, problems)
     if method in METHODS:

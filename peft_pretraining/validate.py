@@ -133,6 +133,13 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
         )
     if method.method in ("golore", "golore_adapter") and method.rand_ratio > 1:
         warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
+    distributed, world = config.distributed, config.batch.world_size
+    if distributed.distributed_type == "fsdp" and method.method in ("lora", "relora", "switchlora", "golore_adapter"):
+        problems.append(f"--distributed_type fsdp is not built yet for {method.method}: use ddp")
+    if distributed.distributed_type == "fsdp" and world % distributed.replicas:
+        problems.append(f"--replicas {distributed.replicas} must divide the {world} processes")
+    if distributed.distributed_type == "ddp" and distributed.replicas > 1:
+        warnings.append("--replicas has no effect without --distributed_type fsdp")
     if method.per_layer and "per_layer" in options:
         if method.refresh_accumulation > 1:
             problems.append(

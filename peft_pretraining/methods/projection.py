@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from peft_pretraining.config import Config, MethodConfig
 from peft_pretraining.distributed import LowRankReduction
+from peft_pretraining.distributed.sharding import Shard
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.optim import LowRankGradients, LowRankOptimizer, PerLayerUpdates
@@ -85,6 +86,8 @@ class GradientProjection(TrainingMethod):
         if not self.config.method.per_layer:
             return
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
+        if any(Shard.of(param).dim is not None for param in model.parameters()):
+            reduce = _as_it_is  # FSDP2's gradients arrive reduced
         self._updates = PerLayerUpdates(
             optimizer, reduce, clip=clip, clip_full=clip > 0 and method.clip_norm == "full",
             early_first_bases=bool(method.stagger_refresh),
@@ -127,6 +130,10 @@ class GradientProjection(TrainingMethod):
     def metrics(self) -> dict[str, float]:
         metrics, self._metrics = self._metrics, {}
         return metrics
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
