@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import ProcessGroup
+from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
 
 _BATCHES_BETWEEN_STOP_CHECKS = 20
@@ -51,6 +51,7 @@ def evaluate(
             totals[0] += token_loss_sum(model, batch).double()
             totals[1] += tokens
     finally:
+        free_gathered_weights(model)
         model.train(was_training)
     loss_sum, tokens = group.all_reduce_sum(totals).tolist()
     return Evaluation(loss_sum / tokens, int(tokens))

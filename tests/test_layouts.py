@@ -73,7 +73,7 @@ def launch(folder: Path, processes: int, cases: list[dict]) -> None:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     write_blocks(folder / "data")
-    write_model(folder / "llama.json", hidden_size=64, intermediate_size=176)
+    write_model(folder / "llama.json", hidden_size=64, intermediate_size=192)
     for name, flags in {**METHODS, **EIGHT_BIT}.items():
         assert helpers.run(command(folder, f"one {name}", batch_size=4, **flags)) == 0
     return folder

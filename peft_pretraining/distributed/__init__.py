@@ -1,7 +1,13 @@
 """Process groups and parallel models. Nothing outside this folder knows about torch.distributed."""
 
 from peft_pretraining.distributed.low_rank_reduction import LowRankReduction
-from peft_pretraining.distributed.parallel import Sharding, parallelize, shard, synchronised_backward
+from peft_pretraining.distributed.parallel import (
+    Sharding,
+    free_gathered_weights,
+    parallelize,
+    shard,
+    synchronised_backward,
+)
 from peft_pretraining.distributed.process_group import ProcessGroup, mean_over_processes
 from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
 
@@ -9,6 +15,7 @@ __all__ = [
     "LowRankReduction",
     "ProcessGroup",
     "Sharding",
+    "free_gathered_weights",
     "mean_over_processes",
     "own_share",
     "parallelize",

@@ -76,6 +76,13 @@ def parallelize(model: nn.Module, group: ProcessGroup, low_rank: LowRankReductio
     return parallel
 
 
+def free_gathered_weights(model: nn.Module) -> None:
+    """After forward passes without a backward pass: with `reshard_after_forward` off, that alone would free them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def synchronised_backward(parallel_model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
     """Reduce gradients over the processes in this backward pass, or (`now=False`) only accumulate them here."""
     if isinstance(parallel_model, FSDPModule):

@@ -105,7 +105,8 @@ class AdamW8bit(AdamW):
         if like.ndim < 2 and (shard.shape or like.shape).numel() < self._SMALLEST_VECTOR:
             super().init_state(state, like.float(), group)
             return
-        if shard.dim is not None and like.numel() % self._BLOCK and shard.offset + shard.size < shard.shape[shard.dim]:
+        last = shard.dim is None or shard.offset + shard.size == shard.shape[shard.dim]
+        if not shard.everywhere(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
             raise ValueError(
                 f"adamw8bit: a part of {like.numel()} numbers is not whole blocks of {self._BLOCK}; choose another "
                 "rank or number of devices"
