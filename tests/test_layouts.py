@@ -16,7 +16,10 @@ import torch
 from conftest import write_blocks, write_model
 from safetensors.torch import load_file
 
-PROJECTED = {"rank": 16, "update_proj_gap": 6}
+# The leading singular values of these gradients are well apart. Where they are not, a basis turns by what rounding
+# leaves divided by their distance: at rank 16 final weights differ by 3e-9.
+PROJECTED = {"rank": 4, "update_proj_gap": 6}
+WHOLE_BLOCKS = {"rank": 16, "update_proj_gap": 6}  # of 256 numbers on each of four devices
 METHODS = {
     "full_rank": {"method": "full_rank"},
     "full_rank sgd": {"optimizer": "sgd", "lr": 0.1},
@@ -36,8 +39,8 @@ METHODS = {
 }
 EIGHT_BIT = {
     "full_rank 8-bit": {"optimizer": "adamw8bit"},
-    "galore 8-bit": {"optimizer": "galore_adamw8bit", **PROJECTED},
-    "golore 8-bit": {"optimizer": "golore_adamw8bit", "rand_ratio": 0.5, **PROJECTED},
+    "galore 8-bit": {"optimizer": "galore_adamw8bit", **WHOLE_BLOCKS},
+    "golore 8-bit": {"optimizer": "golore_adamw8bit", "rand_ratio": 0.5, **WHOLE_BLOCKS},
 }
 FSDP = {"distributed_type": "fsdp"}
 LAYOUTS = {
