@@ -205,46 +205,54 @@ def test_slices_of_a_saved_dataset_and_of_a_hub_dataset(byt5, capsys, monkeypatc
         assert_equals_unsliced(make(argv("--num_shards", SLICES, "--merge", dataset=dataset), capsys), whole)
 
 
-def test_concurrent_slices_one_killed_in_the_middle_and_made_again(argv, capsys, tmp_path):
-    """Real processes; as Slurm does it, the number comes from the environment."""
-    write_json_lines(tmp_path / "part-3.jsonl", made_up(6000))  # slice 1 takes a while
-    command = [sys.executable, pretokenize.__file__, *argv("--num_shards", SLICES)]
+def start(argv: list[str], shard: int) -> subprocess.Popen:
+    """A slice in a process of its own; as Slurm does it, the number comes from the environment."""
+    return subprocess.Popen(
+        [sys.executable, pretokenize.__file__, *argv],
+        **{"env": {**os.environ, "SLURM_ARRAY_TASK_ID": str(shard)}, "text": True},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+    )
 
-    def start(shard: int) -> subprocess.Popen:
-        return subprocess.Popen(
-            command,
-            env={**os.environ, "SLURM_ARRAY_TASK_ID": str(shard)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
 
-    folder = tmp_path / "out" / f"part_byt5_{LENGTH}.slices"
-    running = [start(shard) for shard in range(SLICES)]
-    end = time.monotonic() + 60
-    while not (folder / f"00001-of-0000{SLICES}.tmp" / "train").exists():
-        assert time.monotonic() < end and running[1].poll() is None
+def kill_while_writing(process: subprocess.Popen, folder: Path) -> None:
+    end = time.monotonic() + 100
+    while not (folder.with_name(folder.name + ".tmp") / "train").exists():
+        assert time.monotonic() < end and process.poll() is None
         time.sleep(0.01)
-    running[1].kill()
-    codes = []
-    for process in running:
-        process.communicate(timeout=120)
-        codes.append(process.returncode)
-    assert codes == [0, -signal.SIGKILL, 0]
-    (message,) = refused(argv("--num_shards", SLICES, "--merge"), capsys)
-    assert message.startswith("slice 1 is being made, or its command was killed: run the same command with --shard 1 (")
-    finished = content(folder / f"00000-of-0000{SLICES}")
-    times = {path: path.stat().st_mtime_ns for path in (folder / f"00000-of-0000{SLICES}").rglob("*")}
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not folder.exists()
 
-    running = [start(shard) for shard in range(2)]  # the same commands again
-    errors = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
-    assert "note: slice 0 is complete already" in errors[0] and "complete already" not in errors[1]
-    assert content(folder / f"00000-of-0000{SLICES}") == finished
-    assert {path: path.stat().st_mtime_ns for path in (folder / f"00000-of-0000{SLICES}").rglob("*")} == times
-    assert not list(folder.glob("*.tmp"))
-    merged = make(argv("--num_shards", SLICES, "--merge"), capsys)
+
+def test_a_killed_slice_is_made_again_and_no_other(argv, capsys, tmp_path):
+    flags = argv("--num_shards", SLICES)
+    write_json_lines(tmp_path / "part-3.jsonl", made_up(6000))  # slice 1 takes a while
+    one, two, three = (tmp_path / "out" / f"part_byt5_{LENGTH}.slices" / f"0000{i}-of-00003" for i in range(SLICES))
+    for shard in (0, 2):
+        make([*flags, "--shard", str(shard)], capsys)
+    times = {path: path.stat().st_mtime_ns for folder in (one, three) for path in folder.rglob("*")}
+    kill_while_writing(start(flags, 1), two)
+    (message,) = refused([*flags, "--merge"], capsys)
+    assert message == f"slice 1 is being made, or its command was killed: run the same command with --shard 1 ({two})"
+
+    for shard in range(SLICES):
+        make([*flags, "--shard", str(shard)], capsys)
+    assert {path: path.stat().st_mtime_ns for folder in (one, three) for path in folder.rglob("*")} == times
+    assert not list(two.parent.glob("*.tmp"))
+    merged = make([*flags, "--merge"], capsys)
     assert counts(merged)["train"]["documents"] + counts(merged)["validation"]["documents"] == 6171
+    assert_equals_unsliced(merged, make(argv(save_dir=tmp_path / "whole"), capsys))
+
+
+@pytest.mark.slow
+def test_concurrent_processes(argv, capsys, tmp_path):
+    flags = argv("--num_shards", SLICES)
+    running = [start(flags, shard) for shard in range(SLICES)]
+    kill_while_writing(running[1], tmp_path / "out" / f"part_byt5_{LENGTH}.slices" / "00001-of-00003")
+    running[1] = start(flags, 1)
+    assert [process.wait(timeout=200) for process in running] == [0, 0, 0]
+    whole = make(argv(save_dir=tmp_path / "whole"), capsys)
+    assert_equals_unsliced(make([*flags, "--merge"], capsys), whole)
 
 
 def test_merge_names_every_slice_that_is_no_good(argv, capsys, tmp_path):
