@@ -1,9 +1,10 @@
 """Losses and gradient norms that stand out from those before.
 
 Running mean and variance are exponentially weighted, over about the last `WINDOW` finite values. A value that lies more
-than k standard deviations above the mean is a spike; what enters the statistics in its place is the largest value that
-would not have been one, so that one spike does not hide the next, while a lasting rise is adopted after some updates.
-All of it is a function of numbers that are equal on all ranks, and is stored in a plain dictionary with the counters.
+than k standard deviations above the mean is a spike. If its update is skipped, the statistics stay as they are: they
+are of updates that were done. Otherwise the largest value that would not have been a spike enters them in its place, so
+that one spike does not hide the next, while a lasting rise is adopted after some updates. All of it is a function of
+numbers that are equal on all ranks, and is stored in a plain dictionary with the counters.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ LARGEST_SHARE = 0.05
 _SMALLEST_DEVIATION = 1e-3  # of the mean: data that hardly varies must not make every value a spike
 
 
-def observe(statistics: dict[str, Any], values: dict[str, float], deviations: float) -> list[str]:
+def observe(statistics: dict[str, Any], values: dict[str, float], deviations: float, skip: bool) -> list[str]:
     """Which of `values` (name to number) are spikes, described; then `statistics` learns from them.
 
-    `statistics` holds, for every name, `[mean, variance, count]`, and is empty at first. Values that are not finite are
-    passed over: they are the train loop's to deal with.
+    `statistics` holds, for every name, `[mean, variance, count]`, and is empty at first. With `skip` an update with a
+    spike is not learnt from. Values that are not finite are passed over: they are the train loop's to deal with.
     """
-    spikes = []
+    found, learnt = [], {}
     for name, value in values.items():
         if not math.isfinite(value):
             continue
@@ -41,14 +42,15 @@ def observe(statistics: dict[str, Any], values: dict[str, float], deviations: fl
         deviation = max(math.sqrt(variance), _SMALLEST_DEVIATION * abs(mean))
         if count >= FIRST_UPDATES and value > mean + deviations * deviation:
             height = (value - mean) / deviation if deviation else math.inf
-            spikes.append(f"{name} {value:.4g} is {height:.1f} standard deviations above {mean:.4g}")
+            found.append(f"{name} {value:.4g} is {height:.1f} standard deviations above {mean:.4g}")
             value = mean + deviations * deviation
         weight = max(1 / WINDOW, 1 / (count + 1))  # a plain average until the window is full
         difference = value - mean
-        mean += weight * difference
         variance = (1 - weight) * (variance + weight * difference * difference)
-        statistics[name] = [mean, variance, count + 1]
-    return spikes
+        learnt[name] = [mean + weight * difference, variance, count + 1]
+    if not (found and skip):
+        statistics.update(learnt)
+    return found
 
 
 def over_the_limit(in_a_row: int, skipped: int, updates: int) -> str | None:

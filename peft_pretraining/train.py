@@ -172,8 +172,9 @@ def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor
 
 def find_spikes(run: Run, loss: float, grad_norm: float) -> list[str]:
     """What of an update stands out. All ranks have the same two numbers, and come to the same answer."""
-    deviations = run.config.optimizer.skip_spikes or spikes.LOGGED_DEVIATIONS
-    return spikes.observe(run.state.spike_statistics, {"loss": loss, "gradient norm": grad_norm}, deviations)
+    skip = run.config.optimizer.skip_spikes
+    values = {"loss": loss, "gradient norm": grad_norm}
+    return spikes.observe(run.state.spike_statistics, values, skip or spikes.LOGGED_DEVIATIONS, skip > 0)
 
 
 def set_learning_rate(run: Run, step: int) -> float:
