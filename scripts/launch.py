@@ -112,6 +112,8 @@ def run(command: Sequence[str]) -> int:
     if shutil.which(command[0]) is None:
         return exit_with_problems(ConfigError([f"{command[0]} not found: install torch for {sys.executable}"]))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
+    # A store that torchrun keeps for all starts has addresses of dead processes in it.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by torchrun, until the training processes handle it
     # In a session of its own: a signal to this process's group (Ctrl-C, Slurm) reaches torchrun once, from here.
     torchrun = subprocess.Popen(command, start_new_session=True)

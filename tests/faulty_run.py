@@ -1,8 +1,8 @@
 """`torchrun_main.py` with faults in it, for torchrun: `faulty_run.py FAULTS.json FLAGS...`.
 
-FAULTS.json may have "hang": [rank, update], whose data loader then hangs, once; "bad": updates whose batches are noise;
-"digests": a folder in which each rank leaves the SHA-256 of its weights and its counters at the end. Statistics of
-spikes count from the tenth update on.
+FAULTS.json may have "hang": [rank, update], whose data loader then hangs, once; "bad": updates whose batches are
+noise; "crash": an update that raises an error; "digests": a folder in which each rank leaves the SHA-256 of its weights
+and its counters at the end. Statistics of spikes count from the tenth update on.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def leave_digests(folder: Path, rank: int) -> None:
     build.train = observed
 
 
+def crash_in(update: int, flags: tuple[str, ...]) -> int:
+    with helpers.before_update(update, lambda: 1 / 0):
+        return helpers.run(flags)
+
+
 def main(faults_file: str, *flags: str) -> int:
     faults, rank = json.loads(Path(faults_file).read_text()), int(os.environ["RANK"])
     spikes.FIRST_UPDATES, spikes.WINDOW = 10, 15
@@ -67,6 +72,8 @@ def main(faults_file: str, *flags: str) -> int:
         hang_once(faults["hang"][1], 8, Path(faults_file).with_suffix(".hung"))
     if "digests" in faults:
         leave_digests(Path(faults["digests"]), rank)
+    if "crash" in faults:
+        return crash_in(faults["crash"], flags)
     with bad_batches(faults.get("bad", ())):
         return helpers.run(flags)
 

@@ -131,6 +131,18 @@ def test_a_killed_rank_and_a_hanging_one_come_back(flags, undisturbed, tmp_path)
     helpers.assert_same_run(run, undisturbed)
 
 
+def test_a_crash_ends_the_process_at_once_its_workers_too(flags, tmp_path):
+    """Not the 30 s after which torchrun would kill it, and not never."""
+    command = [sys.executable, FAULTY, faults(tmp_path, crash=12), *flags(tmp_path / "run")]
+    began = time.monotonic()
+    environment = helpers.child_environment(RANK="0", CRASH_TEST=str(tmp_path))
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+    ended = time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime
+    assert ended < 10 and time.monotonic() - began < 100
+    assert not [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("CRASH_TEST")]
+
+
 def test_both_ranks_skip_the_same_updates(undisturbed):
     reports = [json.loads((undisturbed.parent / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert reports[0] == reports[1]  # digest of the weights, statistics, counts
@@ -194,7 +206,7 @@ def test_sigusr1_to_the_launch_script_saves_and_does_not_restart(flags, tmp_path
 
 
 @pytest.mark.slow
-def test_two_agents_equal_one(flags, undisturbed, tmp_path):
+def test_two_agents_equal_one(flags, undisturbed, tmp_path, monkeypatch):
     """Two nodes' torchruns on this machine, which meet by c10d; one of them loses its rank on the way."""
     run = tmp_path / "run"
     with socket.socket() as free:
@@ -203,6 +215,7 @@ def test_two_agents_equal_one(flags, undisturbed, tmp_path):
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
     command = [*TORCHRUN, *nodes, "--max-restarts", "2", FAULTY, faults(tmp_path), *flags(run)]
     logs = [tmp_path / f"log{node}" for node in range(2)]
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see docs/launching.md
     with launched(command, logs[0]) as one, launched(command, logs[1]) as other:
         wait_until(lambda: update_reached(run, 33), one, logs[0])
         os.kill(next(iter(ranks(other).values())), signal.SIGKILL)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,15 @@ class ProcessGroup:
         if not grouped:
             return cls(0, 1, 0, 1, device)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+            "nccl" if device.type == "cuda" else "gloo",
+            device_id=device if device.type == "cuda" else None,
+            **_fresh_store(env),
         )
         local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, device)
 
     def stop(self) -> None:
+        """Leave the group."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -70,3 +74,18 @@ class ProcessGroup:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+def _fresh_store(env: Mapping[str, str]) -> dict[str, Any]:
+    """After a restart by torchrun: where the ranks meet, without what those before it left there.
+
+    torchrun keeps one store for all starts, and a rank would find the addresses of dead ones in it. The number of
+    starts tells them apart on one node. Those of several nodes may differ; there, torchrun has to make a new store for
+    every start (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as scripts/launch.py sets it).
+    """
+    starts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if starts == "0" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False)
+    return {"store": dist.PrefixStore(f"start {starts}", store), "rank": rank, "world_size": world_size}
