@@ -31,7 +31,7 @@ from peft_pretraining.flags import ConfigError, exit_with_problems, non_negative
 
 GRACE_SECONDS = "120"  # torchrun's own 30 s are short for a checkpoint of several billion weights
 EXIT_REQUEUE = 75  # as of `peft_pretraining.signals`, which imports torch
-SECONDS_TO_END = 60.0  # that torchrun may take to end by itself when all training processes have
+SECONDS_TO_END = 5.0  # that torchrun may take to end by itself when all training processes have
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,7 +140,7 @@ def _save_and_stop(torchrun: subprocess.Popen) -> None:
         for pid in present:  # again and again: one that is still starting ignores it
             _send(pid, signal.SIGUSR1)
         time.sleep(0.5)
-    end = time.monotonic() + SECONDS_TO_END  # a finished run's torchrun waits for those of other nodes
+    end = time.monotonic() + SECONDS_TO_END  # a finished run ends by itself; otherwise it may wait for other nodes
     while torchrun.poll() is None and not children(torchrun.pid) and time.monotonic() < end:
         time.sleep(0.05)
     if torchrun.poll() is None:

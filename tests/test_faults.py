@@ -74,12 +74,12 @@ def launched(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     """A launcher, its output in `log`; whatever is left of it at the end is killed."""
     with open(log, "a") as file:
         agent = subprocess.Popen(command, stdout=file, stderr=file, cwd=log.parent, env=helpers.child_environment())
-    children = []
     try:
         yield agent
+    finally:
+        children = []
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(agent.pid).children(recursive=True)
-    finally:
         agent.kill()
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -161,6 +161,24 @@ def test_all_ranks_are_killed_then_the_same_command(flags, undisturbed, tmp_path
             os.kill(pid, signal.SIGKILL)
         assert agent.wait(PATIENCE) != 0
     assert helpers.checkpoints(run)[-1] < LAST
+    with launched(command, log) as agent:
+        assert agent.wait(PATIENCE) == 0, log.read_text()
+    helpers.assert_same_run(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_launcher_is_killed(flags, undisturbed, tmp_path):
+    """kill -9 of torchrun: its processes save and end by themselves instead of training on without it."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [*ONE_NODE, FAULTY, faults(tmp_path), *flags(run)]
+    with launched(command, log) as agent:
+        wait_until(lambda: update_reached(run, 23), agent, log)
+        processes = [psutil.Process(pid) for pid in ranks(agent).values()]
+        agent.kill()
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
+        assert len(processes) == 2 and not alive
+    stopped = helpers.updates(run)[-1][0]
+    assert stopped < LAST and helpers.checkpoints(run)[-1] == stopped
     with launched(command, log) as agent:
         assert agent.wait(PATIENCE) == 0, log.read_text()
     helpers.assert_same_run(run, undisturbed)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,6 +30,8 @@ class ProcessGroup:
     def start(cls, single_device: bool = False) -> ProcessGroup:
         """Join the group that torchrun's environment describes: nccl on CUDA, gloo on the CPU."""
         env = os.environ
+        if "TORCHELASTIC_RUN_ID" in env:
+            _end_with_torchrun()
         grouped = not single_device and int(env.get("WORLD_SIZE", "1")) > 1
         local_rank = int(env.get("LOCAL_RANK", "0")) if grouped else 0
         if torch.cuda.is_available():
@@ -74,6 +79,17 @@ class ProcessGroup:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+def _end_with_torchrun() -> None:
+    """Have the kernel send SIGTERM when torchrun, the parent, is gone without a word (kill -9, out of memory).
+
+    Otherwise the processes would train on, or wait for each other for ever, and write into the folder of the run that
+    is started in their place.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # <sys/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _fresh_store(env: Mapping[str, str]) -> dict[str, Any]:
