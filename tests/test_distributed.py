@@ -95,6 +95,7 @@ def test_gradients_are_reduced_once_an_update(pairs):
 def test_the_ranks_hold_the_same_bits(pairs):
     for name, reports in pairs.reports.items():
         assert reports[0]["digest"] == reports[1]["digest"], name
+        assert reports[0]["state_digest"] == reports[1]["state_digest"], name
     assert pairs.reports["galore at once"][0]["digest"] != pairs.reports["full_rank at once"][0]["digest"]
 
 
@@ -158,6 +159,7 @@ def test_a_total_batch_that_two_processes_cannot_share(command, monkeypatch, cap
         monkeypatch.setenv(name, value)
     assert helpers.run(command(batch_size=4, total_batch_size=12)) == 2
     assert "--total_batch_size 12 must be --batch_size 4 x" in capsys.readouterr().err
+    monkeypatch.setattr("torchrun_main._SECONDS_TO_SPEAK", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert helpers.run(command(batch_size=4, total_batch_size=12)) == 2
     assert capsys.readouterr().err == ""

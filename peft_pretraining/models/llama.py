@@ -36,9 +36,8 @@ def build_model(
 ) -> LlamaForCausalLM:
     """A LLaMA in training mode on `device`.
 
-    `shape` is the model JSON's settings; weights are drawn from N(0, initializer_range) by `seed`, in float32 on the
-    CPU and then rounded, so that they are the same on every device. With `weights_from`, a folder or hub name, they
-    are read.
+    `shape` is the model JSON's settings; weights are drawn by `seed` (`materialize`). With `weights_from`, a folder or
+    hub name, they are read.
     """
     dtype = resolve_dtype(config.dtype, device)
     check_attention(config.attn_implementation, device, dtype)
@@ -50,17 +49,8 @@ def build_model(
             revision=config.model_revision or "main",
         )
     else:
-        # With a padding id the embedding would zero that row and never train it; with -1, the last one.
-        left_out = ("torch_dtype", "dtype", "pad_token_id")
-        llama = LlamaConfig(**{key: value for key, value in shape.items() if key not in left_out})
-        pad_token_id = shape.get("pad_token_id")
-        llama._attn_implementation = config.attn_implementation
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.derive_seed(seed, "initial weights"))
-            model = LlamaForCausalLM(llama).to(dtype)
-        if pad_token_id is not None and 0 <= pad_token_id < llama.vocab_size:
-            model.config.pad_token_id = pad_token_id  # fine-tuning the exported model needs it
-        model.config.dtype = dtype
+        model = _empty_model(config, shape, dtype)
+        materialize(model, device, seed)
     model.get_input_embeddings().padding_idx = None
     model.config.use_cache = True
     if config.activation_checkpointing:
@@ -68,3 +58,39 @@ def build_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model.to(device).train()
+
+
+def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model on the meta device: shapes without memory."""
+    # With a padding id the embedding would zero that row and never train it; with -1, the last one.
+    left_out = ("torch_dtype", "dtype", "pad_token_id")
+    llama = LlamaConfig(**{key: value for key, value in shape.items() if key not in left_out})
+    pad_token_id = shape.get("pad_token_id")
+    llama._attn_implementation = config.attn_implementation
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama).to(dtype)
+    if pad_token_id is not None and 0 <= pad_token_id < llama.vocab_size:
+        model.config.pad_token_id = pad_token_id  # fine-tuning the exported model needs it
+    model.config.dtype = dtype
+    return model
+
+
+@torch.no_grad()
+def materialize(model: LlamaForCausalLM, device: torch.device, seed: int) -> None:
+    """Give a model on the meta device memory on `device`, and its initial weights, in place.
+
+    Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as transformers does. Each weight is a
+    function of (seed, its name), drawn in float32 on the CPU and then rounded, one at a time: the same on every device
+    and for every way to distribute the model, and the model never exists twice.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # its buffers are computed when it is built, and saved nowhere
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    for name, param in model.named_parameters():
+        if param.ndim < 2:
+            param.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        generator = rng.generator(seed, f"initial weights of {name}")
+        drawn = torch.empty(param.shape, dtype=torch.float32)
+        param.copy_(drawn.normal_(0.0, model.config.initializer_range, generator=generator))

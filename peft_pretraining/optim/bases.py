@@ -29,6 +29,9 @@ BASIS_OPTIMIZERS: dict[str, tuple[type[UpdateRule], dict[str, Any]]] = {
 }
 """Update rule and settings of the basis optimizers of Online Subspace Descent, by `proj_type`."""
 
+_SMALLEST_SQUARE = 1e-30
+"""Of a gradient's norm, for online PCA: eight digits above the smallest normal float32 (and bf16)."""
+
 PROJECTION_TYPES = (*SIDES, "random", *BASIS_OPTIMIZERS)
 
 
@@ -182,7 +185,8 @@ def reconstruction_gradient(side: str, basis: Tensor, grad: Tensor, low_rank_gra
     """
     flat = grad.reshape(-1)
     square = torch.dot(flat, flat).double()  # a single pass, where a norm takes two
-    factor = torch.where(square > 0, 2 / square, 0)  # a zero gradient has no direction: the basis stays
+    # A zero gradient has no direction, and one whose square underflows has lost it: the basis stays.
+    factor = torch.where(square > _SMALLEST_SQUARE, 2 / square, 0)
     if side == RIGHT:
         cross = low_rank_grad.T @ grad  # (r, m) @ (m, n) -> (r, n)
         inner = basis @ basis.T  # (r, r)

@@ -78,20 +78,22 @@ class Subspace:
         """R of a gradient in the basis that its update uses, a new one where a refresh is due. Nothing is committed.
 
         A gradient with a NaN or an infinity never reaches the SVD, which would not return: it is projected with the old
-        basis, stays non-finite, and its refresh stays due.
+        basis, stays non-finite, and its refresh stays due. A random basis needs no look at the gradient, and must not
+        depend on one: with per-layer updates each rank sees its own.
         """
         if not self.refresh_is_due(state, group, step):
             return Projected(self.down(state, grad))
         total, count = self._observed
         seen = (total + grad) / (count + 1) if count else grad
-        if not seen.isfinite().all():
+        if self.rule.reads_gradient(step) and not seen.isfinite().all():
             return Projected(self.down(state, grad))
         projected = Projected(grad, self._refreshed(state, seen, group, step))
         projected.low_rank_grad = self.down(state, grad, projected)
         projected.failed = projected.new_bases is None
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        parts = [torch.linalg.vector_norm(part, dtype=wide).square() for part in (projected.low_rank_grad, grad)]
-        projected.energy = torch.where(parts[1] > 0, parts[0] / parts[1], 1.0)
+        # In float64: the squares of a small float32 gradient underflow.
+        norms = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in (projected.low_rank_grad, grad))
+        kept, whole = (norm.square() for norm in norms)
+        projected.energy = torch.where(whole > 0, kept / whole, 1.0)
         return projected
 
     def down(self, state: dict[str, Any], grad: Tensor, projected: Projected | None = None) -> Tensor:
