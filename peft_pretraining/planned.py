@@ -34,8 +34,6 @@ REFUSED: dict[str, str] = {
     "reshard_after_forward": "FSDP2 is not built yet",
     "replicas": "FSDP2 is not built yet",
     "async_save": "asynchronous checkpoints are not built yet",
-    "step_timeout": "the watchdog is not built yet",
-    "skip_spikes": "the watchdog is not built yet",
 }
 """Flag -> why it is refused."""
 

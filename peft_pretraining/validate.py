@@ -134,6 +134,11 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
     if method.method in ("golore", "golore_adapter") and method.rand_ratio > 1:
         warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
     if method.per_layer and "per_layer" in options:
+        if config.optimizer.skip_spikes > 0:
+            problems.append(
+                f"--skip_spikes {config.optimizer.skip_spikes:g} cannot go with per-layer updates, which are done "
+                "before the gradient norm is known"
+            )
         if method.refresh_accumulation > 1:
             problems.append(
                 f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "
