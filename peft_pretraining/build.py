@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ from peft_pretraining import run_dir
 from peft_pretraining.checkpoint import Checkpointer, TrainState, starting_counters, versions
 from peft_pretraining.cli import Launch
 from peft_pretraining.config import Config, schedule_problems
-from peft_pretraining.data.blocks import TokenBlocks, evaluation_batches, training_batches
+from peft_pretraining.data.blocks import TokenBlocks, end_workers, evaluation_batches, training_batches
 from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
@@ -41,6 +42,7 @@ def run(launch: Launch) -> int:
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours
     run = build(launch, group)
+    atexit.register(end_workers)  # after the workers were started: what is registered last is called first
     exit_code = 1
     try:
         exit_code = train(run)

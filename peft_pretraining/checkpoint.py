@@ -19,7 +19,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,12 @@ class TrainState:
     """Update at which the schedule began: that of the checkpoint behind a warm start, otherwise 0."""
     evaluated_step: int = -1
     """Last update that was evaluated."""
+    skipped_spikes: int = 0
+    """Updates skipped for a spike; `skipped_updates` are those that were not finite."""
+    spikes_in_a_row: int = 0
+    """Of these, how many came just before."""
+    spike_statistics: dict[str, Any] = field(default_factory=dict)
+    """Running statistics of `spikes.observe`."""
 
 
 @dataclass
@@ -107,7 +113,8 @@ class Checkpointer:
             dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
         counters = run_dir.read_state(folder)
         self.method.load_state_dict(counters["method"])
-        state = TrainState(**{name: counters[name] for name in TrainState.__dataclass_fields__})
+        known = {name for name in TrainState.__dataclass_fields__ if name in counters}  # an older run has fewer
+        state = TrainState(**{name: counters[name] for name in known})
         self.saved_step = state.update_step
         return state
 

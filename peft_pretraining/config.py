@@ -120,6 +120,10 @@ class OptimizerConfig:
     clip_grad_norm: float = setting(
         1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
     )
+    skip_spikes: float = setting(
+        0.0, non_negative_float, "skip updates whose loss or gradient norm is so many standard deviations above its "
+        "running mean; 0 only logs them, above 6"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,9 @@ class RunConfig:
     seed: int = setting(42, integer, "seed of initial weights, data order and all other random choices")
     single_gpu: bool = setting(False, boolean, "no process group: the whole run on one device")
     deterministic: bool = setting(False, boolean, "deterministic kernels only (needed for bit-equal resume on CUDA)")
+    step_timeout: float = setting(
+        0.0, non_negative_float, "seconds after which an update that hangs ends the process, for a restart; 0 is off"
+    )
     profile: int = setting(0, _profile, "trace this many updates with torch.profiler (bare: 5)")
 
 

@@ -31,8 +31,6 @@ REFUSED: dict[str, str] = {
     "log_details": "per-layer logging is not built yet",
     "compress": "gradient compression is not built yet",
     "async_save": "asynchronous checkpoints are not built yet",
-    "step_timeout": "the watchdog is not built yet",
-    "skip_spikes": "the watchdog is not built yet",
 }
 """Flag -> why it is refused."""
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from peft_pretraining import rng
+from peft_pretraining import rng, spikes
 from peft_pretraining.checkpoint import Checkpointer, TrainState
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import ProcessGroup, synchronised_backward
@@ -28,12 +28,13 @@ from peft_pretraining.profiling import Profiler, peak_memory_bytes
 from peft_pretraining.schedule import rate_multiplier
 from peft_pretraining.signals import EXIT_REQUEUE, StopRequest
 from peft_pretraining.tracking import Tracker, log
+from peft_pretraining.watchdog import Watchdog
 
 _LARGEST_SKIPPED_SHARE = 0.05
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on: too many updates were not finite."""
+    """The run cannot go on: too many updates were not finite, or spikes."""
 
 
 @dataclass
@@ -78,6 +79,8 @@ class Update:
     samples: int
     """Sequences read, over all ranks."""
     skipped: bool
+    spikes: list[str]
+    """What stood out from earlier updates, described."""
     stop: bool
     """Some rank was asked to stop."""
 
@@ -87,6 +90,7 @@ def train(run: Run) -> int:
     state = run.state
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        watchdog = stack.enter_context(Watchdog(run.config.run.step_timeout, run.checkpointer.save_dir, run.group.rank))
         stack.enter_context(logging_redirect_tqdm([log]))
         bar = stack.enter_context(_progress_bar(run))
         while True:
@@ -98,7 +102,8 @@ def train(run: Run) -> int:
             if finished:
                 return 0
             began = time.perf_counter()
-            update = train_step(run, next_micro_batches(run), stop)
+            with watchdog.update(state.update_step):
+                update = train_step(run, next_micro_batches(run), stop)
             report(run, update, time.perf_counter() - began, bar)
             run.profiler.step()
             if update.stop:
@@ -126,6 +131,8 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     # The update's only wait for the device.
     loss_mean, asked_to_stop, norm_value = torch.stack([totals[0] / targets, totals[1], norm.double()]).tolist()
     skipped = not (math.isfinite(loss_mean) and math.isfinite(norm_value)) or step in run.config.data.skip_batches
+    found = [] if skipped else find_spikes(run, loss_mean, norm_value)
+    skipped |= bool(found) and run.config.optimizer.skip_spikes > 0
     if not skipped:
         method.before_optimizer_step(model, optimizer, step)
         optimizer.step()
@@ -136,7 +143,7 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     samples = run.config.batch.total_batch_size * (1 + extra)
     state.data_position += samples
     state.tokens_seen += samples * run.config.data.max_length
-    return Update(loss_mean, norm_value, lr, samples, skipped, asked_to_stop > 0)
+    return Update(loss_mean, norm_value, lr, samples, skipped, found, asked_to_stop > 0)
 
 
 def next_micro_batches(run: Run) -> list[Batch]:
@@ -165,6 +172,13 @@ def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor
     return loss_sum, targets
 
 
+def find_spikes(run: Run, loss: float, grad_norm: float) -> list[str]:
+    """What of an update stands out. All ranks have the same two numbers, and come to the same answer."""
+    skip = run.config.optimizer.skip_spikes
+    values = {"loss": loss, "gradient norm": grad_norm}
+    return spikes.observe(run.state.spike_statistics, values, skip or spikes.LOGGED_DEVIATIONS, skip > 0)
+
+
 def set_learning_rate(run: Run, step: int) -> float:
     """Give every parameter group its rate for update `step`; returns the base rate times the multiplier."""
     multiplier = rate_multiplier(step - run.state.schedule_start, run.config.schedule, run.schedule_length)
@@ -187,6 +201,7 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         step_time=seconds,
         peak_memory_bytes=peak_memory_bytes(run.group.device),
         **({"skipped": True} if update.skipped else {}),
+        **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **run.method.metrics(),
     )
     bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {tokens / seconds:,.0f} tokens/s", refresh=False)
@@ -196,7 +211,8 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         log.info(
             "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
         )
-    if update.skipped and state.update_step - 1 not in run.config.data.skip_batches:
+    count_spikes(run, update)
+    if update.skipped and not update.spikes and state.update_step - 1 not in run.config.data.skip_batches:
         state.skipped_updates += 1
         log.warning(
             "skipped update %d: loss %s, gradient norm %s", state.update_step - 1, update.loss, update.grad_norm
@@ -207,6 +223,20 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
                 f"gradient, more than {_LARGEST_SKIPPED_SHARE:.0%}: lower --lr, or look at the data near update "
                 f"{state.update_step - 1}"
             )
+
+
+def count_spikes(run: Run, update: Update) -> None:
+    """Log an update that stood out, and stop the run when --skip_spikes skips too many."""
+    state = run.state
+    if update.spikes:
+        done = "skipped" if update.skipped else "spike in"
+        log.warning("%s update %d: %s", done, state.update_step - 1, ", ".join(update.spikes))
+    skipped = bool(update.spikes) and update.skipped
+    state.skipped_spikes += skipped
+    state.spikes_in_a_row = state.spikes_in_a_row + 1 if skipped else 0
+    total = run.config.schedule.num_training_steps
+    if problem := spikes.over_the_limit(state.spikes_in_a_row, state.skipped_spikes, total):
+        raise TrainingFailed(problem)
 
 
 def save_and_stop(run: Run) -> int:

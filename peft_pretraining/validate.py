@@ -141,6 +141,11 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
     if distributed.distributed_type == "ddp" and distributed.replicas > 1:
         warnings.append("--replicas has no effect without --distributed_type fsdp")
     if method.per_layer and "per_layer" in options:
+        if config.optimizer.skip_spikes > 0:
+            problems.append(
+                f"--skip_spikes {config.optimizer.skip_spikes:g} cannot go with per-layer updates, which are done "
+                "before the gradient norm is known"
+            )
         if method.refresh_accumulation > 1:
             problems.append(
                 f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "

@@ -8,6 +8,7 @@ of devices sees the samples it would have seen.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -118,6 +119,16 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     # A scheduler signals the whole job; the training process decides when its workers end.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """At the exit of a process that failed: its workers, which ignore the signal that would end them, are killed.
+
+    Without it the process would wait for them for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths as failures
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def useful_workers(requested: int, group: ProcessGroup) -> int:
