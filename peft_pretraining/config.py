@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from peft_pretraining.distributed_config import DistributedConfig
 from peft_pretraining.factor_config import FactorConfig
 from peft_pretraining.flags import (
     Flag,
@@ -173,20 +174,6 @@ class MethodConfig:
     )
     clip_norm: str = setting(
         "projected", choice("projected", "full"), "norm used for clipping: of projected gradients, or of full ones"
-    )
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    distributed_type: str = setting(
-        "ddp", choice("ddp", "fsdp"), "ddp: a whole model on each device; fsdp: weights, gradients and states divided"
-    )
-    replicas: int = setting(1, positive_int, "fsdp: copies of the divided model (HSDP); must divide the processes")
-    reshard_after_forward: bool = setting(
-        True, boolean, "fsdp: free gathered weights between forward and backward pass"
-    )
-    reduce_low_rank: bool | None = setting(
-        None, boolean, "ddp: reduce R instead of G between refreshes (default: where the method allows it)"
     )
 
 
