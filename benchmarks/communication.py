@@ -52,8 +52,10 @@ def measure(name: str, shape: dict, arguments: argparse.Namespace, group: Proces
     model = method.convert(build_model(config.model, shape, None, group.device, config.run.seed))
     optimizer = method.build_optimizer(model)
     method.prepare(model, optimizer, group.all_reduce_mean)
-    parallel = parallelize(model, group)
-    parallel.register_comm_hook(None, allreduce_hook)
+    low_rank = method.low_rank_reduction(model, optimizer)
+    parallel = parallelize(model, group, low_rank)
+    if low_rank is None:
+        parallel.register_comm_hook(None, allreduce_hook)  # what DDP does anyway, where it can be counted
     sent = []
     for step in range(2):
         before = counter.bytes

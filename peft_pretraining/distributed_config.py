@@ -1,4 +1,4 @@
-"""Settings of how a model and its gradients are divided over devices: a section of `Config`. Nothing here imports torch."""
+"""How a model and its gradients are divided over devices: a section of `Config`. Nothing here imports torch."""
 
 from __future__ import annotations
 

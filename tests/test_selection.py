@@ -73,7 +73,7 @@ def test_defaults_that_depend_on_the_spelling(load):
     "text",
     [
         *("--from_json_data", "--padding_data", "--plot_rank", "--compress x", "--megatron_dataset_config c.yaml"),
-        *("--log_details", "--use_hf_model False", "--distributed_type fsdp", "--load_optimizer_state_on_resume False"),
+        *("--log_details", "--use_hf_model False", "--load_optimizer_state_on_resume False"),
     ],
 )
 def test_what_is_refused_is_refused_by_name(load, text):
