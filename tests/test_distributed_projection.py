@@ -85,8 +85,10 @@ def test_two_processes_train_as_one(pairs, name):
     assert_close(pairs.folder / name, pairs.folder / f"one {name}")
     for one, two in zip(*(helpers.records(pairs.folder / folder) for folder in (f"one {name}", name)), strict=True):
         assert one.get("refreshed_layers") == two.get("refreshed_layers")
-        for energy in ("captured_energy_mean", "basis_overlap_min"):
-            assert one.get(energy, 0) == pytest.approx(two.get(energy, 0), abs=1e-3)
+        assert one.get("basis_overlap_min", 0) == pytest.approx(two.get("basis_overlap_min", 0), abs=1e-3)
+        # Random bases need no whole gradient, and where none is reduced nobody knows its norm.
+        if "captured_energy_mean" in two or name not in ("golore", "random"):
+            assert one.get("captured_energy_mean", 0) == pytest.approx(two.get("captured_energy_mean", 0), abs=1e-3)
 
 
 def test_the_ranks_hold_the_same_bits(pairs):
