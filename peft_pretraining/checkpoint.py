@@ -19,7 +19,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class TrainState:
     """Tokens read for training, over all ranks."""
     data_position: int = 0
     """Samples taken from the stream."""
+    data_state: dict[str, Any] = field(default_factory=dict)
+    """What the data needs besides to be read on there: small numbers, as JSON has them."""
     skipped_updates: int = 0
     schedule_start: int = 0
     """Update at which the schedule began: that of the checkpoint behind a warm start, otherwise 0."""
@@ -106,7 +108,7 @@ class Checkpointer:
             dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
         counters = run_dir.read_state(folder)
         self.method.load_state_dict(counters["method"])
-        state = TrainState(**{name: counters[name] for name in TrainState.__dataclass_fields__})
+        state = TrainState(**{name: counters[name] for name in TrainState.__dataclass_fields__ if name in counters})
         self.saved_step = state.update_step
         return state
 
@@ -185,6 +187,7 @@ def starting_counters(folder: Path) -> TrainState:
         update_step=step,
         tokens_seen=int(counters.get("tokens_seen", 0)),
         data_position=int(counters.get("data_position", 0)),
+        data_state=dict(counters.get("data_state", {})),
         schedule_start=step,
     )
 

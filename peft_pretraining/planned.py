@@ -33,8 +33,6 @@ METHOD_SETTINGS: dict[str, str] = {
 """Setting -> what reads it. Without effect unless that is chosen, which for now is refused by name."""
 
 REFUSED: dict[str, str] = {
-    "from_json_data": "per-document streaming is not built yet; pre-tokenise and pass --dataset_path",
-    "padding_data": "per-document streaming is not built yet; pre-tokenise and pass --dataset_path",
     "megatron_dataset_config": "Megatron datasets are out of scope; pre-tokenise and pass --dataset_path",
     "plot_rank": "singular values of the updates are not built yet",
     "change_lora_lr": "the older scripts ignored it; learning rates of adapters alone are not built yet",

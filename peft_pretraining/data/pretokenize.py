@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from peft_pretraining.config import setting
+from peft_pretraining.config import DEFAULT_TOKENIZER, setting
 from peft_pretraining.data.block_writer import BlockWriter, write_dataset_dict
 from peft_pretraining.data.sources import Documents, Source, open_source
 from peft_pretraining.data.tokenizer import Encoded, encode_documents, load_tokenizer, train_tokenizer
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 Writers = dict[str, BlockWriter]  # by split
 
-DEFAULT_TOKENIZER = "t5-base"
 MOST_PROCESSES = 64  # one process reads and writes for all of them; with many more it would hold them up
 
 
