@@ -136,6 +136,10 @@ def _warn_without_effect(given: dict[str, Given], config: Config, warnings: list
     read = {*entry.options, *RULE_SETTINGS.get(config.optimizer.optimizer, rule_settings)}
     if config.method.method != "full_rank" and config.optimizer.optimizer == "sgd":
         read.discard("beta1")
+    if config.optimizer.optimizer == "lion":
+        read.discard("scale")  # it moves every weight by the sign of the update
+    if config.method.proj_type.startswith("continuous"):
+        read.discard("stagger_refresh")  # there is nothing but a first basis
     unread = [
         f"--{item.spelling}"
         for name, item in given.items()

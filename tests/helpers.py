@@ -188,6 +188,42 @@ def signal_before_evaluation(number: int) -> Iterator[None]:
     assert len(begun) == number, f"{len(begun)} evaluations instead of {number}"
 
 
+def refreshes(checkpoint: Path) -> set[int]:
+    """The update steps of the last refresh, over all projected weights."""
+    return {int(value) for name, value in tensors(checkpoint).items() if name.endswith(".last_refresh")}
+
+
+def poisoned_loss(loss, model):
+    return loss * float("nan")
+
+
+def poisoned_gradient(loss, model):
+    """A finite loss whose gradient is not: the root's slope at 0 is infinite."""
+    return loss + (next(model.parameters()).sum() * 0).sqrt()
+
+
+@contextlib.contextmanager
+def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss) -> Iterator[None]:
+    """Let the 0-based updates `steps` be non-finite in their second micro-batch."""
+    from peft_pretraining import train
+
+    train_step, loss_sum, now = train.train_step, train.token_loss_sum, []
+
+    def watched_step(run, micro_batches, stop):
+        now[:] = [run.state.update_step, 0]
+        return train_step(run, micro_batches, stop)
+
+    def poisoned_sum(model, batch):
+        now[1] += 1
+        loss = loss_sum(model, batch)
+        return poisoned(loss, model) if now[0] in steps and now[1] == 2 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", watched_step)
+        patch.setattr(train, "token_loss_sum", poisoned_sum)
+        yield
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment, with threads that leave the cores to each other."""
     fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
@@ -199,8 +235,8 @@ def _run_cases(path: Path) -> None:
 
     A case is {"argv": [...]}. With "signal": [rank, update], one rank gets a SIGUSR1 within that update; with
     "evaluation_signal": [rank, number], as it begins that evaluation. Beside the file, `rank{N}.json` gets a list of
-    {"exit_code", "digest", "unsynchronised"}, one per case: the SHA-256 of weights
-    and optimizer state, and the number of backward passes without a reduction.
+    {"exit_code", "digest", "state_digest", "state_bytes", "unsynchronised"}, one per case: the SHA-256 of the weights
+    and of this rank's optimizer state, the state's size, and the number of backward passes without a reduction.
     """
     import hashlib
 
@@ -213,11 +249,15 @@ def _run_cases(path: Path) -> None:
 
     def observed_train(run):
         code = train(run)
-        digest = hashlib.sha256()
-        for param in run.model.parameters():
-            for tensor in (param.detach(), *run.optimizer.state[param].values()):
+        params = list(run.model.parameters())
+        # A sharded optimizer has no state of the other ranks' parameters.
+        state = [tensor for param in params for tensor in run.optimizer.state.get(param, {}).values()]
+        for name, tensors in (("digest", [param.detach() for param in params]), ("state_digest", state)):
+            digest = hashlib.sha256()
+            for tensor in tensors:
                 digest.update(tensor.contiguous().numpy().tobytes())
-        results[-1]["digest"] = digest.hexdigest()
+            results[-1][name] = digest.hexdigest()
+        results[-1]["state_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in state)
         return code
 
     def observed_no_sync(model):

@@ -95,6 +95,7 @@ def test_gradients_are_reduced_once_an_update(pairs):
 def test_the_ranks_hold_the_same_bits(pairs):
     for name, reports in pairs.reports.items():
         assert reports[0]["digest"] == reports[1]["digest"], name
+        assert reports[0]["state_digest"] == reports[1]["state_digest"], name
     assert pairs.reports["galore at once"][0]["digest"] != pairs.reports["full_rank at once"][0]["digest"]
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(PROJECT / "scripts"))
 import launch  # noqa: E402
 import recipe  # noqa: E402
 
-from peft_pretraining import cli, methods, model_config  # noqa: E402
+from peft_pretraining import cli, methods, model_config, selection  # noqa: E402
 from peft_pretraining.config import ScheduleConfig, schedule_problems  # noqa: E402
 from peft_pretraining.flags import ConfigError, parse_command_line, parse_yaml  # noqa: E402
 
@@ -142,6 +142,9 @@ def test_recipe_is_consistent(size, method, processes):
     words = command[command.index(str(recipe.TRAINER)) + 1 :]
     given = parse_command_line(cli.all_flags(), words, prog="", description="", problems=problems)
     assert problems == []  # every flag exists, every value converts
+    chosen = selection.choose(given, problems)
+    assert problems == [] or method in methods.PLANNED  # the selectors agree with each other
+    assert chosen.method == method
     assert {name: flags[name] for name in ("method", "save_dir", "autoresume")} == {
         "method": method,
         "save_dir": f"checkpoints/llama_{size}_{method}",

@@ -215,10 +215,10 @@ def test_observed_gradients_make_the_basis_but_not_the_update():
     grads = [matrix((6, 5), seed) for seed in range(4)]
     weight, plain = parameter((6, 5)), parameter((6, 5))
     optimizer, reference = build(weight), build(plain)
+    assert optimizer.some_refresh_reads_gradients()
     plain.grad = torch.stack(grads).mean(0)
     reference.step()
     expected = reference.state[plain][RIGHT]
-    assert optimizer.some_refresh_reads_gradients()
     for grad in grads[:3]:
         weight.grad = grad.clone()
         optimizer.observe_gradients()
@@ -230,9 +230,8 @@ def test_observed_gradients_make_the_basis_but_not_the_update():
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"], 0.1 * r)
     energy = r.square().sum() / grads[3].square().sum()
     torch.testing.assert_close(optimizer.refresh_metrics["captured_energy"], [energy])
-    # Between refreshes nothing is observed, and nothing lingers for the next one.
     assert not optimizer.some_refresh_reads_gradients()
-    optimizer.observe_gradients()
+    optimizer.observe_gradients()  # nothing between refreshes, and nothing lingers for the next one
     for step in range(1, 5):
         weight.grad, grad = matrix((6, 5), 50 + step), matrix((6, 5), 50 + step)
         optimizer.step()
@@ -241,9 +240,24 @@ def test_observed_gradients_make_the_basis_but_not_the_update():
     torch.testing.assert_close(basis.T @ basis, own.T @ own)
 
 
+@pytest.mark.parametrize("first", [0, 4])
+def test_an_observed_gradient_that_is_not_finite_spoils_the_refresh_alone(first):
+    """The update is made, in the old basis if there is one, and the next takes the refresh."""
+    weight = parameter((6, 5))
+    optimizer = build(weight)
+    train(optimizer, [weight], 0, first)
+    before = refreshes(optimizer, weight)
+    weight.grad = torch.full_like(weight, math.nan)
+    optimizer.observe_gradients()
+    train(optimizer, [weight], first, first + 1)
+    assert refreshes(optimizer, weight) == before and int(optimizer.state[weight]["step"]) == first + 1
+    train(optimizer, [weight], first + 1, first + 2)
+    assert refreshes(optimizer, weight) == before + 1 and weight.isfinite().all()
+
+
 def test_random_bases_need_no_observed_gradients():
-    for group in ({"proj_type": "random"}, {"rand_ratio": 0.0}):
-        assert not build(parameter((6, 5)), **group).some_refresh_reads_gradients()
+    assert not build(parameter((6, 5)), proj_type="random").some_refresh_reads_gradients()
+    assert not build(parameter((6, 5)), rand_ratio=0.0).some_refresh_reads_gradients()
 
 
 @pytest.mark.parametrize("side", SIDES)

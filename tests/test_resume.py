@@ -13,7 +13,7 @@ import kill_and_resume
 import pytest
 import torch
 from conftest import write_blocks, write_model
-from helpers import GALORE, METHODS, REQUEUE, RESUME, stop_after
+from helpers import GALORE, METHODS, REQUEUE, RESUME, poison, poisoned_gradient, poisoned_loss, refreshes, stop_after
 
 from peft_pretraining import checkpoint, evaluate, schedule, train
 from peft_pretraining.config import ScheduleConfig
@@ -22,11 +22,6 @@ from peft_pretraining.config import ScheduleConfig
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return helpers.Undisturbed(tmp_path_factory)
-
-
-def refreshes(folder):
-    """The update steps of the last refresh, over all projected weights."""
-    return {int(value) for name, value in helpers.tensors(folder).items() if name.endswith(".last_refresh")}
 
 
 # Stopping and going on.
@@ -406,38 +401,9 @@ def test_another_run_is_not_continued(command, undisturbed, tmp_path, capsys, ch
 # Updates that are skipped.
 
 
-def _poisoned_loss(loss, model):
-    return loss * float("nan")
-
-
-def _poisoned_gradient(loss, model):
-    """A finite loss whose gradient is not: the root's slope at 0 is infinite."""
-    return loss + (next(model.parameters()).sum() * 0).sqrt()
-
-
-@contextlib.contextmanager
-def poison(monkeypatch, steps, poisoned=_poisoned_loss):
-    """Let the 0-based updates `steps` be non-finite in their second micro-batch."""
-    train_step, loss_sum, now = train.train_step, train.token_loss_sum, []
-
-    def watched_step(run, micro_batches, stop):
-        now[:] = [run.state.update_step, 0]
-        return train_step(run, micro_batches, stop)
-
-    def poisoned_sum(model, batch):
-        now[1] += 1
-        loss = loss_sum(model, batch)
-        return poisoned(loss, model) if now[0] in steps and now[1] == 2 else loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", watched_step)
-        patch.setattr(train, "token_loss_sum", poisoned_sum)
-        yield
-
-
 @pytest.mark.parametrize(
     "method, poisoned",
-    [("galore", _poisoned_loss), ("galore", _poisoned_gradient), ("full_rank", _poisoned_gradient)],
+    [("galore", poisoned_loss), ("galore", poisoned_gradient), ("full_rank", poisoned_gradient)],
 )
 def test_an_update_that_is_not_finite_is_skipped(command, tmp_path, monkeypatch, capsys, method, poisoned):
     argv = command(**METHODS[method], save_every=1)

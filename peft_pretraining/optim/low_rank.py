@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.optim.bases import basis_rule
+from peft_pretraining.optim.bases import BasisRule, basis_rule
 from peft_pretraining.optim.projection import Projection
 from peft_pretraining.optim.subspace import Projected, Subspace, counter
 from peft_pretraining.optim.update_rules import UPDATE_RULES, UpdateRule
@@ -18,6 +18,9 @@ log = logging.getLogger("peft_pretraining")
 
 _COUNTERS = ("step", "last_refresh", "refreshes", "basis_step")
 """State that stays on the CPU, int64: updates, step of the last refresh (-1: none), refreshes, steps of the basis."""
+
+_ATTRIBUTES = ("rule", "update_step", "subspaces", "refresh_metrics", "_peers", "_projected", "_scaled_by")
+"""What a copy of the optimizer takes along, besides groups and state."""
 
 _GROUP_DEFAULTS = {
     **{"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"},
@@ -94,19 +97,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             names = group.get("param_names") or [
                 f"{len(self.param_groups) - 1}.{i}" for i in range(len(group["params"]))
             ]
-            for param, name in zip(group["params"], names, strict=True):
-                self._init_param(param, name, group)
+            rules = [_basis_rule(param, name, group) for param, name in zip(group["params"], names, strict=True)]
         except ValueError:
             self.param_groups.pop()
             raise
+        for param, name, rule in zip(group["params"], names, rules, strict=True):
+            self._init_param(param, name, rule, group)
 
-    def _init_param(self, param: Tensor, name: str, group: dict[str, Any]) -> None:
+    def _init_param(self, param: Tensor, name: str, rule: BasisRule | None, group: dict[str, Any]) -> None:
         state: dict[str, Any] = {"step": counter(0)}
         like = param.detach()
-        if group["rank"] is not None:
-            if param.ndim != 2:
-                raise ValueError(f"a projected parameter must be a matrix, got {name} of shape {tuple(param.shape)}")
-            rule = basis_rule(group, param.shape)
+        if rule:
             self.subspaces[param] = Subspace(rule, name, self._peers)
             self.subspaces[param].init_state(state, like)
             like = like.new_empty(rule.projection.low_rank_shape(param.shape))
@@ -236,17 +237,35 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype: torch would cast integers, too, to the parameter's. Raises
-        `ValueError` for the state of another rank, projection or rule."""
+        `ValueError`, and loads nothing, for the state of another rank, projection or rule."""
         like = {param: dict(state) for param, state in self.state.items()}
+        saved = {
+            param: state_dict["state"].get(index, {})
+            for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
+            for index, param in zip(saved_group["params"], group["params"], strict=False)
+        }  # torch refuses other numbers of groups or parameters
+        for param, state in saved.items():
+            if (found := _shapes(state)) != (expected := _shapes(like[param])):
+                raise ValueError(f"state of another rank, proj_type or rule: {found} instead of {expected}")
         super().load_state_dict(state_dict)
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for index, param in zip(saved_group["params"], group["params"], strict=True):
-                saved = state_dict["state"].get(index, {})
-                if (found := _shapes(saved)) != (expected := _shapes(like[param])):
-                    raise ValueError(f"state of another rank, proj_type or rule: {found} instead of {expected}")
-                for key, value in saved.items():
-                    device = "cpu" if key in _COUNTERS else param.device
-                    self.state[param][key] = value.detach().clone().to(device, like[param][key].dtype)
+        for param, state in saved.items():
+            for key, value in state.items():
+                device = "cpu" if key in _COUNTERS else param.device
+                self.state[param][key] = value.detach().clone().to(device, like[param][key].dtype)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and `pickle`: torch's own would leave out what it does not know."""
+        return super().__getstate__() | {name: getattr(self, name) for name in _ATTRIBUTES}
+
+
+def _basis_rule(param: Tensor, name: str, group: dict[str, Any]) -> BasisRule | None:
+    """The rule of a projected parameter, None for another."""
+    if group["rank"] is None:
+        return None
+    if param.ndim != 2:
+        raise ValueError(f"a projected parameter must be a matrix, got {name} of shape {tuple(param.shape)}")
+    return basis_rule(group, param.shape)
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -90,7 +90,8 @@ class Subspace:
         projected.low_rank_grad = self.down(state, grad, projected)
         projected.failed = projected.new_bases is None
         # In float64: the squares of a small float32 gradient underflow.
-        kept, whole = (torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in (projected.low_rank_grad, grad))
+        norms = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in (projected.low_rank_grad, grad))
+        kept, whole = (norm.square() for norm in norms)
         projected.energy = torch.where(whole > 0, kept / whole, 1.0)
         return projected
 

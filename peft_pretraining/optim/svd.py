@@ -3,8 +3,9 @@
 * `exact`: a full SVD (LAPACK, cuSOLVER), in float32 for float32 and bf16 gradients.
 * `gram`: eigenvectors of the Gram matrix of the shorter side. Squaring halves the digits, so it is formed in float64:
   in float32 directions with singular values below 1e-4 of the largest would be noise.
-* `randomized`: subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4) started from the basis
-  in use, or from a Gaussian sketch, and rotated to singular vectors at the end (Rayleigh-Ritz).
+* `randomized`: a step of subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4) from the
+  basis in use or from a Gaussian sketch, and of its columns the singular vectors of the Nyström approximation (Tropp,
+  Yurtsever, Udell and Cevher, arXiv 1706.05736, algorithm 3), which takes no further product with the gradient.
 
 Every routine gets finite input, works in float32 or float64, and falls back to the CPU in float64 when the device's
 routine does not converge. What fails there, too, raises `torch.linalg.LinAlgError`.
@@ -73,26 +74,32 @@ def _gram(matrix: Tensor, rank: int, sides: tuple[str, ...]) -> Bases:
 def _randomized(matrix: Tensor, rank: int, sides: tuple[str, ...], start: Bases, generator: torch.Generator) -> Bases:
     tall = matrix.shape[0] >= matrix.shape[1]
     a = matrix if tall else matrix.T  # (long, short)
-    width = min(rank + _OVERSAMPLING, a.shape[1])
-    begin = _starting_columns(a, tall, start)  # (short, r) or (short, 0)
-    noise = torch.randn(a.shape[1], width - begin.shape[1], generator=generator, dtype=torch.float64)
-    x = torch.cat([begin.to(a), noise.to(a)], dim=1)  # (short, k)
-    for _ in range(1 if begin.shape[1] else 2):  # a basis in use is worth one pass over the gradient
-        x, _ = torch.linalg.qr(a.T @ (a @ x))
-    y = (a @ x).double()  # (long, k)
-    _, rotation = torch.linalg.eigh(y.T @ y)  # (k, k)
-    short = x @ rotation[:, -rank:].flip(1).to(x)  # (short, r)
+    x = _starting_columns(a, tall, start, min(rank + _OVERSAMPLING, a.shape[1]), generator)  # (short, k)
+    z = a.T @ (a @ x)
+    q, r = torch.linalg.qr(z)
+    # AᵀA is nearly Z (XᵀZ)⁻¹ Zᵀ = Q (FᵀF) Qᵀ. The shift is what rounding may take from the least eigenvalue of XᵀZ.
+    inner = (x.T @ z).double()
+    inner.diagonal().add_(10 * torch.finfo(z.dtype).eps * inner.trace() + torch.finfo(torch.float64).tiny)
+    f = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), r.T.double(), upper=False)  # (k, k)
+    _, rotation = torch.linalg.eigh(f.T @ f)
+    short = q @ rotation[:, -rank:].flip(1).to(q)  # (short, r)
     return _both_sides(a, short, tall, sides)
 
 
-def _starting_columns(a: Tensor, tall: bool, start: Bases) -> Tensor:
-    """The basis in use, on the shorter side of the gradient."""
+def _starting_columns(a: Tensor, tall: bool, start: Bases, width: int, generator: torch.Generator) -> Tensor:
+    """Nearly orthonormal columns (short, width): the basis in use and Gaussian ones, on the shorter side as they are,
+    on the longer side (and where there is no basis) taken to the shorter one by Aᵀ."""
+
+    def columns(side: str) -> Tensor:
+        rows = a.shape[0 if side == long_side else 1]
+        known = a.new_empty(rows, 0)
+        if side in start:
+            known = (start[side] if side == LEFT else start[side].T).to(a)
+        drawn = torch.randn(rows, width - known.shape[1], generator=generator, dtype=torch.float64)
+        return torch.cat([known, drawn.to(a) / rows**0.5], dim=1)
+
     short_side, long_side = (RIGHT, LEFT) if tall else (LEFT, RIGHT)
-    if short_side in start:
-        return start[RIGHT].T if tall else start[LEFT]
-    if long_side in start:
-        return a.T @ (start[LEFT] if tall else start[RIGHT].T).to(a)
-    return a.new_empty(a.shape[1], 0)
+    return columns(short_side) if short_side in start else torch.linalg.qr(a.T @ columns(long_side))[0]
 
 
 def _both_sides(a: Tensor, short: Tensor, tall: bool, sides: tuple[str, ...]) -> Bases:

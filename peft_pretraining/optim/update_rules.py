@@ -107,18 +107,17 @@ class AdamW8bit(AdamW):
 
         k, (signed, unsigned) = int(state["step"]), self._quantization_maps(grad.device)
         beta1, beta2 = group["betas"] or self.betas
-        grad = (grad.float() if grad.dtype == torch.float64 else grad).contiguous()
+        dtype = grad.dtype
+        grad = (grad.float() if dtype == torch.float64 else grad).contiguous()  # which the kernel does not take
         minus_d = torch.zeros_like(grad)
         optimizer_update_8bit_blockwise(
             *("adam", grad, minus_d, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, 0.0, 0.0),
             *(self.epsilon(group["eps"], beta2, k), k, 1.0, signed, unsigned),
             *(state["exp_avg_absmax"], state["exp_avg_sq_absmax"]),
         )
-        return minus_d, -group["lr"]
+        return minus_d.to(dtype), -group["lr"]
 
     def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
-        if state["exp_avg"].dtype != torch.uint8:
-            return super().rotate(state, change)
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
