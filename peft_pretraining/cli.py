@@ -100,7 +100,7 @@ def _derive(
     world_size = int(environ.get("WORLD_SIZE", "1"))
     if config.run.single_gpu and world_size > 1:
         problems.append(f"--single_gpu is for one process, but torchrun started {world_size}")
-    max_length = config.data.max_length or (STREAMED_LENGTH if config.data.streams else facts.block_length)
+    max_length = config.data.max_length or (STREAMED_LENGTH if facts.shards else facts.block_length)
     before = len(problems)
     batch = derive_batch(config.replace(world_size=world_size).batch, problems)
     settings: dict[str, Any] = {**vars(batch), "max_length": max_length}

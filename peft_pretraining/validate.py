@@ -102,6 +102,9 @@ def _find_shards(data: DataConfig, facts: FileFacts, problems: list[str], warnin
             problems.append("--from_json_data needs --dataset_path")
         facts.shards = find_hub_shards(problems)
         return
+    if data.from_json_data and _not_pretokenized(Path(folder)) is None:
+        problems.append(f"--from_json_data: --dataset_path {folder} was written by pretokenize.py, leave the flag out")
+        return
     facts.shards = find_local_shards(folder, flag, problems, warnings)
     if data.tokenizer is None and (Path(folder) / "tokenizer_config.json").is_file():
         facts.tokenizer = folder

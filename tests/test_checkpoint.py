@@ -72,7 +72,13 @@ def test_it_holds_tensors_and_json_only(command, undisturbed, method):
         *("training_state.json", "training_state", "manifest.json"),
     }
     assert helpers.counters(folder) == {
-        **{"update_step": 20, "tokens_seen": 20 * 8 * BLOCK, "data_position": 160, "skipped_updates": 0},
+        **{
+            "update_step": 20,
+            "tokens_seen": 20 * 8 * BLOCK,
+            "data_position": 160,
+            "data_state": {},
+            "skipped_updates": 0,
+        },
         **{"schedule_start": 0, "evaluated_step": 20, "world_size": 1, "method": {}},
     }
 
