@@ -69,6 +69,17 @@ def test_ids_that_only_special_tokens_have_never_come_out(tokenizer, tmp_path):
     assert largest_id(extended) == VOCABULARY + 1
 
 
+@pytest.mark.parametrize(
+    "text", ["mountain light " * 400, "x" * 3000 + " a b c", "aé\U0001f600 " * 300, " " * 5000 + "word"]
+)
+def test_of_a_long_text_no_more_is_tokenised_than_needed_and_nothing_changes(tokenizer, text):
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    input_ids, lengths, _ = SampleMaker(tokenizer, LENGTH).encode(lines(text))
+    assert input_ids[0][: lengths[0]].tolist() == [*whole, tokenizer.eos_token_id][:LENGTH]
+    maker = SampleMaker(tokenizer, LENGTH)
+    assert len(maker._text_ids(["mountain light " * 400])[0]) < 200
+
+
 def test_the_loss_is_that_of_the_documents_without_padding(tokenizer, tmp_path):
     torch.manual_seed(0)
     shape = json.loads(write_model(tmp_path / "m.json", vocab_size=VOCABULARY).read_text())
