@@ -3,7 +3,7 @@
     python benchmarks/streaming.py [--text FILE.txt ...] [--tokenizer NAME_OR_FOLDER] [--workers 0 1 ...]
 
 There is no model: batches are taken as fast as they come. Then the processor time until the first line of a run that
-goes on at the end of a shard of --shard_megabytes (one of C4's has 825 MB, uncompressed), plain and compressed. Without
+goes on at the end of a shard of --shard_megabytes (one of C4's has about 800 MB, uncompressed), plain and compressed. Without
 --text, text is made up; without --tokenizer, a BPE is trained on it.
 """
 
@@ -33,12 +33,12 @@ from peft_pretraining.distributed import ProcessGroup  # noqa: E402
 
 ALONE = ProcessGroup(0, 1, 0, 1, torch.device("cpu"))
 BATCH_SIZE = 64
-DOCUMENT_CHARACTERS = 2100  # C4's mean
+DOCUMENT_CHARACTERS = 2100  # at least; C4's mean
 
 
 def cut(text: str) -> list[str]:
-    """Documents of about C4's mean length."""
-    texts, present = [], ""  # a paragraph that alone is longer stays whole
+    """Documents of whole paragraphs."""
+    texts, present = [], ""
     for paragraph in text.split("\n\n"):
         present += paragraph + "\n"
         if len(present) >= DOCUMENT_CHARACTERS:
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--max_length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements, in turn, of which the best counts")
-    parser.add_argument("--shard_megabytes", type=float, default=825, help="size of the shard that is gone on in")
+    parser.add_argument("--shard_megabytes", type=float, default=800, help="size of the shard that is gone on in")
     parser.add_argument("--json", default="build/benchmarks/streaming.json", help="where the numbers are written")
     arguments = parser.parse_args()
     texts = cut("\n\n".join(Path(name).read_text() for name in arguments.text) if arguments.text else made_up_text(10))
