@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from peft_pretraining import cli
 from peft_pretraining.flags import EXIT_BAD_INPUT, ConfigError, exit_with_problems
+
+_SECONDS_TO_SPEAK = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(launch)
     except ConfigError as error:
-        # Every rank finds the same problems: one per machine speaks.
-        return exit_with_problems(error) if os.environ.get("LOCAL_RANK", "0") == "0" else EXIT_BAD_INPUT
+        # Every rank finds the same problems: one per machine speaks. torchrun kills the others when the first exits,
+        # which must not be one that has said nothing.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            return exit_with_problems(error)
+        time.sleep(_SECONDS_TO_SPEAK)
+        return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -203,8 +203,8 @@ def poisoned_gradient(loss, model):
 
 
 @contextlib.contextmanager
-def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss) -> Iterator[None]:
-    """Let the 0-based updates `steps` be non-finite in their second micro-batch."""
+def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss, micro_batch: int = 1) -> Iterator[None]:
+    """Let the 0-based updates `steps` be non-finite in their second micro-batch, or in the one that is named."""
     from peft_pretraining import train
 
     train_step, loss_sum, now = train.train_step, train.token_loss_sum, []
@@ -216,7 +216,7 @@ def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss) -> Iterator[Non
     def poisoned_sum(model, batch):
         now[1] += 1
         loss = loss_sum(model, batch)
-        return poisoned(loss, model) if now[0] in steps and now[1] == 2 else loss
+        return poisoned(loss, model) if now[0] in steps and now[1] == micro_batch + 1 else loss
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", watched_step)
@@ -234,12 +234,14 @@ def _run_cases(path: Path) -> None:
     """Under torchrun: the runs that a JSON file lists, and what each rank has at the end of each.
 
     A case is {"argv": [...]}. With "signal": [rank, update], one rank gets a SIGUSR1 within that update; with
-    "evaluation_signal": [rank, number], as it begins that evaluation. Beside the file, `rank{N}.json` gets a list of
+    "evaluation_signal": [rank, number], as it begins that evaluation; with "poison": [rank, update], its loss in that
+    update's first micro-batch is not finite. Beside the file, `rank{N}.json` gets a list of
     {"exit_code", "digest", "state_digest", "state_bytes", "unsynchronised"}, one per case: the SHA-256 of the weights
     and of this rank's optimizer state, the state's size, and the number of backward passes without a reduction.
     """
     import hashlib
 
+    import pytest
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -276,6 +278,8 @@ def _run_cases(path: Path) -> None:
                 stops.enter_context(signal_in_update(case["signal"][1], signal.SIGUSR1))
             if case.get("evaluation_signal", [None])[0] == rank:
                 stops.enter_context(signal_before_evaluation(case["evaluation_signal"][1]))
+            if case.get("poison", [None])[0] == rank:
+                stops.enter_context(poison(pytest.MonkeyPatch(), {case["poison"][1]}, micro_batch=0))
             results[-1]["exit_code"] = run(case["argv"])
     destroy()
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))

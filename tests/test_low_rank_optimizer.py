@@ -199,3 +199,11 @@ def test_online_pca_learns_the_subspace():
     optimizer.step()
     shares = [captured(step) for step in range(2, 60)]
     assert shares[0] < 0.6 and shares[-1] > 0.95
+
+
+def test_a_scale_is_for_projected_weights_only():
+    """Callers may give all groups the same settings but the rank."""
+    scaled, plain = parameter((6, 5)), parameter((6, 5))
+    train(build(scaled, rank=None, scale=0.5), [scaled], 0, 3)
+    train(build(plain, rank=None, scale=1.0), [plain], 0, 3)
+    assert torch.equal(scaled, plain)

@@ -7,6 +7,7 @@ import math
 import platform
 import struct
 import sys
+import time
 
 import helpers
 import pytest
@@ -157,6 +158,15 @@ def wandb_history(folder):
             yield {name: value for name, value in items.items() if not name.startswith("_")}
 
 
+def complete_history(folder, length):
+    """`wandb_history`, once it has so many entries: wandb's own process may still be writing the file."""
+    for _ in range(300):
+        if len(history := list(wandb_history(folder))) >= length:
+            return history
+        time.sleep(0.1)
+    return history
+
+
 @pytest.fixture
 def offline(monkeypatch):
     import wandb
@@ -174,11 +184,12 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(command, tmp_path, offlin
     stop_after(13, argv)
     run_id = json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
     (first,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert list(wandb_history(first)) == helpers.records(tmp_path / "run")
+    assert complete_history(first, len(helpers.records(tmp_path / "run"))) == helpers.records(tmp_path / "run")
 
     assert helpers.run([*argv, *RESUME]) == 0
     (second,) = set((tmp_path / "run" / "wandb").glob("offline-run-*")) - {first}
-    assert list(wandb_history(first)) + list(wandb_history(second)) == helpers.records(tmp_path / "run")
+    before, records = list(wandb_history(first)), helpers.records(tmp_path / "run")
+    assert before + complete_history(second, len(records) - len(before)) == records
     assert json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"] == run_id
     for folder in (first, second):
         (run,) = [record.run for record in wandb_records(folder) if record.WhichOneof("record_type") == "run"][:1]

@@ -2,6 +2,6 @@
 
 from peft_pretraining.distributed.parallel import parallelize, synchronised_backward
 from peft_pretraining.distributed.process_group import ProcessGroup
-from peft_pretraining.distributed.sharded_optimizer import sharded_optimizer
+from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
 
-__all__ = ["ProcessGroup", "parallelize", "sharded_optimizer", "synchronised_backward"]
+__all__ = ["ProcessGroup", "own_share", "parallelize", "sharded_optimizer", "synchronised_backward"]

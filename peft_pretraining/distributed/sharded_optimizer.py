@@ -30,3 +30,8 @@ def sharded_optimizer(params: Iterable[Tensor], kind: Callable[..., Optimizer], 
     if not dist.is_initialized():
         return kind(params, **arguments)
     return ShardedOptimizer(params, kind, **arguments)
+
+
+def own_share(optimizer: Optimizer) -> Optimizer:
+    """The optimizer of the parameters whose states this rank holds: itself, unless its states are divided."""
+    return optimizer.optim if isinstance(optimizer, ShardedOptimizer) else optimizer

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from peft_pretraining.distributed import sharded_optimizer
+from peft_pretraining.distributed import own_share, sharded_optimizer
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.update_rules import AdamW8bit
@@ -36,7 +36,7 @@ class FullRank(TrainingMethod):
             optimizer = sharded_optimizer(model.parameters(), AdamW, arguments)
         else:
             optimizer = AdamW(model.parameters(), **arguments)
-        create_adam_state(optimizer)
+        create_adam_state(own_share(optimizer))
         return optimizer
 
 

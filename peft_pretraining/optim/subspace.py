@@ -78,13 +78,14 @@ class Subspace:
         """R of a gradient in the basis that its update uses, a new one where a refresh is due. Nothing is committed.
 
         A gradient with a NaN or an infinity never reaches the SVD, which would not return: it is projected with the old
-        basis, stays non-finite, and its refresh stays due.
+        basis, stays non-finite, and its refresh stays due. A random basis needs no look at the gradient, and must not
+        depend on one: with per-layer updates each rank sees its own.
         """
         if not self.refresh_is_due(state, group, step):
             return Projected(self.down(state, grad))
         total, count = self._observed
         seen = (total + grad) / (count + 1) if count else grad
-        if not seen.isfinite().all():
+        if self.rule.reads_gradient(step) and not seen.isfinite().all():
             return Projected(self.down(state, grad))
         projected = Projected(grad, self._refreshed(state, seen, group, step))
         projected.low_rank_grad = self.down(state, grad, projected)
