@@ -3,8 +3,8 @@
     python benchmarks/streaming.py [--text FILE.txt ...] [--tokenizer NAME_OR_FOLDER] [--workers 0 1 ...]
 
 There is no model: batches are taken as fast as they come. Then the processor time until the first line of a run that
-goes on at the end of a shard of --shard_megabytes (one of C4's has about 800 MB, uncompressed), plain and compressed. Without
---text, text is made up; without --tokenizer, a BPE is trained on it.
+goes on at the end of a shard of --shard_megabytes (one of C4's has about 800 MB, uncompressed), plain and compressed.
+Without --text, text is made up; without --tokenizer, a BPE is trained on it.
 """
 
 from __future__ import annotations
