@@ -165,6 +165,19 @@ def test_a_shard_that_is_cut_short_ends_the_run_in_one_line(streamed, tmp_path, 
     assert len(errors) == 1 and "c4-train" in errors[0] and "damaged or cut short near line" in errors[0], errors
 
 
+def test_workers_do_not_keep_a_process_that_fails(streamed, tmp_path, parts):
+    """They leave signals to it, so that it must end them whatever ends it."""
+    shards = own_copy(parts, tmp_path)
+    for path in sorted(shards.glob("*train*"))[1:]:
+        path.write_bytes(path.read_bytes()[:-9])
+    ended = subprocess.run(
+        [sys.executable, str(helpers.PROJECT / "torchrun_main.py"), *streamed(base_dir=shards, workers=1)],
+        **{"env": helpers.child_environment(), "cwd": tmp_path, "capture_output": True, "text": True},
+        timeout=60,
+    )
+    assert ended.returncode == 1 and "damaged or cut short" in ended.stderr, ended.stderr
+
+
 def test_other_shards_are_another_run(streamed, tmp_path, parts, capsys):
     shards = own_copy(parts, tmp_path)
     flags = streamed(base_dir=shards, num_training_steps=4, warmup_steps=0)

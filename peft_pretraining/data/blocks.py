@@ -7,13 +7,15 @@ of devices sees the samples it would have seen.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -124,6 +126,24 @@ def leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def start_reading(loader: DataLoader) -> Iterator[Any]:
+    """`iter(loader)`, whose workers end with this process, whatever ends it.
+
+    They are told to end when the iterator is deleted. An exception may keep it until the process exits, which then
+    waits for workers that leave signals to it.
+    """
+    try:
+        return iter(loader)
+    finally:
+        atexit.register(_kill_workers)  # after `iter`, so as to be called before what that registers
+
+
+def _kill_workers() -> None:
+    for child in active_children():
+        if child.daemon:
+            child.kill()
+
+
 def useful_workers(requested: int, group: ProcessGroup) -> int:
     """No more workers than this rank's share of the cores leaves beside its own process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -136,7 +156,7 @@ def training_batches(
     """Endless micro-batches of this rank, from position `start` of the stream, read ahead by worker processes."""
     sampler = MicroBatchSampler(SampleOrder(len(blocks), seed), start, batch_size, accumulation, group)
     workers = useful_workers(workers, group)
-    return iter(
+    return start_reading(
         DataLoader(
             blocks,
             batch_sampler=sampler,

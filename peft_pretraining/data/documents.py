@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from peft_pretraining.data.blocks import as_it_is, leave_signals_to_the_parent, useful_workers
+from peft_pretraining.data.blocks import as_it_is, leave_signals_to_the_parent, start_reading, useful_workers
 from peft_pretraining.data.shards import DataError, Shard, document_text, log
 from peft_pretraining.data.streaming import Document, DocumentStream, in_order_of_files
 from peft_pretraining.data.tokenizer import PlainText
@@ -161,7 +161,7 @@ def made_by_workers(
     """What `maker` makes of each list, in their order, read ahead by worker processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers inherit it: one thread each
     workers = useful_workers(workers, group)
-    return iter(
+    return start_reading(
         DataLoader(
             maker,
             batch_sampler=documents,

@@ -135,7 +135,10 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
     while True:
         item, error = ready.get()
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or it and this frame would hold each other, and with them whoever waits for it
         yield item
 
 
