@@ -2,6 +2,9 @@
 
 The last line on stdout is the result's folder, `SAVE_DIR/{dataset}_{config}_{tokenizer}_{length}`. Exit code 2 for bad
 input: one line per problem on stderr, and nothing left behind.
+
+A large corpus in slices: the same with `--num_shards N --shard I`, for every I from 0 to N - 1, in any order and side
+by side; then once with `--num_shards N --merge`. What is finished is not made again.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peft_pretraining.data.pretokenize import PretokenizeConfig, pretokenize, result_path
+from peft_pretraining.data.pretokenize import pretokenize
+from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
+from peft_pretraining.data.slices import merge, pretokenize_slice
 from peft_pretraining.data.sources import Source, find_source
 from peft_pretraining.data.tokenizer import SMALLEST_VOCABULARY
 from peft_pretraining.flags import ConfigError, Flag, exit_with_problems, parse_command_line
@@ -26,6 +31,7 @@ def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:
     problems: list[str] = []
     given = parse_command_line(FLAGS, argv, prog="pretokenize.py", description=__doc__, problems=problems)
     config = PretokenizeConfig(**{name: item.value for name, item in given.items()})
+    config = _which_slice(config, os.environ, problems)
     for name in ("dataset", "save_dir"):
         if name not in given:
             problems.append(f"--{name} is required")
@@ -45,6 +51,28 @@ def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:
     return config, source
 
 
+def _which_slice(config: PretokenizeConfig, environ: Mapping[str, str], problems: list[str]) -> PretokenizeConfig:
+    """With `--shard` filled in from Slurm's environment, where it is to be."""
+    task = environ.get("SLURM_ARRAY_TASK_ID")
+    if config.num_shards and config.shard is None and not config.merge and task is not None:
+        config = dataclasses.replace(config, shard=int(task))
+    if config.num_shards is None:
+        given = {"shard": config.shard is not None, "merge": config.merge}
+        problems += [f"--{name} needs --num_shards N" for name, is_given in given.items() if is_given]
+    elif config.shard is None and not config.merge:
+        problems.append(f"--num_shards {config.num_shards} needs --shard I (or SLURM_ARRAY_TASK_ID), or --merge")
+    elif config.shard is not None and config.merge:
+        problems.append(f"--shard {config.shard} and --merge contradict each other: give one of them")
+    elif config.shard is not None and config.shard >= config.num_shards:
+        problems.append(f"--shard {config.shard} must be below --num_shards {config.num_shards}")
+    if config.num_shards and config.train_tokenizer:
+        problems.append(
+            f"--train_tokenizer {config.train_tokenizer} needs all the text, not slices of it: train it first, on a "
+            "part (--take), and pass the result's folder as --tokenizer"
+        )
+    return config
+
+
 def _tokenizer_problems(config: PretokenizeConfig) -> list[str]:
     problems = []
     if config.train_tokenizer is not None:
@@ -61,7 +89,9 @@ def _tokenizer_problems(config: PretokenizeConfig) -> list[str]:
 def _place_problems(config: PretokenizeConfig, source: Source | None) -> list[str]:
     """Whether the result may be written where it is to go."""
     if source is not None and not config.overwrite and os.path.exists(wanted := result_path(config, source)):
-        return [f"{wanted} exists already (--overwrite replaces it)"]
+        # A slice that is there already has nothing to write: its command may be given again at any time.
+        if config.shard is None or not slice_path(config, source, config.shard).exists():
+            return [f"{wanted} exists already (--overwrite replaces it)"]
     save_dir = Path(config.save_dir)
     nearest = next(folder for folder in (save_dir, *save_dir.absolute().parents) if os.path.exists(folder))
     if not nearest.is_dir():
@@ -74,7 +104,8 @@ def _place_problems(config: PretokenizeConfig, source: Source | None) -> list[st
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, source = load(sys.argv[1:] if argv is None else argv)
-        print(pretokenize(config, source))
+        command = merge if config.merge else pretokenize if config.shard is None else pretokenize_slice
+        print(command(config, source))
         return 0
     except ConfigError as error:
         return exit_with_problems(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import time
@@ -17,12 +18,14 @@ from peft_pretraining.build_data import open_data
 from peft_pretraining.checkpoint import Checkpointer, TrainState, starting_counters, versions
 from peft_pretraining.cli import Launch
 from peft_pretraining.config import DEFAULT_TOKENIZER, Config, schedule_problems
+from peft_pretraining.data.blocks import end_workers
 from peft_pretraining.data.data import Data
 from peft_pretraining.data.shards import DataError
-from peft_pretraining.distributed import ProcessGroup, parallelize
+from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
-from peft_pretraining.models.llama import build_model, resolve_dtype
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
 from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
 from peft_pretraining.train import Run, TrainingFailed, train
@@ -40,6 +43,7 @@ def run(launch: Launch) -> int:
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours
     run = build(launch, group)
+    atexit.register(end_workers)  # after the workers were started: what is registered last is called first
     exit_code = 1
     try:
         exit_code = train(run)
@@ -78,8 +82,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     data = open_data(launch, group)
     method = load_method(config.method.method)(config)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
-    model = build_model(config.model, launch.facts.model, weights_from, group.device, config.run.seed)
-    model = method.convert(model)
+    model = _distributed_model(launch, method, group, weights_from)
     optimizer = method.build_optimizer(model)
     checkpointer = Checkpointer(
         save_dir,
@@ -92,6 +95,10 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     )
     state = _initial_state(config, start, checkpointer)
     method.prepare(model, optimizer, group.all_reduce_mean)
+    parallel_model = model
+    if not method.reduces_gradients:
+        low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
+        parallel_model = parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
     if group.is_main:
         _prepare_save_dir(save_dir, launch)
     group.barrier()
@@ -100,7 +107,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         config=config,
         group=group,
         model=model,
-        parallel_model=model if method.reduces_gradients else parallelize(model, group),
+        parallel_model=parallel_model,
         method=method,
         optimizer=optimizer,
         state=state,
@@ -110,6 +117,29 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         tracker=Tracker(save_dir, config, state if start.checkpoint else None, model, group.is_main),
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
+
+
+def _distributed_model(
+    launch: Launch, method: TrainingMethod, group: ProcessGroup, weights_from: str | None
+) -> torch.nn.Module:
+    """The training model, with its layers changed and its parameters divided as the settings say.
+
+    Weights that are drawn get their memory last, so that a device never holds more than its part of them.
+    """
+    config = launch.config
+    model = build_model(config.model, launch.facts.model, weights_from, group.device)
+    if type(method).convert is not TrainingMethod.convert:  # which may read the weights
+        materialize(model, group.device, config.run.seed)
+        model = method.convert(model)
+    distributed = config.distributed
+    if distributed.distributed_type == "fsdp" and group.world_size > 1:
+        model = shard(
+            model,
+            group,
+            Sharding(distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension),
+        )
+    materialize(model, group.device, config.run.seed)
+    return model
 
 
 def _default_save_dir(config: Config) -> str:

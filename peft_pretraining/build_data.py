@@ -28,7 +28,7 @@ _TOKENS_SCANNED = 2**30
 
 def open_data(launch: Launch, group: ProcessGroup) -> Data:
     """ConfigError for what only reading the data, or the tokenizer, shows."""
-    if launch.config.data.streams:
+    if launch.facts.shards is not None:
         return StreamedData(launch, group)
     return BlockData(launch.config, *_open_blocks(launch), group)
 

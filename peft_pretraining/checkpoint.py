@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from peft_pretraining import run_dir
 from peft_pretraining.distributed import ProcessGroup
+from peft_pretraining.distributed.sharding import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
 
 
@@ -50,6 +51,12 @@ class TrainState:
     """Update at which the schedule began: that of the checkpoint behind a warm start, otherwise 0."""
     evaluated_step: int = -1
     """Last update that was evaluated."""
+    skipped_spikes: int = 0
+    """Updates skipped for a spike; `skipped_updates` are those that were not finite."""
+    spikes_in_a_row: int = 0
+    """Of these, how many came just before."""
+    spike_statistics: dict[str, Any] = field(default_factory=dict)
+    """Running statistics of `spikes.observe`."""
 
 
 @dataclass
@@ -89,10 +96,10 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         self.group.barrier()
         tensors = self._tensors()
-        with _quietly():
+        with quietly():
             dcp.save(tensors, checkpoint_id=temporary / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
+        self._export(temporary)
         if self.group.is_main:
-            self._export(temporary)
             counters = {**asdict(state), "world_size": self.group.world_size, "method": self.method.state_dict()}
             (temporary / run_dir.STATE_FILE).write_text(json.dumps(counters, indent=2) + "\n")
             _complete(temporary, final)
@@ -104,11 +111,12 @@ class Checkpointer:
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged."""
         tensors = self._tensors()
-        with _quietly():
+        with quietly():
             dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
         counters = run_dir.read_state(folder)
         self.method.load_state_dict(counters["method"])
-        state = TrainState(**{name: counters[name] for name in TrainState.__dataclass_fields__ if name in counters})
+        known = {name for name in TrainState.__dataclass_fields__ if name in counters}  # an older run has fewer
+        state = TrainState(**{name: counters[name] for name in known})
         self.saved_step = state.update_step
         return state
 
@@ -123,10 +131,11 @@ class Checkpointer:
         return {"model": self.model.state_dict(), "optimizer": optimizer}
 
     def _export(self, folder: Path) -> None:
-        """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it."""
-        weights: dict[str, Tensor] = self.method.merged_state_dict(self.model)
-        self.model.save_pretrained(folder, state_dict=weights)
-        self.save_tokenizer(folder)
+        """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it. The main process writes."""
+        weights = gather_to_main(self.method.merged_state_dict(self.model), self.group.is_main)
+        if self.group.is_main:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.save_tokenizer(folder)
 
     def _delete_old(self, newest: int) -> None:
         """Delete what a complete checkpoint of update `newest` makes superfluous."""
@@ -163,7 +172,7 @@ def _complete(temporary: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the warning that a single process needs no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining import planned, selection, validate
+from peft_pretraining import factor_config, planned, selection, validate
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
 from peft_pretraining.methods import METHODS, RULE_SETTINGS
@@ -45,12 +45,12 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     _warn_without_effect(given, config, warnings)
-    validate.check_method(config, problems, warnings)
 
     facts = validate.FileFacts()
     validate.read_model(config, facts, problems)
     validate.read_data(config, facts, problems, warnings)
     config = _derive(config, given, facts, environ if environ is not None else os.environ, problems, warnings)
+    validate.check_method(config, problems, warnings)
     validate.check_data(config, facts, problems)
     validate.check_resume_from(config, facts, problems)
     if method in METHODS:
@@ -76,6 +76,7 @@ def _defaults(given: dict[str, Given], chosen: selection.Selection, problems: li
         defaults["clip_grad_norm"] = 0.0  # the code base with that spelling did not clip unless told to
     if chosen.method in METHODS:
         defaults |= METHODS[chosen.method].defaults
+    defaults |= factor_config.defaults(given, chosen.method)
     if chosen.method == "full_rank" and chosen.rule == "sgd" and "beta1" in given:
         defaults["momentum"] = given["beta1"].value  # what the older scripts call it
     settings = {**defaults, **{name: item.value for name, item in given.items() if name in names}}
@@ -118,11 +119,13 @@ def _derive(
         if "num_training_steps" in given:
             warnings.append(f"--max_train_tokens gives {updates} updates; --num_training_steps has no effect")
         settings["num_training_steps"] = updates
-    config = config.replace(**settings)
+    config = factor_config.resolve(config.replace(**settings), given, problems)
     if config.schedule.max_train_tokens is None or batch_is_known:
         # A warm start's schedule is shorter; it is checked again when its first update is known.
         if not config.run.warmed_up_model:
-            problems += schedule_problems(config.schedule, config.schedule.num_training_steps)
+            schedule_is_wrong = schedule_problems(config.schedule, config.schedule.num_training_steps)
+            problems += schedule_is_wrong
+            warnings += factor_config.warnings(config) if not schedule_is_wrong else []
     return config
 
 
@@ -131,9 +134,10 @@ def _warn_without_effect(given: dict[str, Given], config: Config, warnings: list
     entry = METHODS.get(config.method.method)
     if entry is None:
         return
-    method_settings = set(vars(config.method)) - {"method"}
+    method_settings = (set(vars(config.method)) | set(vars(config.factors))) - {"method"}
     rule_settings = {name for names in RULE_SETTINGS.values() for name in names}
-    read = {*entry.options, *RULE_SETTINGS.get(config.optimizer.optimizer, rule_settings)}
+    options = set(entry.options) - factor_config.unread(given, config.method.method)
+    read = {*options, *RULE_SETTINGS.get(config.optimizer.optimizer, rule_settings)}
     if config.method.method != "full_rank" and config.optimizer.optimizer == "sgd":
         read.discard("beta1")
     if config.optimizer.optimizer == "lion":
@@ -143,8 +147,7 @@ def _warn_without_effect(given: dict[str, Given], config: Config, warnings: list
     unread = [
         f"--{item.spelling}"
         for name, item in given.items()
-        if (name in method_settings | rule_settings and name not in read)
-        or (name in planned.METHOD_SETTINGS and item.value not in ("False", "false"))
+        if (name in method_settings | rule_settings and name not in read and item.value is not False)
     ]
     if unread:
         how = f"method {config.method.method} with {config.optimizer.optimizer}"

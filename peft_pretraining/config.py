@@ -8,10 +8,11 @@ its documentation. A section's `*_problems` function checks what can be checked 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft_pretraining.distributed_config import DistributedConfig
+from peft_pretraining.factor_config import FactorConfig
 from peft_pretraining.flags import (
     Flag,
     boolean,
@@ -24,6 +25,7 @@ from peft_pretraining.flags import (
     non_negative_int,
     positive_float,
     positive_int,
+    setting,
     string,
     token_count,
 )
@@ -35,11 +37,6 @@ SUBSPACE_DESCENT_TYPES = (
     *("random", "continuous", "continuous_adam8bit", "continuous_lion", "continuous_adafactor", "continuous_sgd"),
 )
 SVD_METHODS = ("gram", "exact", "randomized")
-
-
-def setting(default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a flag."""
-    return dataclasses.field(default=default, metadata={"convert": convert, "help": help, "aliases": aliases})
 
 
 def _dtype(text: str) -> str:
@@ -100,11 +97,6 @@ class DataConfig:
         (), _update_steps, "0-based update steps whose batches are skipped, comma-separated (against loss spikes)"
     )
 
-    @property
-    def streams(self) -> bool:
-        """Whether documents are streamed from shards, instead of reading blocks that were tokenised before."""
-        return self.dataset_path is None or self.from_json_data
-
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -132,6 +124,10 @@ class OptimizerConfig:
     clip_grad_norm: float = setting(
         1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
     )
+    skip_spikes: float = setting(
+        0.0, non_negative_float, "skip updates whose loss or gradient norm is so many standard deviations above its "
+        "running mean; 0 only logs them, above 6"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,6 +195,9 @@ class RunConfig:
     seed: int = setting(42, integer, "seed of initial weights, data order and all other random choices")
     single_gpu: bool = setting(False, boolean, "no process group: the whole run on one device")
     deterministic: bool = setting(False, boolean, "deterministic kernels only (needed for bit-equal resume on CUDA)")
+    step_timeout: float = setting(
+        0.0, non_negative_float, "seconds after which an update that hangs ends the process, for a restart; 0 is off"
+    )
     profile: int = setting(0, _profile, "trace this many updates with torch.profiler (bare: 5)")
 
 
@@ -222,6 +221,8 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
+    factors: FactorConfig = dataclasses.field(default_factory=FactorConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 

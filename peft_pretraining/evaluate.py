@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peft_pretraining.distributed import ProcessGroup
+from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
 
 _BATCHES_BETWEEN_STOP_CHECKS = 20
@@ -43,12 +43,15 @@ def evaluate(
         for index, batch in enumerate(batches):
             if index % _BATCHES_BETWEEN_STOP_CHECKS == 0 and should_stop():
                 return None
-            if batch is not None:
-                tokens = count_targets(batch)
-                batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
-                totals[0] += token_loss_sum(model, batch).double()
-                totals[1] += tokens
+            if batch is None:  # a divided model gathers its weights on all ranks at once
+                token_loss_sum(model, {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=group.device)})
+                continue
+            tokens = count_targets(batch)
+            batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
+            totals[0] += token_loss_sum(model, batch).double()
+            totals[1] += tokens
     finally:
+        free_gathered_weights(model)
         model.train(was_training)
     loss_sum, tokens = group.all_reduce_sum(totals).tolist()
     return Evaluation(loss_sum / tokens, int(tokens))

@@ -8,6 +8,7 @@ Nothing in this module imports torch.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import re
 import sys
@@ -46,6 +47,11 @@ class Flag:
     @property
     def spellings(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
+
+
+def setting(default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is also a flag."""
+    return dataclasses.field(default=default, metadata={"convert": convert, "help": help, "aliases": aliases})
 
 
 @dataclass(frozen=True)

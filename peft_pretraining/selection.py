@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft_pretraining.config import PROJECTION_TYPES, SUBSPACE_DESCENT_TYPES
-from peft_pretraining.flags import Flag, Given, boolean, non_negative_int
-from peft_pretraining.methods import METHODS, PLANNED
+from peft_pretraining.factor_config import FACTOR_METHODS
+from peft_pretraining.flags import Flag, Given, boolean
+from peft_pretraining.methods import METHODS
 
 SELECTORS = [
     Flag("use_peft", boolean, "older selector: low-rank factors (LoRA, or as --Relora, --relora, --Golore say)"),
@@ -18,14 +19,11 @@ SELECTORS = [
     Flag("switch_lora", boolean, "older selector: SwitchLoRA"),
     Flag("Golore", boolean, "older selector, with --use_peft: GoLore's adapter form"),
     Flag("Relora", boolean, "older selector, with --use_peft: ReLoRA"),
-    Flag("relora", non_negative_int, "ReLoRA: updates between merges; selects it with --use_peft"),
 ]
 
 _PLAIN_RULES = ("adamw", "adam", "adamw8bit", "adam8bit", "adam_zero", "sgd", "adafactor", "lion")
 _PROJECTED_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _RANDOM_PROJECTED_RULES = ("adamw", "adamw8bit", "sgd")
-_FACTOR_METHODS = ("lora", "relora", "switchlora", "golore")
-"""Methods that `--use_peft` and `--use_lora` go with."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,8 @@ def choose(given: dict[str, Given], problems: list[str]) -> Selection:
             problems.append(f"{claims[0][1]} asks for {claims[0][0]} but {why} asks for {method}: give one of them")
     method = claims[0][0] if claims else "full_rank"
 
-    if method in PLANNED:
-        problems.append(f"{claims[0][1]}: method {method} is not built yet; there is {' and '.join(METHODS)}")
-    elif method not in METHODS:
-        problems.append(
-            f"--method {method!r} is unknown; there is {', '.join(METHODS)} (planned: {', '.join(PLANNED)})"
-        )
+    if method not in METHODS:
+        problems.append(f"--method {method!r} is unknown; there is {', '.join(METHODS)}")
     elif rule not in METHODS[method].optimizers and rule in (*_PLAIN_RULES, *_PROJECTED_RULES):
         built = ", ".join(METHODS[method].optimizers)
         problems.append(f"--optimizer {optimizer}: update rule {rule} is not built yet for {method}; there is {built}")
@@ -105,31 +99,26 @@ def _claims(
         return name in given and bool(given[name].value)
 
     claims = []
+    adapter_form = is_set("use_peft") and is_set("Golore")
     if "method" in given:
-        claims.append((given["method"].value, f"--method {given['method'].value}"))
+        name = given["method"].value
+        claims.append(("golore_adapter" if name == "golore" and adapter_form else name, f"--method {name}"))
     if is_set("switch_lora"):
         claims.append(("switchlora", "--switch_lora"))
     if is_set("Golore"):
-        if is_set("use_peft"):
-            claims.append(("golore", "--use_peft --Golore"))
-            problems.append("--use_peft --Golore: GoLore's adapter form is not built yet (its optimizer form is "
-                            "--optimizer golore_adamw)")  # fmt: skip
+        if adapter_form:
+            claims.append(("golore_adapter", "--use_peft --Golore"))
         else:
             problems.append("--Golore needs --use_peft True (GoLore's optimizer form is --optimizer golore_adamw)")
     if is_set("Relora") or is_set("relora"):
         claims.append(("relora", "--Relora" if is_set("Relora") else f"--relora {given['relora'].value}"))
-    if (is_set("use_peft") or is_set("use_lora")) and not any(method in _FACTOR_METHODS for method, _ in claims):
+    if (is_set("use_peft") or is_set("use_lora")) and not any(method in FACTOR_METHODS for method, _ in claims):
         claims.append(("lora", "--use_peft" if is_set("use_peft") else "--use_lora"))
 
     subspace_descent = proj_type in SUBSPACE_DESCENT_TYPES
     if family == "galore" and subspace_descent:
         claims.append(("online_subspace_descent", f"--optimizer {optimizer} --proj_type {proj_type}"))
     elif family:
-        if family == "golore" and is_set("use_peft") and is_set("Golore"):
-            problems.append(
-                f"--use_peft --Golore asks for the adapter form of golore but --optimizer {optimizer} for its "
-                "optimizer form: give one of them"
-            )
         claims.append((family, f"--optimizer {optimizer}"))
     elif subspace_descent and claims and claims[0][0] == "galore":
         claims.append(("online_subspace_descent", f"--proj_type {proj_type}"))

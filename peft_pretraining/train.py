@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from peft_pretraining import rng
+from peft_pretraining import rng, spikes
 from peft_pretraining.checkpoint import Checkpointer, TrainState
 from peft_pretraining.config import Config
 from peft_pretraining.data.data import Data
 from peft_pretraining.distributed import ProcessGroup, synchronised_backward
+from peft_pretraining.distributed.sharding import local
 from peft_pretraining.evaluate import evaluate
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
 from peft_pretraining.methods.base import TrainingMethod
@@ -28,12 +29,13 @@ from peft_pretraining.profiling import Profiler, peak_memory_bytes
 from peft_pretraining.schedule import rate_multiplier
 from peft_pretraining.signals import EXIT_REQUEUE, StopRequest
 from peft_pretraining.tracking import Tracker, log
+from peft_pretraining.watchdog import Watchdog
 
 _LARGEST_SKIPPED_SHARE = 0.05
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on: too many updates were not finite."""
+    """The run cannot go on: too many updates were not finite, or spikes."""
 
 
 @dataclass
@@ -79,6 +81,8 @@ class Update:
     tokens: int
     """Their tokens, without padding."""
     skipped: bool
+    spikes: list[str]
+    """What stood out from earlier updates, described."""
     stop: bool
     """Some rank was asked to stop."""
 
@@ -88,6 +92,7 @@ def train(run: Run) -> int:
     state = run.state
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        watchdog = stack.enter_context(Watchdog(run.config.run.step_timeout, run.checkpointer.save_dir, run.group.rank))
         stack.enter_context(logging_redirect_tqdm([log]))
         bar = stack.enter_context(_progress_bar(run))
         while True:
@@ -99,7 +104,8 @@ def train(run: Run) -> int:
             if finished:
                 return 0
             began = time.perf_counter()
-            update = train_step(run, next_micro_batches(run), stop)
+            with watchdog.update(state.update_step):
+                update = train_step(run, next_micro_batches(run), stop)
             report(run, update, time.perf_counter() - began, bar)
             run.profiler.step()
             if update.stop:
@@ -130,6 +136,8 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     values = torch.stack([totals[0] / targets, totals[1], norm.double(), targets_read])
     loss_mean, asked_to_stop, norm_value, targets_read = values.tolist()
     skipped = not (math.isfinite(loss_mean) and math.isfinite(norm_value)) or step in run.config.data.skip_batches
+    found = [] if skipped else find_spikes(run, loss_mean, norm_value)
+    skipped |= bool(found) and run.config.optimizer.skip_spikes > 0
     if not skipped:
         method.before_optimizer_step(model, optimizer, step)
         optimizer.step()
@@ -142,7 +150,7 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     state.data_state = run.data.state_at(state.data_position)
     tokens = int(targets_read) + samples  # each sequence's first token is no target
     state.tokens_seen += tokens
-    return Update(loss_mean, norm_value, lr, samples, tokens, skipped, asked_to_stop > 0)
+    return Update(loss_mean, norm_value, lr, samples, tokens, skipped, found, asked_to_stop > 0)
 
 
 def next_micro_batches(run: Run) -> list[Batch]:
@@ -162,12 +170,20 @@ def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor
     for index, batch in enumerate(micro_batches):
         run.method.before_micro_batch(run.model, run.optimizer, index, len(micro_batches))
         batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
-        with synchronised_backward(run.parallel_model, now=index == len(micro_batches) - 1):
+        last = index == len(micro_batches) - 1
+        with synchronised_backward(run.parallel_model, now=last or run.method.reduces_gradients):
             loss = token_loss_sum(run.parallel_model, batch)
             # Times the world size because gradients are averaged over the ranks.
             (loss * (group.world_size / targets).to(loss.dtype)).backward()
         loss_sum += loss.detach()
     return loss_sum, targets
+
+
+def find_spikes(run: Run, loss: float, grad_norm: float) -> list[str]:
+    """What of an update stands out. All ranks have the same two numbers, and come to the same answer."""
+    skip = run.config.optimizer.skip_spikes
+    values = {"loss": loss, "gradient norm": grad_norm}
+    return spikes.observe(run.state.spike_statistics, values, skip or spikes.LOGGED_DEVIATIONS, skip > 0)
 
 
 def set_learning_rate(run: Run, step: int) -> float:
@@ -191,6 +207,7 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         step_time=seconds,
         peak_memory_bytes=peak_memory_bytes(run.group.device),
         **({"skipped": True} if update.skipped else {}),
+        **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **run.method.metrics(),
     )
     bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
@@ -200,7 +217,8 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         log.info(
             "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
         )
-    if update.skipped and state.update_step - 1 not in run.config.data.skip_batches:
+    count_spikes(run, update)
+    if update.skipped and not update.spikes and state.update_step - 1 not in run.config.data.skip_batches:
         state.skipped_updates += 1
         log.warning(
             "skipped update %d: loss %s, gradient norm %s", state.update_step - 1, update.loss, update.grad_norm
@@ -211,6 +229,20 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
                 f"gradient, more than {_LARGEST_SKIPPED_SHARE:.0%}: lower --lr, or look at the data near update "
                 f"{state.update_step - 1}"
             )
+
+
+def count_spikes(run: Run, update: Update) -> None:
+    """Log an update that stood out, and stop the run when --skip_spikes skips too many."""
+    state = run.state
+    if update.spikes:
+        done = "skipped" if update.skipped else "spike in"
+        log.warning("%s update %d: %s", done, state.update_step - 1, ", ".join(update.spikes))
+    skipped = bool(update.spikes) and update.skipped
+    state.skipped_spikes += skipped
+    state.spikes_in_a_row = state.spikes_in_a_row + 1 if skipped else 0
+    total = run.config.schedule.num_training_steps
+    if problem := spikes.over_the_limit(state.spikes_in_a_row, state.skipped_spikes, total):
+        raise TrainingFailed(problem)
 
 
 def save_and_stop(run: Run) -> int:
@@ -248,7 +280,9 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the optimizer's state on this device."""
-    return sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values())
+    return sum(
+        local(value).numel() * value.element_size() for state in optimizer.state.values() for value in state.values()
+    )
 
 
 def _progress_bar(run: Run) -> tqdm:

@@ -76,7 +76,7 @@ def _check_warm_start(folder: str, facts: FileFacts, problems: list[str]) -> Non
 def read_data(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
     """The data folder's own description, or the shards that documents are streamed from."""
     data = config.data
-    if data.streams:
+    if data.dataset_path is None or data.from_json_data:
         _find_shards(data, facts, problems, warnings)
         return
     if data.padding_data:
@@ -155,9 +155,21 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
         problems.append(
             f"--update_proj_gap 0: must be positive with --proj_type {method.proj_type}, whose basis learns at 1 / gap"
         )
-    if method.method == "golore" and method.rand_ratio > 1:
+    if method.method in ("golore", "golore_adapter") and method.rand_ratio > 1:
         warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
+    distributed, world = config.distributed, config.batch.world_size
+    if distributed.distributed_type == "fsdp" and method.method in ("lora", "relora", "switchlora", "golore_adapter"):
+        problems.append(f"--distributed_type fsdp is not built yet for {method.method}: use ddp")
+    if distributed.distributed_type == "fsdp" and world % distributed.replicas:
+        problems.append(f"--replicas {distributed.replicas} must divide the {world} processes")
+    if distributed.distributed_type == "ddp" and distributed.replicas > 1:
+        warnings.append("--replicas has no effect without --distributed_type fsdp")
     if method.per_layer and "per_layer" in options:
+        if config.optimizer.skip_spikes > 0:
+            problems.append(
+                f"--skip_spikes {config.optimizer.skip_spikes:g} cannot go with per-layer updates, which are done "
+                "before the gradient norm is known"
+            )
         if method.refresh_accumulation > 1:
             problems.append(
                 f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "
@@ -181,6 +193,9 @@ def check_resume_from(config: Config, facts: FileFacts, problems: list[str]) -> 
         _check_same_run(config, facts, Path(folder).parent, f"--resume_from {folder}", problems, [])
 
 
+_FACTOR_IDENTITY = ("lora_alpha", "train_scaling", "lora_only", "quantize", "use_double_quant")
+
+
 def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
     """What a resumed run must share with the run it continues."""
     reads = METHODS[config.method.method].options
@@ -193,6 +208,7 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
         "rank": config.method.rank if "rank" in reads else None,
         "proj_type": config.method.proj_type if "proj_type" in reads else None,
         "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
+        **{name: getattr(config.factors, name) for name in _FACTOR_IDENTITY if name in reads},
         "data": _fingerprint(_streamed(facts) if facts.shards else counts),
         "max_length": config.data.max_length,
     }

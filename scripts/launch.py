@@ -4,6 +4,10 @@ SIGUSR1 means "finish the update, save and exit". It must not go through torchru
 handle it, kills the training processes a grace period later, maybe in the middle of a large checkpoint. So torchrun
 ignores it here and the training processes, its children, get it directly. SIGTERM, SIGINT and SIGHUP go to torchrun,
 which passes them on but does kill the training processes when the grace period is over.
+
+With `--max_restarts`, torchrun starts the processes again when one of them ends in any way but success; they go on from
+the last checkpoint. Two kinds of ends must not be repeated: bad input is therefore refused here, before torchrun, and
+after SIGUSR1 torchrun is ended as soon as the training processes are.
 """
 
 from __future__ import annotations
@@ -15,14 +19,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import recipe
 
-from peft_pretraining.flags import ConfigError, exit_with_problems, positive_int
+from peft_pretraining import cli
+from peft_pretraining.flags import ConfigError, exit_with_problems, non_negative_int, positive_int
 
 GRACE_SECONDS = "120"  # torchrun's own 30 s are short for a checkpoint of several billion weights
+EXIT_REQUEUE = 75  # as of `peft_pretraining.signals`, which imports torch
+SECONDS_TO_END = 5.0  # that torchrun may take to end by itself when all training processes have
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe.check_names(size, method)
         _refuse_training_config(overrides)
-        processes = _positive("nproc", arguments.nproc) if arguments.nproc else max(1, visible_gpus())
-        devices = recipe.Devices(processes, _positive("nnodes", arguments.nnodes), arguments.rdzv_endpoint)
+        processes = _number("nproc", arguments.nproc) if arguments.nproc else max(1, visible_gpus())
+        restarts = _number("max_restarts", arguments.max_restarts, non_negative_int)
+        nodes = _number("nnodes", arguments.nnodes)
+        devices = recipe.Devices(processes, nodes, arguments.rdzv_endpoint, restarts)
         command = recipe.command(size, method, devices, overrides)
+        print(shlex.join(command), flush=True)
+        if arguments.dry_run:
+            return 0
+        check_flags(command, devices)
     except ConfigError as error:
         return exit_with_problems(error)
-    print(shlex.join(command), flush=True)
-    return 0 if arguments.dry_run else run(command)
+    return run(command)
+
+
+def check_flags(command: Sequence[str], devices: recipe.Devices) -> None:
+    """ConfigError for what torchrun_main.py would refuse: torchrun would show it once more for every restart."""
+    cli.load(command[command.index(str(recipe.TRAINER)) + 1 :], {"WORLD_SIZE": str(devices.world_size)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,12 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nproc", metavar="N", help="processes per node (default: the number of GPUs found, else 1)")
     parser.add_argument("--nnodes", metavar="N", default="1", help="nodes (default: 1)")
     parser.add_argument("--rdzv_endpoint", metavar="HOST:PORT", help="where the nodes meet; unused with one node")
+    parser.add_argument(
+        "--max_restarts", metavar="N", default="0",
+        help="start all processes again up to N times when one was lost or failed; they go on from the last checkpoint "
+        "(default: 0)",
+    )  # fmt: skip
     return parser
 
 
-def _positive(name: str, text: str) -> int:
+def _number(name: str, text: str, convert: Callable[[str], int] = positive_int) -> int:
     try:
-        return positive_int(text)
+        return convert(text)
     except ValueError as error:
         raise ConfigError([f"--{name} {error}, got {text!r}"]) from None
 
@@ -81,24 +105,46 @@ def visible_gpus() -> int:
 
 
 def run(command: Sequence[str]) -> int:
-    """Run torchrun to its end, passing signals on; its exit code (128 + n if signal n killed it)."""
+    """Run torchrun to its end, passing signals on; its exit code (128 + n if signal n killed it).
+
+    75 if SIGUSR1 came and the run is not finished.
+    """
     if shutil.which(command[0]) is None:
         return exit_with_problems(ConfigError([f"{command[0]} not found: install torch for {sys.executable}"]))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
+    # A store that torchrun keeps for all starts has addresses of dead processes in it.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by torchrun, until the training processes handle it
     # In a session of its own: a signal to this process's group (Ctrl-C, Slurm) reaches torchrun once, from here.
     torchrun = subprocess.Popen(command, start_new_session=True)
 
-    def save_and_stop(*_: object) -> None:
-        for pid in children(torchrun.pid):
-            _send(pid, signal.SIGUSR1)
-
-    signal.signal(signal.SIGUSR1, save_and_stop)
+    stopping = threading.Thread(target=_save_and_stop, args=[torchrun], daemon=True)
+    signal.signal(signal.SIGUSR1, lambda *_: None if stopping.ident else stopping.start())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
             signal.signal(number, lambda received, _: _send(torchrun.pid, received))
     code = torchrun.wait()
+    if code and stopping.ident:
+        return EXIT_REQUEUE
     return code if code >= 0 else 128 - code
+
+
+def _save_and_stop(torchrun: subprocess.Popen) -> None:
+    """SIGUSR1 to the training processes; when they have ended, SIGTERM to torchrun, lest it start new ones."""
+    asked: set[int] = set()
+    while True:
+        present = set(children(torchrun.pid))
+        asked = asked or present
+        if asked and not asked & present:
+            break
+        for pid in present:  # again and again: one that is still starting ignores it
+            _send(pid, signal.SIGUSR1)
+        time.sleep(0.5)
+    end = time.monotonic() + SECONDS_TO_END  # a finished run ends by itself; otherwise it may wait for other nodes
+    while torchrun.poll() is None and not children(torchrun.pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    if torchrun.poll() is None:
+        _send(torchrun.pid, signal.SIGTERM)
 
 
 def _send(pid: int, number: int) -> None:

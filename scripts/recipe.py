@@ -32,6 +32,8 @@ class Devices:
     nodes: int = 1
     rdzv_endpoint: str | None = None
     """HOST:PORT where the nodes meet; unused on a single node."""
+    max_restarts: int = 0
+    """How often torchrun starts all processes again when one has failed."""
 
     @property
     def world_size(self) -> int:
@@ -119,13 +121,15 @@ def command(size: str, method: str, devices: Devices, overrides: Sequence[str] =
 def torchrun(devices: Devices) -> list[str]:
     """torchrun of the Python in use, and where its processes are and meet."""
     beside_python = Path(sys.executable).with_name("torchrun")
-    program = str(beside_python) if beside_python.exists() else "torchrun"
+    program = [str(beside_python) if beside_python.exists() else "torchrun"]
+    if devices.max_restarts:
+        program += ["--max_restarts", str(devices.max_restarts)]
     if devices.nodes == 1:
-        return [program, "--standalone", "--nproc_per_node", str(devices.processes)]
+        return [*program, "--standalone", "--nproc_per_node", str(devices.processes)]
     if not devices.rdzv_endpoint:
         raise ConfigError([f"--nnodes {devices.nodes} needs --rdzv_endpoint HOST:PORT, the same on every node"])
     nodes = ["--nnodes", str(devices.nodes), "--nproc_per_node", str(devices.processes)]
-    return [program, *nodes, "--rdzv_backend", "c10d", "--rdzv_endpoint", devices.rdzv_endpoint]
+    return [*program, *nodes, "--rdzv_backend", "c10d", "--rdzv_endpoint", devices.rdzv_endpoint]
 
 
 def _flags(words: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,8 @@
 # marked with ## (account, partition) if the cluster wants them, and make nodes, GPUs, cores and time fit it.
 # The project's folder, its Python environment, data and checkpoints must be on a file system that all nodes see.
 # PRETRAIN_COMMAND: run this program on every node instead of scripts/pretrain.sh, with the same arguments.
+# --dry_run, without sbatch, prints what each node would run. When a process is lost or hangs, torchrun starts all of them
+# again, up to --max_restarts times (3 if it is not given), from the last checkpoint; when a node is lost, Slurm requeues.
 #
 ##SBATCH --account=ACCOUNT
 ##SBATCH --partition=PARTITION
@@ -25,11 +27,19 @@
 #SBATCH --signal=B:SIGUSR1@120
 set -euo pipefail
 
+if [[ " $* " == *" --dry_run "* && -z ${SLURM_JOB_ID:-} ]]; then
+    SLURM_JOB_ID=0 SLURM_SUBMIT_DIR=$PWD
+fi
 : "${SLURM_JOB_ID:?run this under Slurm: sbatch scripts/slurm_pretrain.sh SIZE METHOD ...}"
 command=${PRETRAIN_COMMAND:-${PROJECT_DIR:-$SLURM_SUBMIT_DIR}/scripts/pretrain.sh}
 if [[ ! -x $command ]]; then
     echo "error: no $command: submit from the project's folder, or set PROJECT_DIR" >&2
     exit 2
+fi
+
+if [[ " $* " == *" --dry_run "* ]]; then
+    exec "$command" --max_restarts 3 "$@" --nproc "${SLURM_GPUS_ON_NODE:-8}" \
+        --nnodes "${SLURM_JOB_NUM_NODES:-1}" --rdzv_endpoint FIRST_NODE:$((10000 + SLURM_JOB_ID % 20000))
 fi
 
 # All torchruns meet on the first node; jobs that share it have different ports.
@@ -49,7 +59,7 @@ trap stop USR1
 
 # The first node to end must not end the others at once, as they may still be saving; but if it crashed, they must not
 # wait for it for hours: hence 300 s.
-srun --kill-on-bad-exit=0 --wait=300 "$command" "$@" \
+srun --kill-on-bad-exit=0 --wait=300 "$command" --max_restarts 3 "$@" \
     --nproc "${SLURM_GPUS_ON_NODE:-1}" --nnodes "${#hosts[@]}" --rdzv_endpoint "$endpoint" &
 srun_pid=$!
 
@@ -60,8 +70,8 @@ while true; do
     if [[ -z $interrupted ]]; then break; fi
 done
 
-# Training processes that were stopped exit with 75, but torchrun reports 1 for any failure: only this shell knows why.
-# (One that crashed between signal and save will crash again after the requeue, this time without a signal.)
+# Stopped, and not finished. (One that crashed between signal and save will crash again after the requeue, this time
+# without a signal.)
 if [[ -n $stopping && $code -ne 0 ]]; then
     echo "stopped with code $code: requeue"
     scontrol requeue "$SLURM_JOB_ID"

@@ -38,13 +38,18 @@ class Study:
     def run(self, method: str, lr: float, seed: int) -> float:
         """One training, or what is left of it; its final validation perplexity."""
         entry = self.settings["methods"][method]
-        folder = self.out / method / f"lr{lr:g}_seed{seed}"
+        folder = self.folder(method, lr, seed)
+        if (finished := self.final_evaluation(folder)) is not None:
+            return finished["final_eval_perplexity"]
         flags = self.flags(entry["flags"])
         if "warm_up" in entry:
             flags += ["--warmed_up_model", str(self.warm_up(method, entry["warm_up"], seed))]
         perplexity = train(folder, f"{lr:g}", str(seed), flags)
         print(f"{method:<28} lr {lr:<8g} seed {seed:<4} validation perplexity {perplexity:.2f}", flush=True)
         return perplexity
+
+    def folder(self, method: str, lr: float, seed: int) -> Path:
+        return self.out / method / f"lr{lr:g}_seed{seed}"
 
     def warm_up(self, method: str, settings: dict[str, Any], seed: int) -> Path:
         """The checkpoint of a full-rank run, by which a method starts; its updates count towards the budget."""
@@ -58,12 +63,12 @@ class Study:
         merged = {**self.settings["common"], "dataset_path": self.dataset_path, **own}
         return [word for name, value in merged.items() if name != "lr" for word in (f"--{name}", str(value))]
 
-    def facts(self, method: str, lr: float, seed: int) -> dict[str, Any]:
-        """What a finished run's records say besides its perplexity."""
-        metrics = self.out / method / f"lr{lr:g}_seed{seed}" / "metrics.jsonl"
-        records = [json.loads(line) for line in metrics.read_text().splitlines()]
-        last = [record for record in records if "final_eval_perplexity" in record][-1]
-        return {"optimizer_state_bytes": last["optimizer_state_bytes"], "tokens_seen": last["tokens_seen"]}
+    def final_evaluation(self, folder: Path) -> dict[str, Any] | None:
+        """The record of the evaluation after a run's last update; None while there is none."""
+        metrics, last = folder / "metrics.jsonl", self.settings["common"]["num_training_steps"]
+        records = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else ()
+        found = [record for record in records if "final_eval_perplexity" in record and record["update_step"] == last]
+        return found[-1] if found else None
 
 
 def main() -> int:
@@ -105,7 +110,9 @@ def compare(study: Study, jobs: int) -> list[dict[str, Any]]:
                 "by_rate": found[name],
                 "lr": best[name],
                 "perplexities": [found[name][best[name]], *(run.result() for run in repeats[name])],
-                **study.facts(name, best[name], first),
+                "optimizer_state_bytes": study.final_evaluation(study.folder(name, best[name], first))[
+                    "optimizer_state_bytes"
+                ],
             }
             for name in methods
         ]

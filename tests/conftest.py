@@ -18,19 +18,21 @@ VOCABULARY = 128
 BLOCK = 64
 
 
-def write_blocks(folder: Path, train: int = 200, validation: int = 20, block: int = BLOCK, **args) -> Path:
+def write_blocks(
+    folder: Path, train: int = 200, validation: int = 20, block: int = BLOCK, vocabulary: int = VOCABULARY, **args
+) -> Path:
     """A folder as `pretokenize.py` writes it: random walks over a small vocabulary, which a model learns quickly."""
     from datasets import Dataset, DatasetDict, Features, List, Value
 
     rng = np.random.default_rng(0)
 
     def split(rows: int) -> Dataset:
-        walk = np.cumsum(rng.integers(0, 3, (rows, block)), axis=1) + rng.integers(0, VOCABULARY, (rows, 1))
+        walk = np.cumsum(rng.integers(0, 3, (rows, block)), axis=1) + rng.integers(0, vocabulary, (rows, 1))
         features = Features({"input_ids": List(Value("int32"), length=block)})
-        return Dataset.from_dict({"input_ids": (walk % VOCABULARY).tolist()}, features=features)
+        return Dataset.from_dict({"input_ids": (walk % vocabulary).tolist()}, features=features)
 
     DatasetDict({"train": split(train), "validation": split(validation)}).save_to_disk(str(folder))
-    described = {"sequence_length": block, "vocab_size": VOCABULARY, "largest_token_id": VOCABULARY - 1, **args}
+    described = {"sequence_length": block, "vocab_size": vocabulary, "largest_token_id": vocabulary - 1, **args}
     (folder / "args.json").write_text(json.dumps(described))
     (folder / "tokenizer_config.json").write_text("{}")
     return folder

@@ -246,6 +246,7 @@ def _run_cases(path: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from peft_pretraining import build
+    from peft_pretraining.train import state_bytes
 
     rank, results, train, no_sync = int(os.environ["RANK"]), [], build.train, DistributedDataParallel.no_sync
 
@@ -257,9 +258,10 @@ def _run_cases(path: Path) -> None:
         for name, tensors in (("digest", [param.detach() for param in params]), ("state_digest", state)):
             digest = hashlib.sha256()
             for tensor in tensors:
-                digest.update(tensor.contiguous().numpy().tobytes())
+                whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                digest.update(whole.contiguous().numpy().tobytes())
             results[-1][name] = digest.hexdigest()
-        results[-1]["state_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in state)
+        results[-1]["state_bytes"] = state_bytes(run.optimizer)
         return code
 
     def observed_no_sync(model):

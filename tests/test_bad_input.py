@@ -119,7 +119,7 @@ def test_batch_sizes_that_do_not_divide(command, refused):
     "flag, value, part",
     [
         ("method", "galor", "--method 'galor' is unknown"),
-        ("method", "relora", "relora is not built yet"),
+        ("method", "relorra", "is unknown; there is full_rank"),
         ("optimizer", "adamax", "--optimizer 'adamax' is unknown"),
         ("optimizer", "golore_lion", "--optimizer 'golore_lion' is unknown; there is golore_adamw"),
         ("proj_type", "sideways", "must be one of std"),

@@ -241,7 +241,8 @@ def test_golore_carries_8_bit_momentum(side):
     code = create_dynamic_map(signed=True)
 
     def first_moment(state):
-        return dequantize_blockwise(state["exp_avg"], absmax=state["exp_avg_absmax"], code=code, blocksize=256)
+        moment = dequantize_blockwise(state["exp_avg"], absmax=state["exp_avg_absmax"], code=code, blocksize=256)
+        return moment.T if side == "left" else moment  # kept with the rows that devices divide first
 
     weight = parameter((40, 30), dtype=torch.float32)
     optimizer = build(weight, proj_type=side, rule="adamw8bit", rank=8, rand_ratio=0.0)

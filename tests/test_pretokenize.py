@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 import pretokenize
 from peft_pretraining.data import block_writer, tokenizer
-from peft_pretraining.data.pretokenize import BlockWriter
+from peft_pretraining.data.block_writer import BlockWriter
 
 WORDS = "the of and to in water energy nation people great law small river mountain light house never again".split()
 LENGTH = 16

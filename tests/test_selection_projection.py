@@ -153,7 +153,7 @@ def test_settings_of_the_basis(load, text):
         ("--method galore --optimizer golore_sgd", ["--method galore", "--optimizer golore_sgd"]),
         ("--method golore --optimizer galore_sgd", ["--method golore", "--optimizer galore_sgd"]),
         ("--method full_rank --optimizer golore_adamw", ["--method full_rank", "--optimizer golore_adamw"]),
-        ("--use_peft --Golore --optimizer golore_adamw", ["adapter form", "--optimizer golore_adamw"]),
+        ("--use_peft --Golore --optimizer golore_adamw", ["golore_adapter", "--optimizer golore_adamw"]),
         (
             "--optimizer galore_sgd_per_layer --per_layer False",
             ["--optimizer galore_sgd_per_layer", "--per_layer False"],
@@ -218,3 +218,12 @@ def test_what_clipping_by_the_full_norm_costs(load):
     (warning,) = load("--optimizer galore_adamw_per_layer --clip_norm full").warnings
     assert "every layer adds up its full gradient" in warning
     assert load("--optimizer galore_adamw_per_layer --clip_norm full --clip_grad_norm 0").warnings == ()
+
+
+def test_what_fsdp_takes(problems, load):
+    assert load("--method galore --distributed_type fsdp").config.distributed.distributed_type == "fsdp"
+    assert "fsdp is not built yet for lora" in problems("--method lora --distributed_type fsdp")[0]
+    assert "--replicas 2 must divide the 1 processes" in problems(
+        "--method galore --distributed_type fsdp --replicas 2"
+    )
+    assert "--replicas has no effect" in load("--method galore --replicas 2").warnings[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ if [[ $1 == requeue ]]; then exit "${REQUEUE_CODE:-0}"; fi
 TRAINER = """
 import os, signal, sys, time
 work, rank, stopped = os.environ["WORK"], os.environ["RANK"], []
+open(f"{work}/starts", "a").write("x")
 signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
 open(f"{work}/ready-{rank}", "w").write(" ".join(sys.argv[1:]))
 end = time.monotonic() + 90
@@ -55,6 +57,7 @@ from pathlib import Path
 sys.path.insert(0, "{PROJECT / "scripts"}")
 import launch, recipe
 recipe.TRAINER = Path(__file__).with_name("trainer.py")
+launch.check_flags = lambda *_: None
 sys.exit(launch.main())
 """
 
@@ -114,6 +117,8 @@ def test_signal_reaches_every_training_process_and_the_job_is_requeued_once(subm
     assert [rank for rank in ranks if (tmp_path / f"saved-{rank}").exists()] == [*ranks], output
     assert job.returncode == 0, output
     assert requeues(tmp_path) == [f"requeue {os.getpid()}"]
+    assert (tmp_path / "starts").read_text() == "xxxx"  # torchrun may restart, but not after this
+    assert output.count("torchrun --max_restarts 3 --nnodes 2") == 2
     assert output.count("--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:") == 2
     flags = (tmp_path / "ready-0").read_text()
     assert "--method galore" in flags
@@ -126,7 +131,7 @@ def test_normal_end_is_not_requeued(submit, tmp_path):
     output, _ = job.communicate(timeout=20)
     assert (job.returncode, requeues(tmp_path)) == (0, []), output
     arguments = (tmp_path / "arguments").read_text().split()
-    assert arguments[:-1] == "60m galore --nproc 2 --nnodes 1 --rdzv_endpoint".split()
+    assert arguments[:-1] == "--max_restarts 3 60m galore --nproc 2 --nnodes 1 --rdzv_endpoint".split()
     assert 10_000 <= int(arguments[-1].removeprefix("localhost:")) < 30_000
 
 
@@ -185,3 +190,74 @@ def test_sigterm_goes_to_torchrun_and_its_exit_code_comes_back(tmp_path):
 def test_sbatch_options():
     options = re.findall(r"^#SBATCH --(\S+)$", SCRIPT.read_text(), flags=re.MULTILINE)
     assert {"ntasks-per-node=1", "requeue", "open-mode=append", "signal=B:SIGUSR1@120"} <= set(options)
+
+
+def test_dry_run_outside_slurm(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "60m", "galore", "--dry_run", "--max_restarts", "1"],
+        **{"env": {**environment, "SLURM_JOB_NUM_NODES": "4"}, "cwd": PROJECT, "capture_output": True, "text": True},
+    )
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    assert "torchrun --max_restarts 1 --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d" in done.stdout
+
+
+PRETOKENIZE = PROJECT / "scripts" / "slurm_pretokenize.sh"
+# Runs an array's tasks at once and the rest after them, as the dependency says; knows job 7 from before.
+SBATCH = """#!/usr/bin/env bash
+printf '%s\n' "$*" >> "$WORK/sbatch.log"
+for word in "$@"; do
+    if [[ $word == --array=* ]]; then tasks=${word#--array=0-}; tasks=${tasks%\\%*}; fi
+done
+for ((task = 0; task <= ${tasks:-0}; task++)); do
+    if [[ -n ${tasks:-} ]]; then export SLURM_ARRAY_TASK_ID=$task; fi
+    /bin/sh -c "${!#}" >> "$WORK/jobs.log" 2>&1 || { echo "job failed" >> "$WORK/jobs.log"; exit 1; }
+done
+echo "7;cluster"
+"""
+
+
+def pretokenize(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    return subprocess.run(
+        ["bash", str(PRETOKENIZE), *arguments],
+        **{"env": {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "WORK": str(folder), "CPUS_PER_TASK": "1"}},
+        **{"cwd": folder, "capture_output": True, "text": True},
+    )
+
+
+def test_pretokenizing_submits_an_array_and_a_merge_that_waits_for_it(tmp_path):
+    """The jobs are run for real, with a tokenizer without a network and a file name that a shell would tear apart."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
+    for part in range(3):
+        text = "\n\n".join(f"Document {number} of part {part} is here." for number in range(40))
+        (tmp_path / f"a part {part}.txt").write_text(text)
+    flags = ["--dataset", str(tmp_path / "a part *.txt"), "--tokenizer", str(tmp_path / "byt5"), "--save_dir", "out"]
+    flags += ["--validation_fraction", "0.2", "--sequence_length", "16", "--num_shards", "2"]
+    dry = pretokenize(tmp_path, *flags, "--dry_run")
+    assert (dry.returncode, dry.stdout.count("\n"), (tmp_path / "sbatch.log").exists()) == (0, 2, False), dry.stderr
+
+    done = pretokenize(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr + (tmp_path / "jobs.log").read_text()
+    array, merge = (tmp_path / "sbatch.log").read_text().splitlines()
+    assert "--parsable --requeue" in array and "--array=0-1%64" in array and "--cpus-per-task=1" in array
+    assert "--dependency=afterok:7 --kill-on-invalid-dep=yes" in merge and merge.endswith("--merge")
+    (result,) = (path for path in (tmp_path / "out").iterdir() if path.suffix != ".slices")
+    assert '"slices": 2' in (result / "args.json").read_text()
+    shown = shlex.split(dry.stdout.splitlines()[0])
+    assert shown[:2] == ["sbatch", "--parsable"] and flags[1] in shlex.split(shown[-1])
+
+
+def test_bad_input_to_the_pretokenizing_script(tmp_path):
+    for arguments, message in (
+        ([], "error: --num_shards must be a positive integer, got ''"),
+        (["--num_shards"], "error: --num_shards must be a positive integer, got ''"),
+        (["--num_shards=0"], "error: --num_shards must be a positive integer, got '0'"),
+        (["--num_shards", "3", "--merge"], "error: --merge is for this script to give (CPUS_PER_TASK sets --num_cpu)"),
+    ):
+        done = pretokenize(tmp_path, *arguments)
+        assert (done.returncode, done.stderr) == (2, message + "\n")
+    assert not (tmp_path / "sbatch.log").exists()

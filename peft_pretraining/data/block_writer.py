@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +51,39 @@ class BlockWriter:
             if self._filled == self._buffer.size:
                 self._write(self._buffer)
                 self._filled = 0
+
+    def adopt(self, folder: Path, description: dict[str, Any]) -> bool:
+        """Take over the files of a finished split, as hard links, before anything is added; its counts with them.
+
+        The tokens that filled none of its blocks are still to be added. Where the file system has no hard links they
+        become relative symbolic links, and False comes back: the files must then stay where they are.
+        """
+        hard = True
+        for name in description["files"]:
+            self._file_names.append(f"data-{len(self._file_names):05d}.arrow")
+            here, there = self._folder / self._file_names[-1], folder / name
+            try:
+                os.link(there, here)
+            except OSError:  # which one depends on the file system
+                here.symlink_to(os.path.relpath(there, self._folder))
+                hard = False
+        self.documents += description["documents"]
+        self.tokens += description["tokens"] - len(description["remainder"])
+        self.blocks += description["blocks"]
+        self.largest_token_id = max(self.largest_token_id, description["largest_token_id"])
+        self._digest.update(description["fingerprint"].encode())
+        return hard
+
+    def describe(self) -> dict[str, Any]:
+        """What `adopt` has to know about the finished split, as JSON: counts, sizes of files in bytes, tokens left."""
+        used = self._filled // self._length * self._length
+        return {
+            **{"documents": self.documents, "tokens": self.tokens, "blocks": self.blocks},
+            "largest_token_id": self.largest_token_id,
+            "fingerprint": self._digest.hexdigest(),
+            "files": {name: (self._folder / name).stat().st_size for name in self._file_names},
+            "remainder": self._buffer[used : self._filled].tolist(),
+        }
 
     def finish(self) -> None:
         """Write what is left, and the files that make the folder a dataset."""

@@ -7,15 +7,14 @@ of devices sees the samples it would have seen.
 
 from __future__ import annotations
 
-import atexit
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import active_children
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -126,22 +125,14 @@ def leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def start_reading(loader: DataLoader) -> Iterator[Any]:
-    """`iter(loader)`, whose workers end with this process, whatever ends it.
+def end_workers() -> None:
+    """At the exit of a process that failed: its workers, which ignore the signal that would end them, are killed.
 
-    They are told to end when the iterator is deleted. An exception may keep it until the process exits, which then
-    waits for workers that leave signals to it.
+    Without it the process would wait for them for ever.
     """
-    try:
-        return iter(loader)
-    finally:
-        atexit.register(_kill_workers)  # after `iter`, so as to be called before what that registers
-
-
-def _kill_workers() -> None:
-    for child in active_children():
-        if child.daemon:
-            child.kill()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths as failures
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def useful_workers(requested: int, group: ProcessGroup) -> int:
@@ -156,7 +147,7 @@ def training_batches(
     """Endless micro-batches of this rank, from position `start` of the stream, read ahead by worker processes."""
     sampler = MicroBatchSampler(SampleOrder(len(blocks), seed), start, batch_size, accumulation, group)
     workers = useful_workers(workers, group)
-    return start_reading(
+    return iter(
         DataLoader(
             blocks,
             batch_sampler=sampler,

@@ -7,6 +7,7 @@ Padding is masked in the attention and ignored in the loss; a document that was 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from peft_pretraining.data.blocks import as_it_is, leave_signals_to_the_parent, start_reading, useful_workers
+from peft_pretraining.data.blocks import as_it_is, end_workers, leave_signals_to_the_parent, useful_workers
 from peft_pretraining.data.shards import DataError, Shard, document_text, log
 from peft_pretraining.data.streaming import Document, DocumentStream, in_order_of_files
 from peft_pretraining.data.tokenizer import PlainText
@@ -161,17 +162,19 @@ def made_by_workers(
     """What `maker` makes of each list, in their order, read ahead by worker processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers inherit it: one thread each
     workers = useful_workers(workers, group)
-    return start_reading(
-        DataLoader(
-            maker,
-            batch_sampler=documents,
-            collate_fn=as_it_is,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=group.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_parent,
-        )
+    loader = DataLoader(
+        maker,
+        batch_sampler=documents,
+        collate_fn=as_it_is,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=group.device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_parent,
     )
+    try:
+        return iter(loader)  # reads the first documents
+    finally:
+        atexit.register(end_workers)  # after the workers were started, to be called before what torch registers then
 
 
 def training_batches(

@@ -1,9 +1,9 @@
 """Where documents come from: local text, JSON and Parquet files, folders saved by `datasets`, the hub.
 
-`find_source` looks at names only; `open_source` gives one iterator factory per split, and only the documents that are
-being read are in memory. Text and JSON files are read here rather than by `datasets`, which types every column of a
-file (and stops where an unused one changes its type) and splits text at exactly one empty line. Nothing heavy is
-imported before a source is opened.
+`find_source` looks at names only; `open_pieces` gives each split as a list of pieces (its files), which are read one by
+one, and only the documents that are being read are in memory. Text and JSON files are read here rather than by
+`datasets`, which types every column of a file (and stops where an unused one changes its type) and splits text at
+exactly one empty line. Nothing heavy is imported before a source is opened.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ HUB_ALIASES = {"c4": "allenai/c4"}  # the plain name needs a loading script, whi
 SUPPORTED = (".txt", ".json", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".zst")
 ROWS_PER_READ = 1000
+ROWS_PER_PIECE = 1000  # of a folder saved by `datasets`, which is read at any row
 
 Documents = Callable[[], Iterator[str]]
-"""Starts reading a split from its first document."""
+"""Starts reading a piece of a split from its first document."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,15 @@ def _splits_by_name(files: list[Path], warnings: list[str]) -> dict[str, list[Pa
     return {"train": train, "validation": validation}
 
 
-def open_source(source: Source, dataset_config: str | None, text_field: str) -> dict[str, Documents]:
-    """Documents of the `train` split and, where the source has it, of the `validation` split.
+def open_pieces(source: Source, dataset_config: str | None, text_field: str) -> dict[str, list[Documents]]:
+    """The pieces of the `train` split and, where the source has it, of the `validation` split, in their order.
 
-    ConfigError, then or while documents are read, for whatever keeps the data from being read: one line each.
+    A piece is a file, or so many rows of a folder saved by `datasets`. ConfigError, then or while documents are read,
+    for whatever keeps the data from being read: one line each.
     """
     if source.kind == "files":
         return {
-            split: partial(_documents_of_files, files, text_field, source.force_json)
+            split: [partial(_documents_of_file, file, text_field, source.force_json) for file in files]
             for split, files in source.files.items()
         }
     import datasets
@@ -148,11 +150,22 @@ def open_source(source: Source, dataset_config: str | None, text_field: str) -> 
         raise ConfigError([f"--dataset {source.origin}: has no split named train, only {', '.join(splits)}"])
     held_out = next((name for name in ("validation", "test") if name in splits), None)
     chosen = {"train": "train", "validation": held_out} if held_out else {"train": "train"}
-    origin = f"--dataset {source.origin}"
-    return {
-        split: partial(_text_only, origin, partial(_rows_of_dataset, splits[name], text_field))
-        for split, name in chosen.items()
-    }
+    pieces = _pieces_of_rows if source.kind == "saved" else _pieces_of_stream
+    return {split: pieces(f"--dataset {source.origin}", splits[name], text_field) for split, name in chosen.items()}
+
+
+def _pieces_of_rows(origin: str, dataset: Any, text_field: str) -> list[Documents]:
+    def rows(first: int) -> Iterator[Any]:
+        return _rows_of_dataset(dataset.select(range(first, min(first + ROWS_PER_PIECE, len(dataset)))), text_field)
+
+    firsts = range(0, len(dataset), ROWS_PER_PIECE)
+    return [partial(_text_only, origin, partial(rows, first), first) for first in firsts]
+
+
+def _pieces_of_stream(origin: str, dataset: Any, text_field: str) -> list[Documents]:
+    count = dataset.num_shards
+    parts = [dataset.shard(count, index) for index in range(count)] if count > 1 else [dataset]
+    return [partial(_text_only, origin, partial(_rows_of_dataset, part, text_field)) for part in parts]
 
 
 def one_line(error: BaseException) -> str:
@@ -161,10 +174,10 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _text_only(origin: str, rows: Callable[[], Iterator[Any]]) -> Iterator[str]:
+def _text_only(origin: str, rows: Callable[[], Iterator[Any]], first: int = 0) -> Iterator[str]:
     """The rows, which must be text; whatever fails while reading them becomes one line that says where."""
     try:
-        for number, text in enumerate(rows(), start=1):
+        for number, text in enumerate(rows(), start=first + 1):
             if not isinstance(text, str):
                 raise TypeError(f"document {number} is not text but {type(text).__name__}")
             yield encodable(text)
@@ -194,11 +207,10 @@ def _rows_of_dataset(dataset: Any, text_field: str) -> Iterator[Any]:
         yield from batch[text_field]
 
 
-def _documents_of_files(files: Iterable[Path], text_field: str, force_json: bool) -> Iterator[str]:
+def _documents_of_file(file: Path, text_field: str, force_json: bool) -> Iterator[str]:
     readers = {".txt": _text_rows, ".parquet": _parquet_rows}
-    for file in files:
-        reader = _json_rows if force_json else readers.get(_format(file), _json_rows)
-        yield from _text_only(str(file), partial(reader, file, text_field))
+    reader = _json_rows if force_json else readers.get(_format(file), _json_rows)
+    return _text_only(str(file), partial(reader, file, text_field))
 
 
 def _open_text(path: Path) -> io.TextIOBase:

@@ -1,7 +1,25 @@
 """Process groups and parallel models. Nothing outside this folder knows about torch.distributed."""
 
-from peft_pretraining.distributed.parallel import parallelize, synchronised_backward
-from peft_pretraining.distributed.process_group import ProcessGroup
+from peft_pretraining.distributed.low_rank_reduction import LowRankReduction
+from peft_pretraining.distributed.parallel import (
+    Sharding,
+    free_gathered_weights,
+    parallelize,
+    shard,
+    synchronised_backward,
+)
+from peft_pretraining.distributed.process_group import ProcessGroup, mean_over_processes
 from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
 
-__all__ = ["ProcessGroup", "own_share", "parallelize", "sharded_optimizer", "synchronised_backward"]
+__all__ = [
+    "LowRankReduction",
+    "ProcessGroup",
+    "Sharding",
+    "free_gathered_weights",
+    "mean_over_processes",
+    "own_share",
+    "parallelize",
+    "shard",
+    "sharded_optimizer",
+    "synchronised_backward",
+]

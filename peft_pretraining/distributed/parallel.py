@@ -1,25 +1,92 @@
-"""Wrapping a model for several devices."""
+"""Distributing a model: one function, `parallelize`, for DDP, FSDP2 and HSDP."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
+from peft_pretraining.distributed.low_rank_reduction import LowRankReduction, reduce_low_rank
 from peft_pretraining.distributed.process_group import ProcessGroup
 
 
-def parallelize(model: nn.Module, group: ProcessGroup) -> nn.Module:
-    """The module whose forward pass trains `model` on all processes; `model` itself for one process."""
-    if group.world_size == 1:
+@dataclass(frozen=True)
+class Sharding:
+    """FSDP2's settings (arXiv 2304.11277)."""
+
+    replicas: int = 1
+    """Copies of the sharded model (HSDP): parameters are divided over world size / replicas devices."""
+    reshard_after_forward: bool = True
+    """Free the gathered weights between forward and backward pass."""
+    dimension: Callable[[str, Tensor], int] = lambda name, param: 0
+    """The dimension along which a parameter is divided, where its size allows."""
+
+    def mesh(self, group: ProcessGroup) -> DeviceMesh:
+        shards = group.world_size // self.replicas
+        if self.replicas == 1:
+            return init_device_mesh(group.device.type, (shards,), mesh_dim_names=("shard",))
+        return init_device_mesh(group.device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: nn.Module, group: ProcessGroup, sharding: Sharding) -> nn.Module:
+    """Divide a model's parameters over the devices, in place: each decoder layer by itself, then the rest.
+
+    Gradients are reduced in float32 (float64 for a float64 model).
+    """
+    mesh = sharding.mesh(group)
+    names = {param: name for name, param in model.named_parameters()}
+    devices = group.world_size // sharding.replicas
+
+    def placement(param: nn.Parameter) -> ShardPlacement:
+        dim = sharding.dimension(names[param], param)
+        # FSDP2 pads an uneven first dimension, but no other.
+        return ShardPlacement(dim if dim == 0 or param.shape[dim] % devices == 0 else 0)
+
+    dtype = next(model.parameters()).dtype
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
+    for module in (*model.model.layers, model):
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=precision,
+            reshard_after_forward=sharding.reshard_after_forward,
+            shard_placement_fn=placement,
+        )
+    return model
+
+
+def parallelize(model: nn.Module, group: ProcessGroup, low_rank: LowRankReduction | None = None) -> nn.Module:
+    """The module whose forward pass trains `model` on all processes; `model` itself for one, or when it is sharded.
+
+    With `low_rank`, DDP reduces projected gradients.
+    """
+    if group.world_size == 1 or isinstance(model, FSDPModule):
         return model
     device_ids = [group.device.index] if group.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if low_rank is not None:
+        reduce_low_rank(parallel, low_rank)
+    return parallel
+
+
+def free_gathered_weights(model: nn.Module) -> None:
+    """After forward passes without a backward pass: with `reshard_after_forward` off, that alone would free them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def synchronised_backward(parallel_model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
     """Reduce gradients over the processes in this backward pass, or (`now=False`) only accumulate them here."""
-    if now or not isinstance(parallel_model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return parallel_model.no_sync()
+    if isinstance(parallel_model, FSDPModule):
+        parallel_model.set_requires_gradient_sync(now)
+    elif not now and isinstance(parallel_model, DistributedDataParallel):
+        return parallel_model.no_sync()
+    return contextlib.nullcontext()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +30,8 @@ class ProcessGroup:
     def start(cls, single_device: bool = False) -> ProcessGroup:
         """Join the group that torchrun's environment describes: nccl on CUDA, gloo on the CPU."""
         env = os.environ
+        if "TORCHELASTIC_RUN_ID" in env:
+            _end_with_torchrun()
         grouped = not single_device and int(env.get("WORLD_SIZE", "1")) > 1
         local_rank = int(env.get("LOCAL_RANK", "0")) if grouped else 0
         if torch.cuda.is_available():
@@ -36,12 +42,15 @@ class ProcessGroup:
         if not grouped:
             return cls(0, 1, 0, 1, device)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+            "nccl" if device.type == "cuda" else "gloo",
+            device_id=device if device.type == "cuda" else None,
+            **_fresh_store(env),
         )
         local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, device)
 
     def stop(self) -> None:
+        """Leave the group."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -70,3 +79,37 @@ class ProcessGroup:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+
+def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over the processes of whatever default group there is, in place: for loops that are not ours."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
+    return tensor
+
+
+def _end_with_torchrun() -> None:
+    """Have the kernel send SIGTERM when torchrun, the parent, is gone without a word (kill -9, out of memory).
+
+    Otherwise the processes would train on, or wait for each other for ever, and write into the folder of the run that
+    is started in their place.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # <sys/prctl.h>
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _fresh_store(env: Mapping[str, str]) -> dict[str, Any]:
+    """After a restart by torchrun: where the ranks meet, without what those before it left there.
+
+    torchrun keeps one store for all starts, and a rank would find the addresses of dead ones in it. The number of
+    starts tells them apart on one node. Those of several nodes may differ; there, torchrun has to make a new store for
+    every start (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as scripts/launch.py sets it).
+    """
+    starts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if starts == "0" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False)
+    return {"store": dist.PrefixStore(f"start {starts}", store), "rank": rank, "world_size": world_size}

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -26,8 +27,10 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
 
 
 def sharded_optimizer(params: Iterable[Tensor], kind: Callable[..., Optimizer], arguments: dict[str, Any]) -> Optimizer:
-    """An optimizer whose states are divided over the ranks by whole parameters; an ordinary one for one process."""
-    if not dist.is_initialized():
+    """An optimizer whose states are divided over the ranks by whole parameters; an ordinary one for one process, and
+    for parameters that are divided themselves."""
+    params = list(params)
+    if not dist.is_initialized() or any(isinstance(param, DTensor) for param in params):
         return kind(params, **arguments)
     return ShardedOptimizer(params, kind, **arguments)
 

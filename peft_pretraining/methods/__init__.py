@@ -34,6 +34,20 @@ _PROJECTION = (
 _RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _GALORE_EPS = {"adam_eps": 1e-6}
 
+_FACTORS = ("rank", "target_modules", "lora_dropout", "lora_plus_ratio", "dense_lr_ratio", "check_rank_sync")
+_FROZEN = ("lora_alpha", "train_scaling", "force_keep_original", "lora_only", "quantize", "use_double_quant")
+_RELORA = ("relora", "reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning")
+_SWITCHING = (
+    *("lora_alpha", "init_lora_type", "zero_init_B", "force_disable_candidates", "lora_only", "quantize"),
+    *("switch_lora_interval", "switch_lora_descent_rate", "switch_descend_type", "fix_switch_lora_interval"),
+    *("adam_warm_step", "remain_switch_state", "remain_switch_step_state", "zero_switch_state"),
+    *("zero_switch_step_state", "switch_lora_drop", "discontinuous_switch", "no_offload_candidates", "cal_delta_norm"),
+)
+
+_ADAPTER = (
+    *("scale", "update_proj_gap", "rand_ratio", "clip_norm", "svd_method", "stagger_refresh", "refresh_accumulation"),
+)
+
 METHODS: dict[str, MethodEntry] = {
     "full_rank": MethodEntry("peft_pretraining.methods.full_rank:FullRank", optimizers=(*_RULES, "adam_zero")),
     "galore": MethodEntry("peft_pretraining.methods.galore:GaLore", _PROJECTION, _RULES, _GALORE_EPS),
@@ -43,6 +57,20 @@ METHODS: dict[str, MethodEntry] = {
         _PROJECTION,
         _RULES,
         {**_GALORE_EPS, "proj_type": "continuous"},
+    ),
+    "lora": MethodEntry(
+        "peft_pretraining.methods.lora:LoRA",
+        (*_FACTORS, *_FROZEN, "init_lora_type", "zero_init_B", "force_disable_candidates"),
+    ),
+    "relora": MethodEntry(
+        "peft_pretraining.methods.relora:ReLoRA", (*_FACTORS, *_FROZEN, *_RELORA, "scale", "update_proj_gap")
+    ),
+    "switchlora": MethodEntry("peft_pretraining.methods.switchlora:SwitchLoRA", (*_FACTORS, *_SWITCHING)),
+    "golore_adapter": MethodEntry(
+        "peft_pretraining.methods.golore_adapter:GoLoreAdapter",
+        (*_FACTORS, *_ADAPTER, "lora_only", "quantize"),
+        ("adamw", "sgd"),
+        _GALORE_EPS,
     ),
 }
 
@@ -56,9 +84,6 @@ RULE_SETTINGS: dict[str, tuple[str, ...]] = {
     "sgd": ("beta1", "momentum", "dampening"),
 }
 """Settings that an update rule reads, of those that belong to update rules."""
-
-PLANNED = ("lora", "relora", "switchlora")
-"""Methods whose flags are understood but which are not built yet."""
 
 
 def load_method(name: str) -> type[TrainingMethod]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining.config import Config
+from peft_pretraining.distributed import LowRankReduction
+from peft_pretraining.distributed.sharding import local, total_norm
 
 
 class TrainingMethod:
@@ -35,6 +37,14 @@ class TrainingMethod:
         """Whether the method itself averages all gradients over the ranks; the model is then not wrapped in DDP."""
         return False
 
+    def sharded_dimension(self, name: str, param: Tensor) -> int:
+        """The dimension along which a parameter had best be divided over devices."""
+        return 0
+
+    def low_rank_reduction(self, model: nn.Module, optimizer: Optimizer) -> LowRankReduction | None:
+        """How DDP can reduce projected gradients instead of whole ones; None where the method needs whole ones."""
+        return None
+
     def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
         """Everything is built and restored. `reduce` averages a tensor over the ranks, in place."""
 
@@ -53,11 +63,11 @@ class TrainingMethod:
 
     def grad_norm(self, model: nn.Module, optimizer: Optimizer) -> Tensor:
         """Global norm of the gradients, a scalar; what clipping uses. Gradients are complete and reduced."""
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
+        return total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
     def scale_gradients(self, model: nn.Module, optimizer: Optimizer, factor: Tensor) -> None:
         """Multiply every gradient by a scalar, after `grad_norm`."""
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+        torch._foreach_mul_([local(p.grad) for p in model.parameters() if p.grad is not None], factor)
 
     def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Gradients are complete, reduced, clipped and finite."""

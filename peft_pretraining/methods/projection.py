@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining.config import Config, MethodConfig
+from peft_pretraining.distributed import LowRankReduction
+from peft_pretraining.distributed.sharding import Shard
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.targets import target_linears
-from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
+from peft_pretraining.optim import LowRankGradients, LowRankOptimizer, PerLayerUpdates
+from peft_pretraining.optim.projection import LEFT, SIDES, projected_sides
 
 log = logging.getLogger("peft_pretraining")
 
@@ -58,6 +61,23 @@ class GradientProjection(TrainingMethod):
             seed=self.config.run.seed,
         )
 
+    def sharded_dimension(self, name: str, param: Tensor) -> int:
+        """Along the side that is not projected, R needs no communication."""
+        targets = self.config.method.target_modules
+        if param.ndim != 2 or not any(target in name.removesuffix(".weight") for target in targets):
+            return 0
+        proj_type = self.config.method.proj_type
+        return 1 if projected_sides(proj_type if proj_type in SIDES else "std", param.shape) == (LEFT,) else 0
+
+    def low_rank_reduction(self, model: nn.Module, optimizer: LowRankOptimizer) -> LowRankReduction | None:
+        method, clips = self.config.method, self.config.optimizer.clip_grad_norm > 0
+        if method.proj_type.startswith("continuous"):
+            return None  # a step of the basis needs the whole gradient
+        if clips and method.clip_norm == "full":
+            log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
+            return None
+        return LowRankGradients(optimizer)
+
     @property
     def reduces_gradients(self) -> bool:
         return self.config.method.per_layer  # the gradient is gone before DDP could have reduced it
@@ -66,6 +86,8 @@ class GradientProjection(TrainingMethod):
         if not self.config.method.per_layer:
             return
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
+        if any(Shard.of(param).dim is not None for param in model.parameters()):
+            reduce = _as_it_is  # FSDP2's gradients arrive reduced
         self._updates = PerLayerUpdates(
             optimizer, reduce, clip=clip, clip_full=clip > 0 and method.clip_norm == "full",
             early_first_bases=bool(method.stagger_refresh),
@@ -96,7 +118,7 @@ class GradientProjection(TrainingMethod):
         optimizer.project_gradients()
         if self.config.method.clip_norm == "full":
             return super().grad_norm(model, optimizer)
-        return torch.nn.utils.get_total_norm(optimizer.gradients(), foreach=True)
+        return optimizer.grad_norm()
 
     def scale_gradients(self, model: nn.Module, optimizer: LowRankOptimizer, factor: Tensor) -> None:
         if not self._updates:  # they have clipped, each parameter by its own norm
@@ -110,6 +132,10 @@ class GradientProjection(TrainingMethod):
         return metrics
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
     """Mean and smallest captured energy and overlap over the layers that an update refreshed; failures counted."""
     metrics: dict[str, float] = {}
@@ -117,8 +143,8 @@ def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
         if values := refreshes.get(name):
             stacked = torch.stack([value.float() for value in values])
             metrics[f"{name}_mean"], metrics[f"{name}_min"] = stacked.mean().item(), stacked.min().item()
-    if "captured_energy" in refreshes:
-        metrics["refreshed_layers"] = len(refreshes["captured_energy"])
+    if "refreshed" in refreshes:
+        metrics["refreshed_layers"] = len(refreshes["refreshed"])
     if "failed_refreshes" in refreshes:
         metrics["failed_refreshes"] = len(refreshes["failed_refreshes"])
     return metrics

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import rng
 from peft_pretraining.config import ModelConfig
+from peft_pretraining.distributed.sharding import Shard, local
 from peft_pretraining.flags import ConfigError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -32,12 +33,16 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def build_model(
-    config: ModelConfig, shape: dict[str, Any], weights_from: str | None, device: torch.device, seed: int
+    config: ModelConfig,
+    shape: dict[str, Any],
+    weights_from: str | None,
+    device: torch.device,
+    seed: int | None = None,
 ) -> LlamaForCausalLM:
-    """A LLaMA in training mode on `device`.
+    """A LLaMA in training mode.
 
-    `shape` is the model JSON's settings; weights are drawn by `seed` (`materialize`). With `weights_from`, a folder or
-    hub name, they are read.
+    With `weights_from`, a folder or hub name, its weights are read. Otherwise `shape` is the model JSON's settings, and
+    weights are drawn by `seed`; with a seed of None the model has no memory until `materialize` gives it some.
     """
     dtype = resolve_dtype(config.dtype, device)
     check_attention(config.attn_implementation, device, dtype)
@@ -50,14 +55,15 @@ def build_model(
         )
     else:
         model = _empty_model(config, shape, dtype)
-        materialize(model, device, seed)
+        if seed is not None:
+            materialize(model, device, seed)
     model.get_input_embeddings().padding_idx = None
     model.config.use_cache = True
     if config.activation_checkpointing:
         # transformers renamed it in 5.2x; both take the arguments of torch.utils.checkpoint first.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model.to(device).train()
+    return (model if weights_from is None else model.to(device)).train()
 
 
 def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
@@ -77,20 +83,24 @@ def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype)
 
 @torch.no_grad()
 def materialize(model: LlamaForCausalLM, device: torch.device, seed: int) -> None:
-    """Give a model on the meta device memory on `device`, and its initial weights, in place.
+    """Give a model on the meta device memory on `device`, and its initial weights, in place. Others are left alone.
 
     Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as transformers does. Each weight is a
     function of (seed, its name), drawn in float32 on the CPU and then rounded, one at a time: the same on every device
     and for every way to distribute the model, and the model never exists twice.
     """
+    if not any(param.is_meta for param in model.parameters()):
+        return
     model.to_empty(device=device)
     model.tie_weights()
     rotary = model.model.rotary_emb  # its buffers are computed when it is built, and saved nowhere
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     for name, param in model.named_parameters():
         if param.ndim < 2:
-            param.fill_(0.0 if name.endswith("bias") else 1.0)
+            local(param).fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         generator = rng.generator(seed, f"initial weights of {name}")
         drawn = torch.empty(param.shape, dtype=torch.float32)
-        param.copy_(drawn.normal_(0.0, model.config.initializer_range, generator=generator))
+        drawn.normal_(0.0, model.config.initializer_range, generator=generator)
+        divided = Shard.of(param)
+        local(param).copy_(divided.part(drawn, divided.dim or 0))

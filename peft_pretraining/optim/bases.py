@@ -9,15 +9,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_pretraining import rng
+from peft_pretraining.distributed.sharding import Shard
 from peft_pretraining.optim.projection import LEFT, RIGHT, SIDES, Bases, Projection
-from peft_pretraining.optim.svd import SVD_METHODS, random_stiefel, top_singular_vectors, with_signs
+from peft_pretraining.optim.svd import SVD_METHODS, gram_eigenvectors, random_stiefel, top_singular_vectors, with_signs
 from peft_pretraining.optim.update_rules import SGD, Adafactor, AdamW, AdamW8bit, Lion, UpdateRule
 
 BASIS_OPTIMIZERS: dict[str, tuple[type[UpdateRule], dict[str, Any]]] = {
@@ -88,7 +90,14 @@ class SVDBasis(BasisRule):
         start = old if refresh.number else {}
         sides, rank = self.projection.sides, self.projection.rank
         sketch = refresh.generator("sketch")
-        new = top_singular_vectors(grad, rank, sides, self.svd_method, start, sketch)
+        shard = self.projection.shard
+        short_side = RIGHT if shard.shape[0] >= shard.shape[1] else LEFT
+        if shard.dim is not None and self.svd_method == "gram" and sides == (short_side,) and not (
+            self.projection.divides_projected_side
+        ):  # fmt: skip
+            new = gram_eigenvectors(grad, rank, short_side, shard.sum)
+        else:
+            new = top_singular_vectors(shard.gather(grad), rank, sides, self.svd_method, start, sketch)
         return {side: with_signs(new[side], start.get(side), dim=0 if side == LEFT else 1) for side in sides}
 
 
@@ -101,7 +110,7 @@ class RandomBasis(BasisRule):
         return False
 
     def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
-        m, n = grad.shape
+        m, n = self.projection.shard.shape
         new: Bases = {}
         for side in self.projection.sides:
             drawn = random_stiefel(
@@ -138,8 +147,10 @@ class GaussianBasis(SVDBasis):
         return False
 
     def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
-        noise = torch.randn(grad.shape, generator=refresh.generator("gaussian matrix"), dtype=torch.float32)
-        return super().refreshed(old, noise.to(grad.device), refresh)
+        shape = self.projection.shard.shape
+        noise = torch.randn(shape, generator=refresh.generator("gaussian matrix"), dtype=torch.float32)
+        whole = GaussianBasis(replace(self.projection, shard=Shard(shape)), self.svd_method)
+        return SVDBasis.refreshed(whole, old, noise.to(grad.device), refresh)
 
 
 class OnlinePCA(SVDBasis):
@@ -160,7 +171,7 @@ class OnlinePCA(SVDBasis):
     def init_state(self, state: dict[str, Any], param: Tensor) -> None:
         state["basis_step"] = torch.zeros((), dtype=torch.int64)
         own: dict[str, Any] = {}
-        self._rule.init_state(own, state[self._side], self._settings)
+        self._rule.init_state(own, state[self._side], self._settings, Shard(state[self._side].shape))
         state.update({f"basis_{key}": value for key, value in own.items()})
 
     def advance(
@@ -169,37 +180,47 @@ class OnlinePCA(SVDBasis):
         basis, settings = state[self._side], {**self._settings, "lr": lr}
         own = {key.removeprefix("basis_"): value for key, value in state.items() if key.startswith("basis_")}
         own["step"] += 1
-        gradient = reconstruction_gradient(self._side, basis, grad, low_rank_grad).div_(scaled_by)  # linear in R
-        direction, factor = self._rule.direction(own, gradient, settings)
+        shard = self.projection.shard
+        if self.projection.divides_projected_side:
+            grad, shard = shard.gather(grad), Shard(shard.shape)
+        gradient = reconstruction_gradient(self._side, basis, grad, low_rank_grad, shard.sum)
+        gradient.div_(scaled_by)  # it is linear in R
+        direction, factor = self._rule.direction(own, gradient, settings, Shard(basis.shape))
         if settings["weight_decay"]:
             basis.mul_(1 - lr * settings["weight_decay"])  # before the step, as torch's AdamW
         basis.add_(self._rule.finish(direction), alpha=-factor)
 
 
-def reconstruction_gradient(side: str, basis: Tensor, grad: Tensor, low_rank_grad: Tensor) -> Tensor:
+def reconstruction_gradient(
+    side: str,
+    basis: Tensor,
+    grad: Tensor,
+    low_rank_grad: Tensor,
+    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Tensor:
     """∇L of the loss L(Q) = ‖Ĝ QᵀQ - Ĝ‖² with Ĝ = G / ‖G‖, in the shape of the basis (left: L(P) = ‖P PᵀĜ - Ĝ‖²).
 
     `low_rank_grad` is R = G Qᵀ (m, r) or Pᵀ G (r, n) for the same G. With E = R Q - G and T = RᵀG the definition,
     2 (Q Eᵀ G + Q Gᵀ E), becomes 2 [(QQᵀ - 2 I) T + (T Qᵀ) Q]: one product with G and four with r x r factors, and
-    nothing of the size m x m or n x n.
+    nothing of the size m x m or n x n. `add_up` sums over devices that hold different parts of G and R.
     """
     flat = grad.reshape(-1)
-    square = torch.dot(flat, flat).double()  # a single pass, where a norm takes two
+    square = add_up(torch.dot(flat, flat).double())  # a single pass, where a norm takes two
     # A zero gradient has no direction, and one whose square underflows has lost it: the basis stays.
     factor = torch.where(square > _SMALLEST_SQUARE, 2 / square, 0)
     if side == RIGHT:
-        cross = low_rank_grad.T @ grad  # (r, m) @ (m, n) -> (r, n)
+        cross = add_up(low_rank_grad.T @ grad)  # (r, m) @ (m, n) -> (r, n)
         inner = basis @ basis.T  # (r, r)
         inner.diagonal().sub_(2)
         return (inner @ cross).addmm_(cross @ basis.T, basis).mul_(factor)
-    cross = grad @ low_rank_grad.T  # (m, n) @ (n, r) -> (m, r)
+    cross = add_up(grad @ low_rank_grad.T)  # (m, n) @ (n, r) -> (m, r)
     inner = basis.T @ basis  # (r, r)
     inner.diagonal().sub_(2)
     return (cross @ inner).addmm_(basis, basis.T @ cross).mul_(factor)
 
 
-def basis_rule(group: dict[str, Any], shape: torch.Size) -> BasisRule:
-    """The rule that a parameter group asks for. Raises `ValueError` for settings that contradict each other."""
+def basis_rule(group: dict[str, Any], shape: torch.Size | Shard) -> BasisRule:
+    """The rule for one weight, as its parameter group asks. Raises `ValueError` for settings that contradict."""
     proj_type, rand_ratio = group["proj_type"], group["rand_ratio"]
     if proj_type not in PROJECTION_TYPES:
         raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}, got {proj_type!r}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.distributed.sharding import Shard, distribute_like, local, whole_norm
 from peft_pretraining.optim.bases import BasisRule, basis_rule
 from peft_pretraining.optim.projection import Projection
 from peft_pretraining.optim.subspace import Projected, Subspace, counter
@@ -16,10 +17,7 @@ from peft_pretraining.optim.update_rules import UPDATE_RULES, UpdateRule
 
 log = logging.getLogger("peft_pretraining")
 
-_COUNTERS = ("step", "last_refresh", "refreshes", "basis_step")
-"""State that stays on the CPU, int64: updates, step of the last refresh (-1: none), refreshes, steps of the basis."""
-
-_ATTRIBUTES = ("rule", "update_step", "subspaces", "refresh_metrics", "_peers", "_projected", "_scaled_by")
+_ATTRIBUTES = ("rule", "update_step", "subspaces", "refresh_metrics", "projected", "_peers", "_shards", "_scaled_by")
 """What a copy of the optimizer takes along, besides groups and state."""
 
 _GROUP_DEFAULTS = {
@@ -81,7 +79,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.refresh_metrics: dict[str, list[Tensor]] = {}
         """Of the last update's refreshes, one number per weight: captured energy, overlap with the basis before."""
         self._peers: list[Subspace] = []
-        self._projected: dict[Tensor, Projected] = {}
+        self._shards: dict[Tensor, Shard] = {}  # of the gradients that the update rule sees
+        self.projected: dict[Tensor, Projected] = {}
+        """Gradients that wait for `step`."""
         self._scaled_by: Tensor | float = 1.0
         own = {"lr": lr, "betas": betas, "eps": eps, "beta1": beta1, "momentum": momentum, "dampening": dampening}
         shared = {"weight_decay": weight_decay, "svd_method": svd_method, "seed": seed}
@@ -106,13 +106,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _init_param(self, param: Tensor, name: str, rule: BasisRule | None, group: dict[str, Any]) -> None:
         state: dict[str, Any] = {"step": counter(0)}
-        like = param.detach()
+        like, shard = local(param.detach()), Shard.of(param)
         if rule:
             self.subspaces[param] = Subspace(rule, name, self._peers)
             self.subspaces[param].init_state(state, like)
-            like = like.new_empty(rule.projection.low_rank_shape(param.shape))
-        self.rule.init_state(state, like, group)
+            like = like.new_empty(rule.projection.low_rank_shape(like.shape))
+            shard = rule.projection.low_rank_shard
+        self._shards[param] = shard
+        own: dict[str, Any] = {}
+        self.rule.init_state(own, like, group, shard)
+        for key, value in own.items():
+            state[key] = distribute_like(value, param, *(self.rule.divided(key, shard) or (None, None)))
         self.state[param] = state
+
+    def local_state(self, param: Tensor) -> dict[str, Any]:
+        """A parameter's state as this device has it."""
+        return {key: local(value) for key, value in self.state[param].items()}
 
     def begin_update(self, step: int) -> None:
         """Take `step` as the 0-based number of the update, and drop what a skipped one may have left."""
@@ -140,24 +149,33 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for param, group in self._with_gradients():
             subspace = self.subspaces.get(param)
             if subspace and subspace.refresh_reads_gradient(self.state[param], group, self.step_of(param)):
-                subspace.observe(param.grad)
+                subspace.observe(local(param.grad))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Project every gradient that is not projected yet, refreshing bases that are due. Nothing is committed."""
         for param, group in self._with_gradients():
-            if param in self.subspaces and param not in self._projected:
-                self._projected[param] = self.subspaces[param].project(
-                    self.state[param], param.grad, group, self.step_of(param)
+            if param in self.subspaces and param not in self.projected:
+                self.projected[param] = self.subspaces[param].project(
+                    self.state[param], local(param.grad), group, self.step_of(param)
                 )
 
     def gradients(self) -> list[Tensor]:
-        """The gradients as this optimizer sees them, for norms: R of the projected weights, the full gradient of the
-        others. Call `project_gradients` first."""
+        """The gradients as this optimizer sees them: R of the projected weights, the full gradient of the others, this
+        device's parts. Call `project_gradients` first."""
         return [
-            self._projected[param].low_rank_grad if param in self.subspaces else param.grad
+            self.projected[param].low_rank_grad if param in self.subspaces else local(param.grad)
             for param, _ in self._with_gradients()
         ]
+
+    def grad_norm(self) -> Tensor:
+        """Global 2-norm of `gradients`, over all devices; a scalar."""
+        shards = [self._shards[param] for param, _ in self._with_gradients()]
+        return whole_norm(zip(self.gradients(), shards, strict=True))
+
+    def shard_of(self, param: Tensor) -> Shard:
+        """How the gradients that the update rule sees are divided."""
+        return self._shards[param]
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply `gradients()` by a scalar, in place."""
@@ -177,13 +195,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self.project_gradients()
         if self.update_step is not None or self._gradients_are_finite():
             for param, group in self._with_gradients():
-                self.update(param, param.grad, group, self._projected.get(param), self._scaled_by)
+                self.update(param, local(param.grad), group, self.projected.get(param), self._scaled_by)
         self._forget()
         return loss
 
     def _gradients_are_finite(self) -> bool:
-        gradients = self.gradients()
-        if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+        if self.grad_norm().isfinite():
             return True
         log.warning("skipped an update: a gradient is not finite")
         return False
@@ -198,32 +215,33 @@ class LowRankOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Move one parameter. `projected` is its gradient after `project` and whatever scaling (`scaled_by`) since, or
         None for a parameter without a projection; `grad` (m, n) is the full gradient, which only online PCA reads."""
-        state, rate, step = self.state[param], float(group["lr"]), self.step_of(param)
+        state, rate, step = self.local_state(param), float(group["lr"]), self.step_of(param)
         state["step"] += 1
-        subspace = self.subspaces.get(param)
+        weight, subspace = local(param), self.subspaces.get(param)
         if subspace:
             subspace.commit(state, projected, step, self.rule, self.refresh_metrics)
         projection = subspace.rule.projection if subspace else Projection()
         bases = projection.bases(state)
-        direction, factor = self.rule.direction(state, projected.low_rank_grad if projected else grad, group)
+        low_rank_grad = projected.low_rank_grad if projected else grad
+        direction, factor = self.rule.direction(state, low_rank_grad, group, self._shards[param])
         if group["weight_decay"] and self.rule.decays_first:
-            param.mul_(1 - rate * group["weight_decay"])
+            weight.mul_(1 - rate * group["weight_decay"])
         if self.rule.acts_in_full_space:
-            param.add_(self.rule.finish(projection.up(bases, direction)), alpha=-factor)  # a sign: scale cannot matter
+            weight.add_(self.rule.finish(projection.up(bases, direction)), alpha=-factor)  # a sign, whatever the scale
         else:
-            projection.add_back(param, bases, direction, -factor * (group["scale"] if subspace else 1.0))
+            projection.add_back(weight, bases, direction, -factor * (group["scale"] if subspace else 1.0))
         if subspace and not subspace.rule.refreshes and projected.new_bases is None and not projected.failed:
             base_rate = group.get("initial_lr", group["first_lr"])
             basis_rate = rate / base_rate / group["update_proj_gap"] if base_rate else 0.0
-            subspace.rule.advance(state, grad.to(param.dtype), projected.low_rank_grad, scaled_by, basis_rate)
+            subspace.rule.advance(state, grad.to(param.dtype), low_rank_grad, scaled_by, basis_rate)
         if group["weight_decay"] and not self.rule.decays_first:
-            param.mul_(1 - rate * group["weight_decay"])  # after the update, and not scaled
+            weight.mul_(1 - rate * group["weight_decay"])  # after the update, and not scaled
 
     def _with_gradients(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((p, group) for group in self.param_groups for p in group["params"] if p.grad is not None)
 
     def _forget(self) -> None:
-        self._projected.clear()
+        self.projected.clear()
         self._scaled_by = 1.0
         for subspace in self._peers:
             subspace.forget_observed()
@@ -231,7 +249,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, projected ones included: a refresh that was not committed stays due. What was observed
         for this update stays, too."""
-        self._projected.clear()
+        self.projected.clear()
         self._scaled_by = 1.0
         super().zero_grad(set_to_none)
 
@@ -250,8 +268,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for param, state in saved.items():
             for key, value in state.items():
-                device = "cpu" if key in _COUNTERS else param.device
-                self.state[param][key] = value.detach().clone().to(device, like[param][key].dtype)
+                local(like[param][key]).copy_(local(value))
+            self.state[param] = like[param]
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -265,7 +283,7 @@ def _basis_rule(param: Tensor, name: str, group: dict[str, Any]) -> BasisRule | 
         return None
     if param.ndim != 2:
         raise ValueError(f"a projected parameter must be a matrix, got {name} of shape {tuple(param.shape)}")
-    return basis_rule(group, param.shape)
+    return basis_rule(group, Shard.of(param))
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

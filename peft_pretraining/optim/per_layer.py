@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.distributed.sharding import Shard, local, whole_norm
 from peft_pretraining.optim.low_rank import LowRankOptimizer
 from peft_pretraining.optim.subspace import Projected
 
@@ -73,11 +74,11 @@ class PerLayerUpdates:
         last = self._index == self._count - 1
         if group["rank"] is None:
             if last:
-                self._move(param, group, self._reduce(param.grad), None)
+                self._move(param, group, self._reduce(local(param.grad)), None)
                 param.grad = None
             return
         subspace, state = self._optimizer.subspaces[param], self._optimizer.state[param]
-        grad, param.grad = param.grad, None
+        grad, param.grad = local(param.grad), None
         full = self._needs_full_gradient(param, group, grad)
         part = grad if full else subspace.down(state, grad, self._early.get(param))
         if param in self._sums:
@@ -115,14 +116,15 @@ class PerLayerUpdates:
 
     def _move(self, param: Tensor, group: dict[str, Any], grad: Tensor | None, projected: Projected | None) -> None:
         """Clip and update one parameter from its complete gradient, G or its projection."""
-        norm = torch.linalg.vector_norm(projected.low_rank_grad if projected else grad)
+        gradient = projected.low_rank_grad if projected else grad
+        norm = whole_norm([(gradient, self._optimizer.shard_of(param))])
         self._squared_norms.append(norm.double().square())
         if self._frozen or not norm.isfinite():
             return
         factor: Tensor | float = 1.0
         if self._clip:
             if self._clip_full and projected:
-                norm = torch.linalg.vector_norm(grad)
+                norm = whole_norm([(grad, Shard.of(param))])
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
-            (projected.low_rank_grad if projected else grad).mul_(factor)
+            gradient.mul_(factor)
         self._optimizer.update(param, grad, group, projected, factor)

@@ -6,11 +6,13 @@ R = G Qᵀ (m, r), or from both, R = Pᵀ G Qᵀ (r, r). Source: GaLore, arXiv 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from peft_pretraining.distributed.sharding import WHOLE, Shard
 
 LEFT, RIGHT = "left_basis", "right_basis"
 """Keys of P (m, r) and Q (r, n) in a parameter's optimizer state."""
@@ -38,48 +40,81 @@ def projected_sides(side: str, shape: torch.Size) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Projection:
-    """Down to low-rank coordinates and back. Without sides it is the identity: an unprojected parameter."""
+    """Down to low-rank coordinates and back. Without sides it is the identity: an unprojected parameter.
+
+    G and W are this device's part of a weight that may be divided over several (`shard`); bases are whole. Divided
+    along the side that is not projected, nothing needs to be communicated: R is divided in the same way. Divided along
+    a projected side, R is a sum over the devices, and the same on all of them.
+    """
 
     sides: tuple[str, ...] = ()
     rank: int = 0
+    shard: Shard = WHOLE
 
     @classmethod
-    def for_weight(cls, side: str, rank: int, shape: torch.Size) -> Projection:
-        """The projection of a weight (m, n); a rank beyond min(m, n) becomes min(m, n)."""
-        return cls(projected_sides(side, shape), min(rank, *shape))
+    def for_weight(cls, side: str, rank: int, shape: torch.Size | Shard) -> Projection:
+        """The projection of a weight (m, n), or of one that is divided; a rank beyond min(m, n) becomes min(m, n)."""
+        shard = shape if isinstance(shape, Shard) else Shard(shape)
+        return cls(projected_sides(side, shard.shape), min(rank, *shard.shape), shard)
 
     def init_state(self, state: dict[str, Any], param: Tensor) -> None:
         """Zero bases in the weight's dtype, to be filled by the first refresh."""
+        m, n = self.shard.shape
         if LEFT in self.sides:
-            state[LEFT] = param.new_zeros(param.shape[0], self.rank)
+            state[LEFT] = param.new_zeros(m, self.rank)
         if RIGHT in self.sides:
-            state[RIGHT] = param.new_zeros(self.rank, param.shape[1])
+            state[RIGHT] = param.new_zeros(self.rank, n)
 
     def bases(self, state: dict[str, Any]) -> Bases:
         """The stored bases themselves."""
         return {side: state[side] for side in self.sides}
 
     def low_rank_shape(self, shape: torch.Size) -> torch.Size:
-        """Of R, for a weight of `shape`."""
+        """Of R, for a weight, or a part of one, of `shape`."""
         if not self.sides:
             return shape
         m, n = shape
         return torch.Size((self.rank if LEFT in self.sides else m, self.rank if RIGHT in self.sides else n))
 
+    @property
+    def divides_projected_side(self) -> bool:
+        """Whether devices hold different parts of a dimension that is projected away."""
+        return (LEFT, RIGHT)[self.shard.dim] in self.sides if self.shard.dim is not None else False
+
+    @property
+    def low_rank_shard(self) -> Shard:
+        """How R is divided."""
+        shape, along = self.low_rank_shape(self.shard.shape), 1 if self.sides == (LEFT,) else 0
+        if self.divides_projected_side or self.shard.dim is None:
+            return Shard(shape, along=along)
+        return replace(self.shard, shape=shape, along=along)
+
+    def _local(self, bases: Bases) -> Bases:
+        """The parts of the bases that meet this device's part of the weight."""
+        if not self.divides_projected_side:
+            return bases
+        side = (LEFT, RIGHT)[self.shard.dim]
+        return {**bases, side: self.shard.part(bases[side], self.shard.dim)}
+
     def down(self, bases: Bases, grad: Tensor) -> Tensor:
-        """Project: (m, n) -> the shape of R."""
+        """Project: G (m, n) -> the shape of R."""
+        bases = self._local(bases)
         if LEFT in bases:
             grad = bases[LEFT].T @ grad
-        return grad @ bases[RIGHT].T if RIGHT in bases else grad
+        if RIGHT in bases:
+            grad = grad @ bases[RIGHT].T
+        return self.shard.sum(grad) if self.divides_projected_side else grad
 
     def up(self, bases: Bases, update: Tensor) -> Tensor:
         """Project back: the shape of R -> (m, n)."""
+        bases = self._local(bases)
         if LEFT in bases:
             update = bases[LEFT] @ update
         return update @ bases[RIGHT] if RIGHT in bases else update
 
     def add_back(self, param: Tensor, bases: Bases, update: Tensor, factor: float) -> None:
         """param += factor * (update projected back), without forming the full-size update."""
+        bases = self._local(bases)
         if RIGHT in bases:
             update = bases[LEFT] @ update if LEFT in bases else update
             param.addmm_(update, bases[RIGHT], alpha=factor)

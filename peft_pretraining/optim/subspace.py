@@ -85,7 +85,8 @@ class Subspace:
             return Projected(self.down(state, grad))
         total, count = self._observed
         seen = (total + grad) / (count + 1) if count else grad
-        if self.rule.reads_gradient(step) and not seen.isfinite().all():
+        shard = self.rule.projection.shard
+        if self.rule.reads_gradient(step) and not shard.everywhere(seen.isfinite().all()):
             return Projected(self.down(state, grad))
         projected = Projected(grad, self._refreshed(state, seen, group, step))
         projected.low_rank_grad = self.down(state, grad, projected)
@@ -93,6 +94,8 @@ class Subspace:
         # In float64: the squares of a small float32 gradient underflow.
         norms = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in (projected.low_rank_grad, grad))
         kept, whole = (norm.square() for norm in norms)
+        if shard.dim is not None:
+            kept, whole = self.rule.projection.low_rank_shard.sum(kept), shard.sum(whole)
         projected.energy = torch.where(whole > 0, kept / whole, 1.0)
         return projected
 
@@ -123,11 +126,14 @@ class Subspace:
         if projected.new_bases is None:
             return
         old, new = self.bases(state), projected.new_bases
-        metrics.setdefault("captured_energy", []).append(projected.energy)
+        metrics.setdefault("refreshed", []).append(torch.ones(()))
+        if projected.energy is not None:
+            metrics.setdefault("captured_energy", []).append(projected.energy)
         if not first:
             metrics.setdefault("basis_overlap", []).append(overlap(old, new))
             if self.rule.carries_momentum:
-                rule.rotate(state, lambda moment: self.rule.projection.carry_over(moment, old, new))
+                projection = self.rule.projection
+                rule.rotate(state, lambda moment: projection.carry_over(moment, old, new), projection.low_rank_shard)
         for side, basis in new.items():
             old[side].copy_(basis)
         state["refreshes"] += 1

@@ -115,6 +115,21 @@ def _both_sides(a: Tensor, short: Tensor, tall: bool, sides: tuple[str, ...]) ->
     return found
 
 
+def gram_eigenvectors(part: Tensor, rank: int, side: str, add_up: Callable[[Tensor], Tensor]) -> Bases:
+    """The basis of the shorter side by `gram`, of a matrix whose longer side is divided over devices.
+
+    `part` is this device's; `add_up` sums over all of them, in place. Every device gets the same basis.
+    """
+    wide = part.double()
+    gram = add_up(wide.T @ wide if side == RIGHT else wide @ wide.T)
+    try:
+        _, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        vectors = torch.linalg.eigh(gram.cpu())[1].to(gram)
+    vectors = vectors[:, -rank:].flip(1).to(torch.promote_types(part.dtype, torch.float32))
+    return {side: vectors.T if side == RIGHT else vectors}
+
+
 def positive_qr(matrix: Tensor) -> Tensor:
     """Q (m, r) of the QR decomposition whose R has a positive diagonal, which makes it unique."""
     q, r = torch.linalg.qr(matrix)

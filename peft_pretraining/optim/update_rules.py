@@ -3,7 +3,7 @@
 A rule turns a gradient into a direction D, in the same coordinates, and a factor; the weight then moves by
 -factor * finish(scale * back(D)). Each formula stands here once, for GaLore, GoLore, Online Subspace Descent, their
 bases' own optimizers, and parameters that are not projected. `state["step"]` is k, this parameter's updates, this one
-included. `group` holds the settings.
+included. `group` holds the settings. Tensors are this device's parts; `shard` says of what.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from peft_pretraining.distributed.sharding import WHOLE, Shard
+
 
 class UpdateRule:
     decays_first = False
@@ -27,10 +29,12 @@ class UpdateRule:
     first_moment = "exp_avg"
     """Key of the first moment in the state, where there is one."""
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         """Create the rule's tensors for gradients of `like`'s shape, dtype and device."""
 
-    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+    def direction(
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+    ) -> tuple[Tensor, float]:
         """D, in the shape of `grad`, and the factor (rate included) to subtract it with."""
         raise NotImplementedError
 
@@ -38,7 +42,12 @@ class UpdateRule:
         """The last step, in full space and possibly in place."""
         return update
 
-    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
+    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
+        """The dimension of a state tensor that is divided as the gradients are, and its whole length; None if every
+        device has the same."""
+        return None if shard.dim is None else (shard.dim, shard.shape[shard.dim])
+
+    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
         """Put the first moment through `change`, which carries it into a new basis."""
         if (moment := state.get(self.first_moment)) is not None:
             moment.copy_(change(moment))
@@ -56,11 +65,13 @@ class AdamW(UpdateRule):
     def __init__(self, torch_epsilon: bool = False):
         self._torch_epsilon = torch_epsilon
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         state["exp_avg"] = _zeros(like)
         state["exp_avg_sq"] = _zeros(like)
 
-    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+    def direction(
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+    ) -> tuple[Tensor, float]:
         grad = grad.contiguous()  # the kernel walks through memory
         k, minus_d = int(state["step"]), torch.zeros_like(grad)
         beta1, beta2 = group["betas"] or self.betas
@@ -90,16 +101,31 @@ class AdamW8bit(AdamW):
         super().__init__(torch_epsilon)
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
-        if like.ndim < 2 and like.numel() < self._SMALLEST_VECTOR:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
+        if like.ndim < 2 and (shard.shape or like.shape).numel() < self._SMALLEST_VECTOR:
             super().init_state(state, like.float(), group)
             return
+        last = shard.dim is None or shard.offset + shard.size == shard.shape[shard.dim]
+        if not shard.everywhere(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
+            raise ValueError(
+                f"adamw8bit: a part of {like.numel()} numbers is not whole blocks of {self._BLOCK}; choose another "
+                "rank or number of devices"
+            )
         blocks = -(-like.numel() // self._BLOCK)
         for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+            state[moment] = torch.zeros(_upright(like, shard).shape, dtype=torch.uint8, device=like.device)
             state[f"{moment}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
 
-    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
+        if shard.dim is None:
+            return None
+        if key.endswith("_absmax"):
+            return 0, -(-shard.shape.numel() // self._BLOCK)
+        return 0, shard.shape[shard.dim]
+
+    def direction(
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+    ) -> tuple[Tensor, float]:
         if state["exp_avg"].dtype != torch.uint8:
             direction, factor = super().direction(state, grad.float(), group)
             return direction.to(grad.dtype), factor
@@ -107,22 +133,23 @@ class AdamW8bit(AdamW):
 
         k, (signed, unsigned) = int(state["step"]), self._quantization_maps(grad.device)
         beta1, beta2 = group["betas"] or self.betas
-        dtype = grad.dtype
-        grad = (grad.float() if dtype == torch.float64 else grad).contiguous()  # which the kernel does not take
+        dtype = grad.dtype  # the kernel does not take float64
+        grad = _upright(grad.float() if dtype == torch.float64 else grad, shard).contiguous()
         minus_d = torch.zeros_like(grad)
         optimizer_update_8bit_blockwise(
             *("adam", grad, minus_d, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, 0.0, 0.0),
             *(self.epsilon(group["eps"], beta2, k), k, 1.0, signed, unsigned),
             *(state["exp_avg_absmax"], state["exp_avg_sq_absmax"]),
         )
-        return minus_d.to(dtype), -group["lr"]
+        return _upright(minus_d, shard).to(dtype), -group["lr"]
 
-    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
+    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
         dequantized = dequantize_blockwise(moment, absmax=state[absmax], code=code, blocksize=self._BLOCK)
-        quantized, scales = quantize_blockwise(change(dequantized).contiguous(), code=code, blocksize=self._BLOCK)
+        changed = _upright(change(_upright(dequantized, shard)), shard).contiguous()
+        quantized, scales = quantize_blockwise(changed, code=code, blocksize=self._BLOCK)
         moment.copy_(quantized)
         state[absmax].copy_(scales.absmax)
 
@@ -145,7 +172,7 @@ class Adafactor(UpdateRule):
     decays_first = True
     _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)  # 1e-30 and slow decay need it
         if like.ndim >= 2:
             state["exp_avg_sq_row"] = like.new_zeros(like.shape[:-1], dtype=wide)
@@ -155,18 +182,28 @@ class Adafactor(UpdateRule):
         if group["beta1"]:
             state["exp_avg"] = _zeros(like)
 
-    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
+        dim = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}.get(key)
+        if shard.dim is None or dim is None:
+            return super().divided(key, shard)
+        return (0, shard.shape[dim]) if shard.dim == dim else None
+
+    def direction(
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+    ) -> tuple[Tensor, float]:
         decay = 1 - int(state["step"]) ** -self._DECAY
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         square = wide.square().add_(self._EPS)
         if grad.ndim >= 2:
-            row = state["exp_avg_sq_row"].lerp_(square.mean(-1), 1 - decay)
-            col = state["exp_avg_sq_col"].lerp_(square.mean(-2), 1 - decay)
-            scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
+            row = state["exp_avg_sq_row"].lerp_(_mean(square, grad.ndim - 1, shard), 1 - decay)
+            col = state["exp_avg_sq_col"].lerp_(_mean(square, grad.ndim - 2, shard), 1 - decay)
+            row_mean = _mean(row, grad.ndim - 2, shard).unsqueeze(-1)  # (..., 1)
+            scale = (row / row_mean).rsqrt_().unsqueeze(-1)  # (..., m, 1)
             update = wide * scale * col.rsqrt().unsqueeze(-2)  # (..., m, n)
         else:
             update = wide * state["exp_avg_sq"].lerp_(square, 1 - decay).rsqrt()
-        rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
+        numbers = update.numel() if shard.dim is None else shard.shape.numel()
+        rms = (shard.sum(update.square().sum()) / numbers).sqrt()
         update.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(group["lr"])
         if group["beta1"]:
             update = state["exp_avg"].lerp_(update.to(grad.dtype), 1 - group["beta1"])
@@ -179,10 +216,12 @@ class Lion(UpdateRule):
     acts_in_full_space = True
     betas = (0.9, 0.99)
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         state["exp_avg"] = _zeros(like)
 
-    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+    def direction(
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+    ) -> tuple[Tensor, float]:
         beta1, beta2 = group["betas"] or self.betas
         mixture = torch.lerp(state["exp_avg"], grad, 1 - beta1)
         state["exp_avg"].lerp_(grad, 1 - beta2)
@@ -197,11 +236,13 @@ class SGD(UpdateRule):
 
     first_moment = "momentum_buffer"
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any]) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         if group["momentum"]:
             state[self.first_moment] = _zeros(like)
 
-    def direction(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+    def direction(
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+    ) -> tuple[Tensor, float]:
         if not group["momentum"]:
             return grad, group["lr"]
         buffer = state[self.first_moment]
@@ -210,6 +251,18 @@ class SGD(UpdateRule):
         else:
             buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
         return buffer, group["lr"]
+
+
+def _upright(matrix: Tensor, shard: Shard) -> Tensor:
+    """A matrix turned so that its rows are what devices divide: then a device has whole blocks of numbers."""
+    return matrix.T if matrix.ndim == 2 and shard.along == 1 else matrix
+
+
+def _mean(part: Tensor, dim: int, shard: Shard) -> Tensor:
+    """Mean over a dimension of a tensor, over all devices where it is divided."""
+    if shard.dim != dim:
+        return part.mean(dim)
+    return shard.sum(part.sum(dim)) / shard.shape[dim]
 
 
 def _zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

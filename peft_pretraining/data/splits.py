@@ -1,0 +1,145 @@
+"""Which document goes where: into a slice of the work, and into the train or the validation split.
+
+A document has two numbers: of the piece (file) it is in, and within that piece. They decide whether it is held out for
+validation, so that a slice knows it without reading what comes before, and all slices together hold out what one
+command would.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from peft_pretraining.data.block_writer import BlockWriter
+from peft_pretraining.data.pretokenize_config import PretokenizeConfig
+from peft_pretraining.data.sources import Documents
+from peft_pretraining.data.tokenizer import Encoded, encode_documents
+
+Writers = dict[str, BlockWriter]  # by split
+
+
+class Document(NamedTuple):
+    piece: int
+    number: int
+    """0-based, within the piece."""
+    text: str
+
+
+def train_documents(config: PretokenizeConfig, pieces: list[Documents]) -> tuple[Iterator[Document], int | None]:
+    """The documents of the train split that this command is for, and how many they are, if that is known.
+
+    Slices are runs of whole files. With `--take` they are runs of documents, for nothing says in which file a document
+    of a given number is: a slice then reads past those before it, which is fast beside tokenising.
+    """
+
+    def read(first: int, end: int) -> Iterator[Document]:
+        return (Document(p, n, text) for p in range(first, end) for n, text in enumerate(pieces[p]()))
+
+    if config.take is None:
+        return read(*_part(config, len(pieces))), None
+    first, end = _part(config, config.take)
+    return itertools.islice(read(0, len(pieces)), first, end), end - first
+
+
+def _part(config: PretokenizeConfig, total: int) -> tuple[int, int]:
+    """Where this command's part of `total` things in a row begins and ends."""
+    shard, count = config.shard or 0, config.num_shards or 1
+    return shard * total // count, (shard + 1) * total // count
+
+
+def held_out_draw(seed: int, document: Document) -> float:
+    """A number in [0, 1], a function of seed and the document's place alone."""
+    from peft_pretraining.rng import derive_seed
+
+    return derive_seed(seed, "validation documents", document.piece, document.number) / 2**63
+
+
+def write_splits(config: PretokenizeConfig, pieces: dict[str, list[Documents]], folder: Path, eos_id: int) -> Writers:
+    """Tokenise and write both splits. Of several slices the first writes the source's own validation split."""
+
+    def encoded(split: str, texts: Iterator[str], total: int | None = None) -> Iterator[Encoded]:
+        with tqdm(desc=f"tokenising {split}", total=total, unit=" documents", mininterval=1) as progress:
+            tokens = 0
+            for batch in encode_documents(texts, folder, eos_id, config.processes):
+                yield batch
+                tokens += batch.ids.size
+                progress.set_postfix(tokens=f"{tokens:,}", refresh=False)
+                progress.update(len(batch.lengths))
+
+    def train(observe: Callable[[Document], None] = lambda document: None) -> Iterator[Encoded]:
+        documents, total = train_documents(config, pieces["train"])
+        return encoded("train", (observe(document) or document.text for document in documents), total)
+
+    if "validation" not in pieces:
+        return _write_held_out(config, train, folder)
+    if config.validation_fraction != PretokenizeConfig.validation_fraction:
+        print("warning: --validation_fraction has no effect: the data has a validation split", file=sys.stderr)
+    validation = (text for piece in pieces["validation"] for text in piece())
+    batches = {"train": train(), "validation": encoded("validation", validation) if not config.shard else ()}
+    writers = _writers(config, folder)
+    for split, writer in writers.items():
+        for batch in batches[split]:
+            writer.add(batch.ids, len(batch.lengths))
+        writer.finish()
+    return writers
+
+
+def _writers(config: PretokenizeConfig, folder: Path) -> Writers:
+    return {split: BlockWriter(folder / split, config.sequence_length) for split in ("train", "validation")}
+
+
+def _write_held_out(
+    config: PretokenizeConfig, encoded: Callable[[Callable[[Document], None]], Iterator[Encoded]], folder: Path
+) -> Writers:
+    """Documents whose draw is at most the share go to validation, whole; all others to train, in their order.
+
+    If that share holds less than one block, it grows to the smallest that holds one, and everything is read again. Only
+    small data, or documents longer than most of it, ever need that; a slice, which sees but a part, never does it.
+    """
+    share = config.validation_fraction
+    while True:
+        writers = _writers(config, folder)
+        enough, read_ahead = _SmallestShare(config.sequence_length), deque()
+        for batch in encoded(lambda document, draws=read_ahead: draws.append(held_out_draw(config.seed, document))):
+            draws = np.array([read_ahead.popleft() for _ in batch.lengths])
+            held_out = draws <= share
+            token_held_out = np.repeat(held_out, batch.lengths)
+            writers["train"].add(batch.ids[~token_held_out], int((~held_out).sum()))
+            writers["validation"].add(batch.ids[token_held_out], int(held_out.sum()))
+            enough.add(draws, batch.lengths)
+        for writer in writers.values():
+            writer.finish()
+        if config.shard is not None or writers["validation"].blocks or enough.share <= share:
+            return writers
+        share = enough.share
+        print("note: the validation share holds less than one block; reading again with a larger one", file=sys.stderr)
+        for split in writers:
+            shutil.rmtree(folder / split)
+
+
+class _SmallestShare:
+    """The smallest share of the documents seen so far that holds `tokens` tokens (or all, if they are too few)."""
+
+    def __init__(self, tokens: int):
+        self._needed, self._held = tokens, 0
+        self._smallest: list[tuple[float, int]] = []  # heap of (-draw, length): the largest draw on top
+
+    def add(self, draws: np.ndarray, lengths: np.ndarray) -> None:
+        for draw, length in zip(draws.tolist(), lengths.tolist(), strict=True):
+            heapq.heappush(self._smallest, (-draw, length))
+            self._held += length
+            while self._held - self._smallest[0][1] >= self._needed:
+                self._held -= heapq.heappop(self._smallest)[1]
+
+    @property
+    def share(self) -> float:
+        return -self._smallest[0][0] if self._smallest else 0.0

@@ -1,0 +1,135 @@
+"""How one tensor's share on this device relates to the whole: all that the rest of the package knows of DTensors.
+
+Optimizers do their arithmetic on local tensors. Where a sum over a divided dimension is needed, they ask the tensor's
+`Shard`; without sharding that is the identity. A rule never asks which rank it is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This device's part of a tensor, sharing its memory; the tensor itself when it is not distributed."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This device holds entries `offset` to `offset + size` of dimension `dim` of a tensor of `shape`.
+
+    `dim` None: it holds everything.
+    """
+
+    shape: torch.Size
+    dim: int | None = None
+    offset: int = 0
+    size: int = 0
+    along: int = 0
+    """The dimension in which tensors like this are divided when there are several devices."""
+    sum: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
+    """Adds up a tensor over the devices that hold the other parts, in place."""
+    gather: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
+    """The whole tensor, on every device, from the local part of one like it."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Shard:
+        """That of a parameter or a gradient: DTensors are divided along one dimension, perhaps with replicas."""
+        if not isinstance(tensor, DTensor):
+            return cls(tensor.shape)
+        mesh, placements = tensor.device_mesh, tensor.placements
+        divided = [axis for axis, placement in enumerate(placements) if isinstance(placement, ShardPlacement)]
+        if not divided:
+            return cls(tensor.shape)
+        (axis,) = divided
+        dim = placements[axis].dim
+        group = mesh.get_group(axis)
+        shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+
+        def add_up(part: Tensor) -> Tensor:
+            dist.all_reduce(part, group=group)
+            return part
+
+        def gather(part: Tensor) -> Tensor:
+            return _like(part, tensor, dim, tensor.shape).full_tensor()
+
+        return cls(tensor.shape, dim, offsets[dim], shape[dim], dim, add_up, gather)
+
+    def part(self, whole: Tensor, dim: int) -> Tensor:
+        """The entries of a whole tensor's dimension `dim` that belong to this device, as a view."""
+        return whole if self.dim is None else whole.narrow(dim, self.offset, self.size)
+
+    def everywhere(self, condition: Tensor) -> bool:
+        """Whether a boolean scalar holds on all devices that share the tensor."""
+        return bool(self.sum((~condition).to(torch.float32)) == 0)
+
+
+WHOLE = Shard(torch.Size())
+"""Of tensors that are not divided, where nobody asks for the shape."""
+
+
+def distribute_like(part: Tensor, param: Tensor, dim: int | None, length: int | None = None) -> Tensor:
+    """Optimizer state as a checkpoint must see it: a DTensor over the parameter's devices.
+
+    `part` is divided along its dimension `dim`, of `length` entries in all, or is the same everywhere (None).
+    """
+    if not isinstance(param, DTensor) or dim is None:
+        return part
+    shape = torch.Size((*part.shape[:dim], length, *part.shape[dim + 1 :]))
+    return _like(part, param, dim, shape)
+
+
+def _like(part: Tensor, param: DTensor, dim: int, shape: torch.Size) -> DTensor:
+    placements = [
+        ShardPlacement(dim) if isinstance(placement, ShardPlacement) else Replicate() for placement in param.placements
+    ]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part.contiguous(), param.device_mesh, placements, shape=shape, stride=stride, run_check=False
+    )
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm over all entries of plain tensors and DTensors, a plain scalar."""
+    tensors = list(tensors)
+    return whole_norm([(local(tensor), Shard.of(tensor)) for tensor in tensors])
+
+
+def whole_norm(parts: Iterable[tuple[Tensor, Shard]]) -> Tensor:
+    """The 2-norm over local parts; those that are divided are added up over their devices, all at once."""
+    parts = list(parts)
+    if not parts:
+        return torch.zeros(())
+    plain = [part for part, shard in parts if shard.dim is None]
+    divided = [(part, shard) for part, shard in parts if shard.dim is not None]
+    if not divided:
+        return torch.nn.utils.get_total_norm(plain, foreach=True)
+    square = torch.nn.utils.get_total_norm([part for part, _ in divided], foreach=True).square()
+    square = divided[0][1].sum(square)
+    if plain:
+        square = square + torch.nn.utils.get_total_norm(plain, foreach=True).square()
+    return square.sqrt()
+
+
+def gather_to_main(tensors: dict[str, Tensor], is_main: bool) -> dict[str, Tensor]:
+    """Whole tensors by name, on the CPU of the main process; an empty mapping on the others. All must call it."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return tensors if is_main else {}
+    gathered = {}
+    for name, tensor in tensors.items():  # one at a time: no device has to hold the whole model
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if is_main:
+            gathered[name] = whole.cpu()
+    return gathered

@@ -1,0 +1,113 @@
+"""What the methods with low-rank factors share: wrapping the layers, the parameter groups, the merged export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from peft_pretraining import rng
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.methods.full_rank import create_adam_state
+from peft_pretraining.methods.rank_sync import assert_equal_on_all_ranks
+from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict, wrap_linears
+from peft_pretraining.nn.initialization import draw_factors, draw_factors_alone
+
+
+class FactorMethod(TrainingMethod):
+    """Every target layer gets factors and a frozen weight; everything else trains as it is.
+
+    `start` is the update at which the method's own time begins: 0, or where a warm start set in. It is the first update
+    that the method sees, and is saved.
+    """
+
+    start: int | None = None
+    _reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        wrap_linears(model, self.config.method.target_modules, self.wrap)
+        return model
+
+    def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
+        """The layer that takes the place of `linear`, the `index`-th of the model."""
+        factors = self.config.factors
+        layer = LowRankLinear(
+            linear,
+            self.config.method.rank,
+            self.scale,
+            dropout=factors.lora_dropout,
+            train_scaling=factors.train_scaling,
+            lora_only=factors.lora_only,
+            quantize=factors.quantize,
+            double_quant=factors.use_double_quant,
+        )
+        generator = rng.generator(self.config.run.seed, "factors", index=index)
+        if factors.lora_only:
+            a, b = draw_factors_alone(layer, linear.weight.detach(), generator)
+        else:
+            a, b = draw_factors(layer, factors.init_lora_type, generator, factors.zero_init_B)
+        layer.set_factors(a, b, keep_function=not factors.lora_only)
+        return layer
+
+    @property
+    def scale(self) -> float:
+        """s, which is the same for layers that are too small for the whole rank."""
+        return self.config.factors.lora_alpha / self.config.method.rank
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """All A, all B, and everything else that is trained, each with its own rate."""
+        settings, factors = self.config.optimizer, self.config.factors
+        layers = low_rank_layers(model).values()
+        all_a = [layer.lora_A for layer in layers if layer.lora_A.requires_grad]
+        all_b = [layer.lora_B for layer in layers if layer.lora_B.requires_grad]
+        in_factors = {*all_a, *all_b}
+        others = [param for param in model.parameters() if param.requires_grad and param not in in_factors]
+        ratios = (1.0, factors.lora_plus_ratio, factors.dense_lr_ratio)
+        groups = zip((all_a, all_b, others), ratios, strict=True)
+        return [
+            {"params": params, "lr": settings.lr * ratio, "initial_lr": settings.lr * ratio}
+            for params, ratio in groups
+            if params
+        ]
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        settings = self.config.optimizer
+        optimizer = AdamW(
+            self.parameter_groups(model),
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        create_adam_state(optimizer)
+        return optimizer
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+        self._reduce = reduce
+
+    def own_time(self, step: int) -> int:
+        """Updates since the method began."""
+        if self.start is None:
+            self.start = step
+        return step - self.start
+
+    def own_total(self) -> int:
+        """Updates of the schedule from where the method began; known from its first update on."""
+        return self.config.schedule.num_training_steps - (self.start or 0)
+
+    def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        t = self.own_time(step)
+        every = self.config.factors.check_rank_sync
+        if every and t % every == 0:
+            assert_equal_on_all_ranks(low_rank_layers(model), self._reduce, step)
+
+    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        return merged_state_dict(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["start"]

@@ -1,0 +1,113 @@
+"""GoLore in its adapter form: the weights are frozen, and a factor with a basis beside each holds only the update.
+
+arXiv 2410.11289. The same mathematics as `golore`, run so that on ordinary updates no full gradient exists, neither in
+memory nor in what the ranks exchange (nn/adapter_subspace.py). With equal bases, no clipping and no weight decay, the
+effective weights follow those of `golore` with ε/s in place of ε for AdamW, and with the scale s² for SGD.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peft_pretraining.config import Config
+from peft_pretraining.methods.factors import FactorMethod
+from peft_pretraining.methods.projection import summary
+from peft_pretraining.nn import LowRankLinear, low_rank_layers
+from peft_pretraining.nn.adapter_subspace import AdapterSubspace
+from peft_pretraining.optim import LowRankOptimizer
+
+
+class GoLoreAdapter(FactorMethod):
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.subspaces: list[AdapterSubspace] = []
+        self._due: list[AdapterSubspace] = []
+        self._refreshes: dict[str, list[Tensor]] = {}
+
+    @property
+    def scale(self) -> float:
+        return -self.config.method.scale
+
+    def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
+        """Both factors are zero: the first refresh makes the basis."""
+        return LowRankLinear(linear, self.config.method.rank, self.scale, dropout=self.config.factors.lora_dropout)
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        model, peers, settings = super().convert(model), [], projection_settings(self.config)
+        self.subspaces = [
+            AdapterSubspace(layer, name, settings, peers) for name, layer in low_rank_layers(model).items()
+        ]
+        return model
+
+    def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
+        """The update rules of the optimizer form, without projection: the trained factors are in the subspace."""
+        settings = self.config.optimizer
+        optimizer = LowRankOptimizer(
+            self.parameter_groups(model),
+            rule=settings.optimizer,
+            lr=settings.lr,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            momentum=settings.momentum,
+            dampening=settings.dampening,
+            weight_decay=settings.weight_decay,
+        )
+        for adapter in self.subspaces:
+            optimizer.state[adapter.trained] |= adapter.new_counters()
+        return optimizer
+
+    def before_forward(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
+        super().before_forward(model, optimizer, step)
+        optimizer.begin_update(step)
+        self._refreshes = {}
+        self._due = [adapter for adapter in self.subspaces if adapter.is_due(optimizer.state[adapter.trained], step)]
+        for adapter in self.subspaces:
+            adapter.subspace.forget_observed()
+            adapter.gather(adapter in self._due)
+
+    def extra_batches(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> int:
+        further = self.config.method.refresh_accumulation - 1
+        reads = any(adapter.subspace.rule.reads_gradient(step) for adapter in self._due)
+        return further if further and reads else 0
+
+    def observe_gradients(self, model: nn.Module, optimizer: LowRankOptimizer) -> None:
+        for adapter in self._due:
+            self._reduce(adapter.layer.full_gradient)
+            adapter.observe()
+
+    def grad_norm(self, model: nn.Module, optimizer: LowRankOptimizer) -> Tensor:
+        """Norm over R of the adapted weights, in this update's basis, and over the full gradients of everything else.
+
+        Chooses the new bases of a refresh: full gradients are reduced here, in these updates alone.
+        """
+        for adapter in self._due:
+            self._reduce(adapter.layer.full_gradient)
+            adapter.project(optimizer.state[adapter.trained], optimizer.update_step)
+        trained = {adapter.trained: adapter.layer.scale for adapter in self.subspaces}
+        gradients = [param.grad for param in model.parameters() if param.grad is not None and param not in trained]
+        low_rank = torch.nn.utils.get_total_norm([param.grad for param in trained], foreach=True)
+        low_rank = low_rank / self.config.method.scale  # the gradient of a trained factor is -s·R
+        return torch.linalg.vector_norm(torch.stack([low_rank, torch.nn.utils.get_total_norm(gradients, foreach=True)]))
+
+    def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        for adapter in self._due:
+            adapter.commit(optimizer.state[adapter.trained], step, optimizer.rule, self._refreshes)
+        self._due = []
+
+    def metrics(self) -> dict[str, float]:
+        return summary(self._refreshes)
+
+
+def projection_settings(config: Config) -> dict[str, Any]:
+    """Where the bases come from: as the projected parameter group of the optimizer form has it."""
+    method = config.method
+    return {
+        **{"rank": method.rank, "update_proj_gap": method.update_proj_gap, "proj_type": "std"},
+        **{"stagger_refresh": bool(method.stagger_refresh), "svd_method": method.svd_method},
+        **{"rand_ratio": method.rand_ratio, "num_training_steps": config.schedule.num_training_steps},
+        "seed": config.run.seed,
+    }

@@ -1,0 +1,91 @@
+"""GoLore's adapter form for one layer: a frozen basis as one factor, the projected update as the other.
+
+arXiv 2410.11289, in the form x Wᵀ - s·(x Bᵀ) Aᵀ of its public code, whose B (r, n) and A (m, r) are `lora_A` and
+`lora_B` here, with the scale -s. For m >= n `lora_A` is the basis Q and `lora_B` is trained; otherwise `lora_B` is the
+basis P and `lora_A` is trained. On ordinary updates the trained factor's gradient is -s·G Qᵀ (or -s·Pᵀ G), and neither
+G nor anything of its size exists.
+
+A refresh gathers G through the frozen weight, then W ← W - s·A·B, the basis changes, the first moment is carried over,
+and the trained factor begins at zero with the gradient -s·G Qᵀ in the new basis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
+from peft_pretraining.optim.bases import basis_rule
+from peft_pretraining.optim.projection import RIGHT
+from peft_pretraining.optim.subspace import Projected, Subspace, counter
+from peft_pretraining.optim.update_rules import UpdateRule
+
+
+class AdapterSubspace:
+    """The subspace of one layer, whose basis is a factor of the layer.
+
+    `settings`: rank, proj_type, update_proj_gap, stagger_refresh, rand_ratio, num_training_steps, svd_method, seed, as
+    in the projected group of a `LowRankOptimizer`. `state` is what the optimizer holds for the trained factor, with the
+    counters of `new_counters` in it.
+    """
+
+    def __init__(self, layer: LowRankLinear, name: str, settings: dict[str, Any], peers: list[Subspace]):
+        self.layer, self.settings = layer, settings
+        shape = torch.Size((layer.out_features, layer.in_features))
+        self.subspace = Subspace(basis_rule(settings, shape), f"{name}.weight", peers)
+        (self.side,) = self.subspace.rule.projection.sides
+        self.projected: Projected | None = None
+        self.basis.requires_grad_(False)  # for good, so that nothing that wraps the model sees it change
+
+    @property
+    def basis(self) -> nn.Parameter:
+        return self.layer.lora_A if self.side == RIGHT else self.layer.lora_B
+
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.layer.lora_B if self.side == RIGHT else self.layer.lora_A
+
+    @staticmethod
+    def new_counters() -> dict[str, Tensor]:
+        """Update step of the last refresh (-1: none) and their number."""
+        return {"last_refresh": counter(-1), "refreshes": counter(0)}
+
+    def is_due(self, state: dict[str, Tensor], step: int) -> bool:
+        return self.subspace.refresh_is_due(state, self.settings, step)
+
+    def gather(self, wanted: bool) -> None:
+        """Let the backward passes from now on add up the full gradient (m, n), in float32 at least, or not."""
+        layer, self.projected = self.layer, None
+        layer.full_gradient = None
+        if wanted:
+            dtype = working_dtype(layer.lora_A.dtype)
+            layer.full_gradient = layer.lora_A.new_zeros(layer.out_features, layer.in_features, dtype=dtype)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Let the refresh see the gradient that was gathered, and begin gathering anew."""
+        self.subspace.observe(self.layer.full_gradient)
+        self.layer.full_gradient = torch.zeros_like(self.layer.full_gradient)
+
+    @torch.no_grad()
+    def project(self, state: dict[str, Tensor], step: int) -> None:
+        """Choose the new basis for the full gradient, which is complete and reduced, and give the trained factor its
+        gradient in it. Nothing is committed: the update may still be skipped."""
+        projected = self.subspace.project(self._with_basis(state), self.layer.full_gradient, self.settings, step)
+        self.projected, self.layer.full_gradient = projected, None
+        self.trained.grad.copy_(projected.low_rank_grad.mul(self.layer.scale))
+
+    @torch.no_grad()
+    def commit(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
+        """Merge what the old basis has gathered, change the basis, and begin at zero in it."""
+        projected, self.projected = self.projected, None
+        if projected.new_bases is not None:
+            self.layer.add_to_weight(self.layer.delta_weight())
+            self.trained.zero_()
+        self.subspace.commit(self._with_basis(state), projected, step, rule, metrics)
+
+    def _with_basis(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The optimizer's state and the basis, where `Subspace` looks for them; changes in place reach both."""
+        return {**state, self.side: self.basis.detach()}

@@ -1,0 +1,103 @@
+"""Exchanging vectors between factors and candidate pools, for many layers at once, without changing their functions.
+
+SwitchLoRA, arXiv 2406.06564. For a row a_i of A that makes room for the candidate p,
+
+    W ← W + s · b_i (a_i - p)ᵀ
+
+keeps W + s·B·A, and likewise for a column of B. The outgoing vectors are saved first and the incoming ones read after
+that, so it holds for any choice of candidates, even the outgoing ones themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peft_pretraining.nn.low_rank_linear import working_dtype
+from peft_pretraining.nn.switching import Switch, SwitchedLinear
+
+
+def to_device(lists: Sequence[list[int]], device: torch.device) -> list[Tensor]:
+    """Lists of indices as int64 tensors on the device, with a single copy."""
+    flat = torch.tensor([index for indices in lists for index in indices], dtype=torch.int64)
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return list(flat.to(device, non_blocking=True).split([len(indices) for indices in lists]))
+
+
+@torch.no_grad()
+def exchange(switches: Sequence[tuple[SwitchedLinear, Switch]], drop: float = 0.0) -> list[Tensor]:
+    """Carry out the switches; returns the correction (m, n) that each layer's W got.
+
+    Vectors travel in one copy to the pools' memory and one back, whatever the number of layers. `drop` takes that
+    share of its old value off a vector that goes back to its pool, which then gets its old length.
+    """
+    if not switches:
+        return []
+    device = switches[0][0].lora_A.device
+    slots = to_device([part for _, switch in switches for part in (switch.slots_a, switch.slots_b)], device)
+    outgoing = []
+    for position, (layer, _) in enumerate(switches):
+        outgoing.append(layer.lora_A[slots[2 * position]])  # (k, n)
+        outgoing.append(layer.lora_B[:, slots[2 * position + 1]].T)  # (k, m)
+
+    pools_device = switches[0][0].switching.candidates_A.device
+    for (layer, switch), a, b in zip(switches, *_in_pairs(_moved(outgoing, pools_device)), strict=True):
+        state = layer.switching
+        _save(state.candidates_A, state.selected_A[switch.slots_a], a, drop)
+        _save(state.candidates_B, state.selected_B[switch.slots_b], b, drop)
+        state.selected_A[switch.slots_a] = torch.tensor(switch.incoming_a, dtype=torch.int64)
+        state.selected_B[switch.slots_b] = torch.tensor(switch.incoming_b, dtype=torch.int64)
+    waiting = []
+    for layer, switch in switches:
+        waiting.append(layer.switching.candidates_A[switch.incoming_a])
+        waiting.append(layer.switching.candidates_B[switch.incoming_b])
+    incoming = _moved(waiting, device)
+
+    return [
+        _install(layer, slots[2 * i : 2 * i + 2], outgoing[2 * i : 2 * i + 2], incoming[2 * i : 2 * i + 2])
+        for i, (layer, _) in enumerate(switches)
+    ]
+
+
+def _install(layer: SwitchedLinear, slots: list[Tensor], outgoing: list[Tensor], incoming: list[Tensor]) -> Tensor:
+    """Put the incoming vectors in, A first, and correct W by what they change, rounded once."""
+    high = working_dtype(layer.lora_A.dtype)
+    a_change = outgoing[0].to(high) - incoming[0].to(high)  # (k, n)
+    correction = layer.lora_B[:, slots[0]].to(high) @ a_change  # (m, k) @ (k, n)
+    layer.lora_A[slots[0]] = incoming[0]
+    b_change = outgoing[1].to(high) - incoming[1].to(high)  # (k, m)
+    correction += b_change.T @ layer.lora_A[slots[1]].to(high)
+    layer.lora_B[:, slots[1]] = incoming[1].T
+    correction *= layer.scale
+    layer.add_to_weight(correction)
+    return correction
+
+
+def _save(pool: Tensor, indices: Tensor, vectors: Tensor, drop: float) -> None:
+    """Write vectors (k, d) to their places in a pool (c, d)."""
+    if drop:
+        changed = vectors - drop * pool[indices]
+        lengths = torch.linalg.vector_norm(torch.stack([vectors, changed]).to(working_dtype(pool.dtype)), dim=2)
+        factor = torch.where(lengths[1] > 0, lengths[0] / lengths[1], 0.0)  # (k,)
+        vectors = (changed * factor[:, None]).to(pool.dtype)
+    pool[indices] = vectors
+
+
+def _moved(parts: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Matrices on another device, with a single copy."""
+    if parts[0].device == device:
+        return parts
+    flat = torch.cat([part.flatten() for part in parts])
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    else:
+        flat = flat.to(device)
+    pieces = flat.split([part.numel() for part in parts])
+    return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _in_pairs(parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return parts[0::2], parts[1::2]

@@ -1,0 +1,37 @@
+"""x Wᵀ for a frozen W, which may be quantised, and whose full gradient may be asked for on the side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peft_pretraining.nn.low_rank_linear import LowRankLinear
+
+
+class FrozenProduct(torch.autograd.Function):
+    """y = x Wᵀ; the backward pass gives dY W, and adds dYᵀ X to `layer.full_gradient` if that is a tensor.
+
+    W keeps `requires_grad=False` throughout, so DistributedDataParallel never sees it: nothing is reduced that was not
+    asked for, and no update needs `find_unused_parameters`. A quantised W is dequantised twice instead of being kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trained: Tensor, layer: LowRankLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(*([x] if layer.full_gradient is not None else []))
+        return F.linear(x, layer.dense_weight())  # (..., n) @ (n, m) -> (..., m)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
+        layer = ctx.layer
+        if saved := ctx.saved_tensors:  # asked for once: activation checkpointing recomputes it each time
+            (x,) = saved
+            outputs = grad_output.reshape(-1, layer.out_features)  # (N, m)
+            inputs = x.reshape(-1, layer.in_features)  # (N, n)
+            layer.full_gradient += outputs.T @ inputs
+        grad_input = grad_output @ layer.dense_weight() if ctx.needs_input_grad[0] else None
+        return grad_input, None, None

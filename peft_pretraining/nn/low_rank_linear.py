@@ -1,0 +1,163 @@
+"""The linear layer with low-rank factors that LoRA, ReLoRA, SwitchLoRA and GoLore's adapter form share.
+
+Hu et al., arXiv 2106.09685, section 4.1. With W (m, n) frozen, A (r, n) and B (m, r):
+
+    y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ,     effective weight W + s·B·A
+
+What happens to W, A and B over time (merge, reset, switch, new basis) is for the methods to say. They do it with
+`add_to_weight`, which computes in float32 (float64 for float64) and rounds once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_pretraining.models.targets import target_linears
+from peft_pretraining.nn.frozen_product import FrozenProduct
+from peft_pretraining.nn.quantized import QuantizedWeight
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which corrections of a weight of this dtype are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer with factors, made from `linear`, whose weight and bias it takes over. A and B start at zero.
+
+    rank: at most min(m, n) is used.
+    scale: s; negative for GoLore. With `train_scaling` s = tanh(scaling), a trained scalar that starts at 1.
+    lora_only: drop W; then nothing can be merged.
+    quantize: "4bit" or "8bit" keeps W quantised (bitsandbytes); `double_quant` quantises the 4-bit constants, too.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        scale: float,
+        *,
+        dropout: float = 0.0,
+        train_scaling: bool = False,
+        lora_only: bool = False,
+        quantize: str | None = None,
+        double_quant: bool = False,
+    ):
+        super().__init__()
+        if lora_only and quantize:
+            raise ValueError(f"quantize {quantize!r} needs a frozen weight, which lora_only drops")
+        dense = linear.weight.detach()  # (m, n)
+        self.out_features, self.in_features = dense.shape
+        self.rank = min(rank, *dense.shape)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.lora_only = lora_only
+        self.quantized: QuantizedWeight | None = None
+        self.register_parameter("weight", None)
+        if quantize:
+            self.quantized = QuantizedWeight(dense, quantize, double_quant)
+        elif not lora_only:
+            self.weight = nn.Parameter(dense, requires_grad=False)
+        self.register_parameter("bias", linear.bias)
+        self.lora_A = nn.Parameter(dense.new_zeros(self.rank, self.in_features))
+        self.lora_B = nn.Parameter(dense.new_zeros(self.out_features, self.rank))
+        self.register_parameter("scaling", nn.Parameter(dense.new_ones(())) if train_scaling else None)
+        self.full_gradient: Tensor | None = None
+        """While this is a tensor (m, n), backward passes add the gradient of the full weight to it."""
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, scale={self.scale:g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(self.dropout(x), self.lora_A) * self.current_scale()  # (..., n) -> (..., r)
+        low = F.linear(low, self.lora_B)  # (..., m)
+        if self.lora_only:
+            return low if self.bias is None else low + self.bias
+        if self.quantized is None and self.full_gradient is None:
+            return F.linear(x, self.weight, self.bias) + low
+        # The trained factor goes along so that autograd visits the product even if x needs no gradient.
+        trained = self.lora_A if self.lora_A.requires_grad else self.lora_B
+        product = FrozenProduct.apply(x, trained, self)
+        return low + (product if self.bias is None else product + self.bias)
+
+    def current_scale(self) -> float | Tensor:
+        return self.scale if self.scaling is None else self.scaling.tanh()
+
+    def dense_weight(self) -> Tensor:
+        """W (m, n), the frozen part, dequantised if need be; zeros under `lora_only`."""
+        if self.lora_only:
+            return torch.zeros_like(self.lora_B[:, :1] @ self.lora_A[:1])
+        return self.weight if self.quantized is None else self.quantized.dense()
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """s·B·A (m, n), in float32 or float64."""
+        high = working_dtype(self.lora_A.dtype)
+        scale = self.current_scale()
+        return self.lora_B.to(high) @ self.lora_A.to(high) * (scale.to(high) if isinstance(scale, Tensor) else scale)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s·B·A (m, n) in the model's dtype: what a plain linear layer would hold. Changes nothing."""
+        delta = self.delta_weight()
+        return (self.dense_weight().to(delta.dtype) + delta).to(self.lora_A.dtype)
+
+    @torch.no_grad()
+    def add_to_weight(self, correction: Tensor) -> None:
+        """W += correction (m, n), given in `working_dtype`: added there and rounded once (or quantised again)."""
+        assert not self.lora_only, "there is no weight to correct"
+        if self.quantized is not None:
+            self.quantized.assign(self.quantized.dense().to(correction.dtype) + correction)
+        elif self.weight.dtype == correction.dtype:
+            self.weight.add_(correction)
+        else:
+            self.weight.copy_(self.weight.to(correction.dtype) + correction)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W + s·B·A and B ← 0: the function stays what it was."""
+        self.add_to_weight(self.delta_weight())
+        self.lora_B.zero_()
+
+    @torch.no_grad()
+    def set_factors(self, a: Tensor, b: Tensor, keep_function: bool) -> None:
+        """Put in A (r, n) and B (m, r); with `keep_function` W takes back what they add: W ← W − s·B·A."""
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+        if keep_function and b.any():
+            self.add_to_weight(-self.delta_weight())
+
+
+def wrap_linears(
+    model: nn.Module, target_modules: Sequence[str], wrap: Callable[[nn.Linear, int], LowRankLinear]
+) -> dict[str, LowRankLinear]:
+    """Replace every target layer of `model` by `wrap(layer, its index)`; returns the new layers by name."""
+    linears = target_linears(model, target_modules)
+    for index, (name, linear) in enumerate(linears.items()):
+        model.set_submodule(name, wrap(linear, index))
+    return low_rank_layers(model)
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The layers with factors by dotted name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the plain model that computes the same function, under plain names. Changes nothing.
+
+    Merged weights are on the CPU: on the device there may be no room for a second copy.
+    """
+    layers = low_rank_layers(model)
+    prefixes = tuple(f"{name}." for name in layers)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
+    for name, layer in layers.items():
+        state[f"{name}.weight"] = layer.merged_weight().cpu()
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias.detach()
+    return state

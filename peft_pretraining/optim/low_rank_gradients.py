@@ -1,0 +1,33 @@
+"""Projected gradients that come from elsewhere than `param.grad`: from a reduction over ranks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peft_pretraining.optim.low_rank import LowRankOptimizer
+from peft_pretraining.optim.subspace import Projected
+
+
+class LowRankGradients:
+    """Projects the gradients of single ranks for a `LowRankOptimizer`, and hands it their mean."""
+
+    def __init__(self, optimizer: LowRankOptimizer):
+        self._optimizer = optimizer
+        self._waiting: dict[Tensor, Projected] = {}
+        self._groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+
+    def project(self, param: Tensor, grad: Tensor) -> Tensor | None:
+        """R of one rank's gradient; None where there is no projection, or where this update takes a basis from G."""
+        optimizer, group = self._optimizer, self._groups[param]
+        subspace, state = optimizer.subspaces.get(param), optimizer.local_state(param)
+        if subspace is None or subspace.refresh_reads_gradient(state, group, optimizer.step_of(param)):
+            return None
+        projected = self._waiting[param] = subspace.project(state, grad, group, optimizer.step_of(param))
+        projected.energy = None  # of one rank's gradient
+        return projected.low_rank_grad
+
+    def receive(self, param: Tensor, low_rank_grad: Tensor) -> None:
+        """R, complete: what the next `step` uses."""
+        projected = self._waiting.pop(param)
+        projected.low_rank_grad = low_rank_grad
+        self._optimizer.projected[param] = projected

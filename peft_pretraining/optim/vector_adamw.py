@@ -1,0 +1,82 @@
+"""AdamW that counts updates for each row or column of a matrix, so that one vector's state can begin afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class VectorAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), with one step count per vector where asked.
+
+        opt = VectorAdamW([{"params": all_a, "vectors": 0}, {"params": all_b, "vectors": 1}, {"params": others}])
+
+    `vectors`: 0 counts the updates of each row, 1 of each column, None (the default) of the whole tensor. Per element,
+    with τ the count: m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g², p ← p (1 - lr·wd), then
+    p ← p - lr · m / (1-β1^τ) / (√v / √(1-β2^τ) + ε). Bias corrections are computed in float64. Moments have the
+    parameter's dtype and the counts, float32 and on its device, the shape (r,) or ().
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "vectors": None})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and create its state at once: a checkpoint loads into tensors that exist."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            vectors = group["vectors"]
+            if vectors not in (None, 0, 1) or (vectors is not None and param.ndim != 2):
+                raise ValueError(f"vectors must be None, or 0 or 1 for matrices, got {vectors!r} for {param.ndim} dims")
+            count = () if vectors is None else (param.shape[vectors],)
+            self.state[param] = {
+                "step": torch.zeros(count, dtype=torch.float32, device=param.device),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if params := [param for param in group["params"] if param.grad is not None]:
+                self._update(params, group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        grads = [param.grad for param in params]
+        steps, first, second = (
+            [self.state[param][key] for param in params] for key in ("step", "exp_avg", "exp_avg_sq")
+        )
+        torch._foreach_add_(steps, 1)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+
+        counts = torch.cat([step.reshape(-1) for step in steps]).double()  # those of all parameters at once
+        sizes = [step.numel() for step in steps]
+        rates = (group["lr"] / (1 - beta1**counts)).split(sizes)
+        roots = (1 - beta2**counts).sqrt().split(sizes)
+        denominators = torch._foreach_sqrt(second)
+        for param, m, denominator, rate, root in zip(params, first, denominators, rates, roots, strict=True):
+            shape = {None: (), 0: (-1, 1), 1: (1, -1)}[group["vectors"]]
+            root, rate = root.reshape(shape).to(param.dtype), rate.reshape(shape).to(param.dtype)
+            denominator.div_(root).add_(group["eps"])
+            param.sub_(rate * m / denominator)
