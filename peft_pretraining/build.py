@@ -14,26 +14,27 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining import run_dir
+from peft_pretraining.build_data import open_data
 from peft_pretraining.checkpoint import Checkpointer, TrainState, starting_counters, versions
 from peft_pretraining.cli import Launch
-from peft_pretraining.config import Config, schedule_problems
-from peft_pretraining.data.blocks import TokenBlocks, end_workers, evaluation_batches, training_batches
+from peft_pretraining.config import DEFAULT_TOKENIZER, Config, schedule_problems
+from peft_pretraining.data.blocks import end_workers
+from peft_pretraining.data.data import Data
+from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.model_config import vocabulary_size
 from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
 from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
 from peft_pretraining.train import Run, TrainingFailed, train
+from peft_pretraining.validate import FileFacts
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("spiece.model", "tokenizer.model", "vocab.json", "merges.txt"),
 )
-_TOKENS_SCANNED = 2**30
-"""Tokens whose ids are checked when the data folder does not say how large they are."""
 
 
 def run(launch: Launch) -> int:
@@ -46,7 +47,7 @@ def run(launch: Launch) -> int:
     exit_code = 1
     try:
         exit_code = train(run)
-    except TrainingFailed as error:
+    except (TrainingFailed, DataError) as error:
         log.error("%s", error)
     finally:
         run.profiler.stop()
@@ -78,7 +79,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     if isinstance(start, ConfigError):
         raise start
 
-    train_blocks, eval_blocks = _open_data(launch)
+    data = open_data(launch, group)
     method = load_method(config.method.method)(config)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
     model = _distributed_model(launch, method, group, weights_from)
@@ -89,7 +90,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         model,
         optimizer,
         method,
-        _tokenizer_saver(config, launch.facts.data, group.is_main),
+        _tokenizer_saver(config, launch.facts, group.is_main),
         config.run.keep_checkpoints,
     )
     state = _initial_state(config, start, checkpointer)
@@ -101,7 +102,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     if group.is_main:
         _prepare_save_dir(save_dir, launch)
     group.barrier()
-    _describe(config, save_dir, model, train_blocks, group)
+    _describe(config, save_dir, model, data, group)
     return Run(
         config=config,
         group=group,
@@ -110,17 +111,8 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         method=method,
         optimizer=optimizer,
         state=state,
-        batches=training_batches(
-            train_blocks,
-            seed=config.run.seed,
-            start=state.data_position,
-            batch_size=config.batch.batch_size,
-            accumulation=config.batch.gradient_accumulation,
-            workers=config.data.workers,
-            group=group,
-        ),
-        samples_per_epoch=len(train_blocks),
-        evaluation_batches=_Evaluation(config, eval_blocks, group),
+        data=data,
+        batches=data.training(state.data_position, state.data_state),
         checkpointer=checkpointer,
         tracker=Tracker(save_dir, config, state if start.checkpoint else None, model, group.is_main),
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
@@ -178,25 +170,6 @@ def _starting_point(config: Config, save_dir: Path) -> StartingPoint | ConfigErr
     return StartingPoint(warm_start=Path(run.warmed_up_model) if run.warmed_up_model else None)
 
 
-def _open_data(launch: Launch) -> tuple[TokenBlocks, TokenBlocks]:
-    config, facts = launch.config, launch.facts
-    try:
-        splits = [
-            TokenBlocks(config.data.dataset_path, name, config.data.max_length) for name in ("train", "validation")
-        ]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError([f"--dataset_path {config.data.dataset_path}: {' '.join(str(error).split())}"]) from error
-    where = f"--dataset_path {config.data.dataset_path}"
-    problems = [f"{where}: split {blocks.split} is empty" for blocks in splits if not len(blocks)]
-    if not problems and "largest_token_id" not in facts.data and facts.model is not None:
-        largest = max(blocks.largest_token_id(_TOKENS_SCANNED) for blocks in splits)
-        if largest >= (vocabulary := vocabulary_size(facts.model)):
-            problems.append(f"{where}: token id {largest} is beyond the model's vocabulary of {vocabulary}")
-    if problems:
-        raise ConfigError(problems)
-    return splits[0], splits[1]
-
-
 def _initial_state(config: Config, start: StartingPoint, checkpointer: Checkpointer) -> TrainState:
     if start.checkpoint is not None:
         return checkpointer.restore(start.checkpoint)
@@ -223,15 +196,15 @@ def _prepare_save_dir(save_dir: Path, launch: Launch) -> None:
     run_dir.write_run_config(save_dir, launch.config.settings(), launch.identity, versions())
 
 
-def _tokenizer_saver(config: Config, data_args: dict, is_main: bool) -> Callable[[Path], None]:
+def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], None]:
     """Copies the data folder's tokenizer, or writes the one that was named."""
     if not is_main:
         return lambda folder: None
-    source = Path(config.data.dataset_path)
-    if config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
+    source = Path(config.data.dataset_path or "")
+    if facts.tokenizer is None and config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
         files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
         return lambda folder: [shutil.copy(file, folder) for file in files] and None
-    name = config.data.tokenizer or data_args.get("tokenizer") or "t5-base"
+    name = facts.tokenizer or config.data.tokenizer or facts.data.get("tokenizer") or DEFAULT_TOKENIZER
     try:
         from transformers import AutoTokenizer
 
@@ -241,22 +214,7 @@ def _tokenizer_saver(config: Config, data_args: dict, is_main: bool) -> Callable
         return lambda folder: None
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """The evaluation set, iterated from its beginning each time."""
-
-    config: Config
-    blocks: TokenBlocks
-    group: ProcessGroup
-
-    def __iter__(self):
-        max_samples = max(1, self.config.data.eval_tokens // self.config.data.max_length)
-        return evaluation_batches(
-            self.blocks, max_samples=max_samples, batch_size=self.config.batch.batch_size, group=self.group
-        )
-
-
-def _describe(config: Config, save_dir: Path, model: torch.nn.Module, blocks: TokenBlocks, group: ProcessGroup) -> None:
+def _describe(config: Config, save_dir: Path, model: torch.nn.Module, data: Data, group: ProcessGroup) -> None:
     batch = config.batch
     trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
     log.info("run folder %s", save_dir)
@@ -266,7 +224,7 @@ def _describe(config: Config, save_dir: Path, model: torch.nn.Module, blocks: To
         *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
     )
     log.info(
-        "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %d samples",
+        "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %s",
         *(config.schedule.num_training_steps + config.schedule.num_extra_training_steps, batch.total_batch_size),
-        *(config.data.max_length, batch.batch_size, batch.gradient_accumulation, batch.world_size, len(blocks)),
+        *(config.data.max_length, batch.batch_size, batch.gradient_accumulation, batch.world_size, data.description),
     )

@@ -44,6 +44,8 @@ class TrainState:
     """Tokens read for training, over all ranks."""
     data_position: int = 0
     """Samples taken from the stream."""
+    data_state: dict[str, Any] = field(default_factory=dict)
+    """What the data needs besides to be read on there: small numbers, as JSON has them."""
     skipped_updates: int = 0
     schedule_start: int = 0
     """Update at which the schedule began: that of the checkpoint behind a warm start, otherwise 0."""
@@ -194,6 +196,7 @@ def starting_counters(folder: Path) -> TrainState:
         update_step=step,
         tokens_seen=int(counters.get("tokens_seen", 0)),
         data_position=int(counters.get("data_position", 0)),
+        data_state=dict(counters.get("data_state", {})),
         schedule_start=step,
     )
 

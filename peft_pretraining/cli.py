@@ -12,6 +12,9 @@ from peft_pretraining.config import Config, config_flags, derive_batch, schedule
 from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
 from peft_pretraining.methods import METHODS, RULE_SETTINGS
 
+STREAMED_LENGTH = 256
+"""Tokens per sequence of streamed documents, unless told otherwise."""
+
 DESCRIPTION = "Pre-train a LLaMA. Run under torchrun, or as a plain script for one process."
 
 
@@ -45,7 +48,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
 
     facts = validate.FileFacts()
     validate.read_model(config, facts, problems)
-    validate.read_data(config, facts, problems)
+    validate.read_data(config, facts, problems, warnings)
     config = _derive(config, given, facts, environ if environ is not None else os.environ, problems, warnings)
     validate.check_method(config, problems, warnings)
     validate.check_data(config, facts, problems)
@@ -98,7 +101,7 @@ def _derive(
     world_size = int(environ.get("WORLD_SIZE", "1"))
     if config.run.single_gpu and world_size > 1:
         problems.append(f"--single_gpu is for one process, but torchrun started {world_size}")
-    max_length = config.data.max_length or facts.block_length
+    max_length = config.data.max_length or (STREAMED_LENGTH if facts.shards else facts.block_length)
     before = len(problems)
     batch = derive_batch(config.replace(world_size=world_size).batch, problems)
     settings: dict[str, Any] = {**vars(batch), "max_length": max_length}

@@ -30,6 +30,7 @@ from peft_pretraining.flags import (
     token_count,
 )
 
+DEFAULT_TOKENIZER = "t5-base"
 SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr")
 PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
 SUBSPACE_DESCENT_TYPES = (
@@ -78,9 +79,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     dataset_path: str | None = setting(None, string, "folder written by pretokenize.py")
-    base_dir: str | None = setting(None, string, "folder of C4 JSON shards, for per-document streaming")
-    tokenizer: str | None = setting(None, string, "tokenizer saved with the checkpoints (default: the data folder's)")
-    max_length: int | None = setting(None, positive_int, "tokens per sequence (default: the data's block length)")
+    base_dir: str | None = setting(None, string, "folder of C4's JSON shards, to stream documents (default: the hub's)")
+    from_json_data: bool = setting(False, boolean, "--dataset_path is a folder of JSON shards, as --base_dir is")
+    padding_data: bool | None = setting(None, boolean, "pad documents to --max_length: always so when streaming")
+    tokenizer: str | None = setting(None, string, "for streamed documents and checkpoints (default: the data folder's)")
+    max_length: int | None = setting(None, positive_int, "tokens per sequence (default: a block; 256 when streaming)")
     workers: int = setting(
         8,
         non_negative_int,

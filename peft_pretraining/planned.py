@@ -18,8 +18,6 @@ def _anything(text: str) -> str:
 _anything.value_is_optional = True
 
 REFUSED: dict[str, str] = {
-    "from_json_data": "per-document streaming is not built yet; pre-tokenise and pass --dataset_path",
-    "padding_data": "per-document streaming is not built yet; pre-tokenise and pass --dataset_path",
     "megatron_dataset_config": "Megatron datasets are out of scope; pre-tokenise and pass --dataset_path",
     "plot_rank": "singular values of the updates are not built yet",
     "change_lora_lr": "the older scripts ignored it; --lora_plus_ratio and --dense_lr_ratio set rates apart",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from peft_pretraining import rng, spikes
 from peft_pretraining.checkpoint import Checkpointer, TrainState
 from peft_pretraining.config import Config
+from peft_pretraining.data.data import Data
 from peft_pretraining.distributed import ProcessGroup, synchronised_backward
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.evaluate import evaluate
@@ -49,10 +50,9 @@ class Run:
     method: TrainingMethod
     optimizer: Optimizer
     state: TrainState
+    data: Data
     batches: Iterator[Batch]
     """Endless micro-batches of this rank, from `state.data_position` on."""
-    samples_per_epoch: int
-    evaluation_batches: Iterable[Batch | None]
     checkpointer: Checkpointer
     tracker: Tracker
     profiler: Profiler
@@ -78,6 +78,8 @@ class Update:
     lr: float
     samples: int
     """Sequences read, over all ranks."""
+    tokens: int
+    """Their tokens, without padding."""
     skipped: bool
     spikes: list[str]
     """What stood out from earlier updates, described."""
@@ -118,18 +120,21 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     lr = set_learning_rate(run, step)
     method.before_forward(model, optimizer, step)
     extra = method.extra_batches(model, optimizer, step)
+    targets_read = 0
     for _ in range(extra):
-        forward_backward(run, next_micro_batches(run))
+        targets_read += forward_backward(run, next_micro_batches(run))[1]
         method.observe_gradients(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
     loss_sum, targets = forward_backward(run, micro_batches)
+    targets_read += targets
     totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
 
     norm = method.grad_norm(model, optimizer)
     if (limit := run.config.optimizer.clip_grad_norm) > 0:
         method.scale_gradients(model, optimizer, (limit / (norm + 1e-6)).clamp(max=1.0))
     # The update's only wait for the device.
-    loss_mean, asked_to_stop, norm_value = torch.stack([totals[0] / targets, totals[1], norm.double()]).tolist()
+    values = torch.stack([totals[0] / targets, totals[1], norm.double(), targets_read])
+    loss_mean, asked_to_stop, norm_value, targets_read = values.tolist()
     skipped = not (math.isfinite(loss_mean) and math.isfinite(norm_value)) or step in run.config.data.skip_batches
     found = [] if skipped else find_spikes(run, loss_mean, norm_value)
     skipped |= bool(found) and run.config.optimizer.skip_spikes > 0
@@ -142,8 +147,10 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     state.update_step += 1
     samples = run.config.batch.total_batch_size * (1 + extra)
     state.data_position += samples
-    state.tokens_seen += samples * run.config.data.max_length
-    return Update(loss_mean, norm_value, lr, samples, skipped, found, asked_to_stop > 0)
+    state.data_state = run.data.state_at(state.data_position)
+    tokens = int(targets_read) + samples  # each sequence's first token is no target
+    state.tokens_seen += tokens
+    return Update(loss_mean, norm_value, lr, samples, tokens, skipped, found, asked_to_stop > 0)
 
 
 def next_micro_batches(run: Run) -> list[Batch]:
@@ -189,25 +196,24 @@ def set_learning_rate(run: Run, step: int) -> float:
 
 def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
     """Log one update, and stop the run when too many were skipped."""
-    state = run.state
-    tokens = update.samples * run.config.data.max_length
+    state, rate = run.state, update.tokens / seconds
     run.tracker.record(
         update_step=state.update_step,
         loss=update.loss,
         lr=update.lr,
         grad_norm=update.grad_norm,
         tokens_seen=state.tokens_seen,
-        throughput_tokens=tokens / seconds,
+        throughput_tokens=rate,
         step_time=seconds,
         peak_memory_bytes=peak_memory_bytes(run.group.device),
         **({"skipped": True} if update.skipped else {}),
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **run.method.metrics(),
     )
-    bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+    bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
     bar.update()
-    epoch = state.data_position // run.samples_per_epoch
-    if epoch > (state.data_position - update.samples) // run.samples_per_epoch:
+    epoch = run.data.epoch_at(state.data_position)
+    if epoch > run.data.epoch_at(state.data_position - update.samples):
         log.info(
             "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
         )
@@ -256,7 +262,7 @@ def evaluation_is_due(run: Run) -> bool:
 def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
     """Evaluate; False when a request to stop cut it short: then the resumed run makes up for it."""
     state = run.state
-    result = evaluate(run.model, run.evaluation_batches, run.group, lambda: stop.anywhere(run.group))
+    result = evaluate(run.model, run.data.evaluation, run.group, lambda: stop.anywhere(run.group))
     if result is None:
         return False
     state.evaluated_step = state.update_step

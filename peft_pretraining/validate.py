@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining import model_config, run_dir
-from peft_pretraining.config import Config
+from peft_pretraining.config import DEFAULT_TOKENIZER, Config, DataConfig
+from peft_pretraining.data.shards import Shards, find_hub_shards, find_local_shards
 from peft_pretraining.methods import METHODS
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "auto": 2}
@@ -26,6 +27,10 @@ class FileFacts:
     """Settings of the model JSON, under transformers' names."""
     data: dict[str, Any] = field(default_factory=dict)
     """`args.json` of the data folder."""
+    shards: Shards | None = None
+    """What documents are streamed from."""
+    tokenizer: str | None = None
+    """What streamed documents are tokenised with: a hub name or a folder."""
 
     @property
     def block_length(self) -> int | None:
@@ -68,13 +73,14 @@ def _check_warm_start(folder: str, facts: FileFacts, problems: list[str]) -> Non
     facts.model = facts.model or saved
 
 
-def read_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
-    """The data folder's own description. Streaming is refused here until it is built."""
+def read_data(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
+    """The data folder's own description, or the shards that documents are streamed from."""
     data = config.data
-    if data.dataset_path is None:
-        what = f"--base_dir {data.base_dir}: " if data.base_dir else "no --dataset_path: "
-        problems.append(f"{what}per-document streaming is not built yet; pre-tokenise and pass --dataset_path")
+    if data.dataset_path is None or data.from_json_data:
+        _find_shards(data, facts, problems, warnings)
         return
+    if data.padding_data:
+        warnings.append("--padding_data has no effect: the blocks of --dataset_path are full")
     folder = Path(data.dataset_path)
     if not folder.is_dir():
         problems.append(f"--dataset_path {folder}: no such folder")
@@ -84,6 +90,24 @@ def read_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
         problems.append(f"--dataset_path {folder} was not written by pretokenize.py: {problem}")
         return
     facts.data = json.loads((folder / "args.json").read_text())
+
+
+def _find_shards(data: DataConfig, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
+    if data.padding_data is False:
+        problems.append("--padding_data False: streamed documents are always padded, and padding never counts")
+    folder, flag = (data.dataset_path, "--dataset_path") if data.dataset_path else (data.base_dir, "--base_dir")
+    facts.tokenizer = data.tokenizer or DEFAULT_TOKENIZER
+    if folder is None:
+        if data.from_json_data:
+            problems.append("--from_json_data needs --dataset_path")
+        facts.shards = find_hub_shards(problems)
+        return
+    if data.from_json_data and _not_pretokenized(Path(folder)) is None:
+        problems.append(f"--from_json_data: --dataset_path {folder} was written by pretokenize.py, leave the flag out")
+        return
+    facts.shards = find_local_shards(folder, flag, problems, warnings)
+    if data.tokenizer is None and (Path(folder) / "tokenizer_config.json").is_file():
+        facts.tokenizer = folder
 
 
 def _not_pretokenized(folder: Path) -> str | None:
@@ -185,9 +209,16 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
         "proj_type": config.method.proj_type if "proj_type" in reads else None,
         "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
         **{name: getattr(config.factors, name) for name in _FACTOR_IDENTITY if name in reads},
-        "data": _fingerprint(counts),
+        "data": _fingerprint(_streamed(facts) if facts.shards else counts),
         "max_length": config.data.max_length,
     }
+
+
+def _streamed(facts: FileFacts) -> dict[str, Any]:
+    """What decides which tokens a stream yields: the shards, and what the tokenizer is, wherever its folder lies."""
+    file = Path(facts.tokenizer) / "tokenizer.json"
+    tokenizer = run_dir.file_digest(file)["sha256"] if file.is_file() else facts.tokenizer
+    return {"tokenizer": tokenizer, **facts.shards.described()}
 
 
 def _fingerprint(value: Any) -> str:

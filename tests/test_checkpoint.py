@@ -75,7 +75,7 @@ def test_it_holds_tensors_and_json_only(command, undisturbed, method):
     statistics = counters.pop("spike_statistics")
     assert [numbers[2] for numbers in (statistics["loss"], statistics["gradient norm"])] == [20, 20]
     assert counters == {
-        **{"skipped_spikes": 0, "spikes_in_a_row": 0},
+        **{"skipped_spikes": 0, "spikes_in_a_row": 0, "data_state": {}},
         **{"update_step": 20, "tokens_seen": 20 * 8 * BLOCK, "data_position": 160, "skipped_updates": 0},
         **{"schedule_start": 0, "evaluated_step": 20, "world_size": 1, "method": {}},
     }

@@ -72,7 +72,7 @@ def test_defaults_that_depend_on_the_spelling(load):
 @pytest.mark.parametrize(
     "text",
     [
-        *("--from_json_data", "--padding_data", "--plot_rank", "--compress x", "--megatron_dataset_config c.yaml"),
+        *("--from_json_data", "--plot_rank", "--compress x", "--megatron_dataset_config c.yaml"),
         *("--log_details", "--use_hf_model False", "--load_optimizer_state_on_resume False"),
     ],
 )
@@ -95,7 +95,7 @@ def test_what_is_refused_is_refused_by_name(load, text):
         ("--profile False", "profile", 0),
         ("--use_hf_model", "method", "full_rank"),
         ("--use_hf_model True --distributed_type ddp", "method", "full_rank"),
-        ("--padding_data False", "method", "full_rank"),
+        ("--padding_data False", "padding_data", False),
     ],
 )
 def test_what_is_honoured(load, text, setting, value):
@@ -119,6 +119,12 @@ def test_what_is_honoured(load, text, setting, value):
 def test_settings_without_effect_are_named_in_one_warning(load, text, named):
     (warning,) = load(text).warnings
     assert warning.startswith("without effect") and warning.endswith(": " + ", ".join(named))
+
+
+def test_padding_without_effect(load):
+    """Blocks are full."""
+    (warning,) = load("--padding_data").warnings
+    assert warning.startswith("--padding_data has no effect")
 
 
 def test_model_revision_and_base_dir_without_effect(load):

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from peft_pretraining import rng
 from peft_pretraining.distributed.process_group import ProcessGroup
 from peft_pretraining.loss import Batch
+
+T = TypeVar("T")
 
 
 class TokenBlocks(Dataset):
@@ -111,11 +114,12 @@ class MicroBatchSampler(Sampler[list[int]]):
                 position += per_micro_batch
 
 
-def _identity(batch: Batch) -> Batch:
-    return batch
+def as_it_is(made: T) -> T:
+    """For DataLoader: what a worker made is a batch already."""
+    return made
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
     # A scheduler signals the whole job; the training process decides when its workers end.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -147,11 +151,11 @@ def training_batches(
         DataLoader(
             blocks,
             batch_sampler=sampler,
-            collate_fn=_identity,
+            collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=group.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
         )
     )
 

@@ -6,11 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_pretraining.config import setting
+from peft_pretraining.config import DEFAULT_TOKENIZER, setting
 from peft_pretraining.data.sources import Source
 from peft_pretraining.flags import boolean, integer, non_negative_int, number, positive_int, string
 
-DEFAULT_TOKENIZER = "t5-base"
 MOST_PROCESSES = 64  # one process reads and writes for all of them; with many more it would hold them up
 
 

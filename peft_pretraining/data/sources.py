@@ -180,12 +180,12 @@ def _text_only(origin: str, rows: Callable[[], Iterator[Any]], first: int = 0) -
         for number, text in enumerate(rows(), start=first + 1):
             if not isinstance(text, str):
                 raise TypeError(f"document {number} is not text but {type(text).__name__}")
-            yield _encodable(text)
+            yield encodable(text)
     except Exception as error:  # files, decompressors, pyarrow and the hub raise exceptions of their own
         raise ConfigError([f"{origin}: {one_line(error)}"]) from error
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """JSON may hold half a surrogate pair, which no tokenizer can encode."""
     try:
         text.encode()

@@ -23,6 +23,7 @@ from peft_pretraining.data.sources import one_line
 from peft_pretraining.flags import ConfigError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TRAINED_EOS, TRAINED_PAD = "<|endoftext|>", "<|padding|>"
@@ -79,25 +80,43 @@ def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> Pre
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=TRAINED_EOS, pad_token=TRAINED_PAD)
 
 
-class Encoder:
-    """Text to tokens, with the tokenizer that was saved in `folder`.
+class PlainText:
+    """Text to token ids. Text that spells a special token is ordinary text."""
 
-    Text that spells a special token is ordinary text: a document ends once, where it ends.
-    """
+    def __init__(self, tokenizer: Tokenizer | PreTrainedTokenizerBase):
+        """A tokenizer of `tokenizers`, of which a copy is used, or one of `transformers`."""
+        from tokenizers import Tokenizer
+
+        rust = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+        self._rust, self._python = None, tokenizer
+        if rust is not None:
+            self._rust = Tokenizer.from_str(rust.to_str())
+            self._rust.no_truncation()
+            self._rust.no_padding()
+            self._rust.encode_special_tokens = True
+
+    def __call__(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of each text, without any that mark its beginning or end."""
+        if self._rust is not None:
+            # "fast": without the offsets into the text
+            return (one.ids for one in self._rust.encode_batch_fast(texts, add_special_tokens=False))
+        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
+        return (self._python(text, **options)["input_ids"] for text in texts)
+
+
+class Encoder:
+    """Documents to tokens, with the tokenizer that was saved in `folder`: a document ends once, where it ends."""
 
     def __init__(self, folder: str, eos_id: int):
         self._eos_id = eos_id
         if (Path(folder) / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
-            self._rust = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-            self._rust.no_truncation()
-            self._rust.no_padding()
-            self._rust.encode_special_tokens = True
+            self._ids = PlainText(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
         else:
             from transformers import AutoTokenizer
 
-            self._rust, self._python = None, AutoTokenizer.from_pretrained(folder)
+            self._ids = PlainText(AutoTokenizer.from_pretrained(folder))
 
     def __call__(self, texts: list[str]) -> Encoded:
         pieces, lengths = [], []
@@ -108,13 +127,6 @@ class Encoder:
             pieces.append(self._eos_id)
             lengths.append(len(ids) + 1)
         return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64))
-
-    def _ids(self, texts: list[str]) -> Iterator[list[int]]:
-        if self._rust is not None:
-            # "fast": without the offsets into the text
-            return (one.ids for one in self._rust.encode_batch_fast(texts, add_special_tokens=False))
-        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
-        return (self._python(text, **options)["input_ids"] for text in texts)
 
 
 def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cpu: int) -> Iterator[Encoded]:

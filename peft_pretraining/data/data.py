@@ -1,0 +1,25 @@
+"""What a run needs of its data, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from peft_pretraining.loss import Batch
+
+
+class Data(Protocol):
+    """Training samples by position, the validation set, and what a checkpoint must hold to go on."""
+
+    description: str
+    evaluation: Iterable[Batch | None]
+    """This rank's share of the validation set, from its beginning each time; None where only other ranks have some."""
+
+    def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
+        """Endless micro-batches of this rank from `position` on, in samples; `state` is what `state_at` gave there."""
+
+    def epoch_at(self, position: int) -> int:
+        """How often the training data was read as a whole before `position`."""
+
+    def state_at(self, position: int) -> dict[str, Any]:
+        """Small numbers that spare a run that goes on at `position` the reading of what lies before."""
