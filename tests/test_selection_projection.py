@@ -227,3 +227,12 @@ def test_what_fsdp_takes(problems, load):
         "--method galore --distributed_type fsdp --replicas 2"
     )
     assert "--replicas has no effect" in load("--method galore --replicas 2").warnings[0]
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora", "online_subspace_descent", "galore --distributed_type fsdp"])
+def test_low_rank_reduction_that_cannot_be_is_named(load, method):
+    assert any(
+        "--reduce_low_rank has no effect" in line for line in load(f"--method {method} --reduce_low_rank").warnings
+    )
+    assert not any("--reduce_low_rank" in line for line in load("--method galore --reduce_low_rank").warnings)
+    assert any("--reshard" in line for line in load("--method galore --reshard_after_forward False").warnings)
