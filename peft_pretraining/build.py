@@ -136,7 +136,12 @@ def _distributed_model(
         model = shard(
             model,
             group,
-            Sharding(distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension),
+            Sharding(
+                distributed.replicas,
+                distributed.reshard_after_forward,
+                method.sharded_dimension,
+                method.is_replicated,
+            ),
         )
     materialize(model, group.device, config.run.seed)
     return model

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from peft_pretraining import run_dir
 from peft_pretraining.distributed import ProcessGroup
-from peft_pretraining.distributed.sharding import gather_to_main
+from peft_pretraining.distributed.gathering import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
 
 

@@ -126,6 +126,20 @@ def position_limit(settings: dict[str, Any]) -> int:
     return settings.get("max_position_embeddings", _SHAPE_DEFAULTS["max_position_embeddings"])
 
 
+def linear_inputs(settings: dict[str, Any]) -> dict[str, int]:
+    """Number of inputs of every linear layer of a block, and of the head, by dotted name (with any block's number)."""
+    shape = {**_SHAPE_DEFAULTS, **settings}
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    attention, mlp = "model.layers.*.self_attn", "model.layers.*.mlp"
+    return {
+        **{f"{attention}.{name}_proj": hidden for name in "qkv"},
+        f"{attention}.o_proj": heads * (shape["head_dim"] or hidden // heads),
+        **{f"{mlp}.{name}_proj": hidden for name in ("gate", "up")},
+        f"{mlp}.down_proj": shape["intermediate_size"],
+        "lm_head": hidden,
+    }
+
+
 def parameter_count(settings: dict[str, Any]) -> int:
     """Number of weights (biases, where configured, are left out: this only estimates disk space)."""
     shape = {**_SHAPE_DEFAULTS, **settings}

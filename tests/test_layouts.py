@@ -37,6 +37,34 @@ METHODS = {
     "descent": {"method": "online_subspace_descent", **PROJECTED},
     "descent, random": {"method": "online_subspace_descent", "proj_type": "random", **PROJECTED},
 }
+# Merges before updates 4 and 8, refreshes at 0, 4 (by SVD) and 8 (random), switches in every other update.
+FACTORS = {
+    "lora": {"method": "lora", "rank": 4, "lora_alpha": 4, "lora_plus_ratio": 4, "weight_decay": 0.1},
+    "lora only": {"method": "lora", "rank": 4, "lora_alpha": 4, "lora_only": True},
+    "relora": {"method": "relora", "rank": 4, "lora_alpha": 4, "relora": 4, "optimizer_random_pruning": 0.5},
+    "relora by magnitude": {
+        **{"method": "relora", "rank": 4, "lora_alpha": 4, "relora": 4, "optimizer_magnitude_pruning": 0.8},
+        **{"scheduler": "cosine_restarts", "restart_warmup_steps": 1, "warmup_steps": 1, "model": "uneven.json"},
+    },
+    "switchlora": {
+        **{"method": "switchlora", "rank": 8, "switch_lora_interval": 5, "adam_warm_step": 2},
+        **{"switch_lora_descent_rate": 0.9, "weight_decay": 0.1, "check_rank_sync": 5},
+    },
+    "switchlora at random": {
+        **{"method": "switchlora", "rank": 8, "switch_lora_interval": 5, "adam_warm_step": 2},
+        **{"switch_lora_descent_rate": 0.9, "discontinuous_switch": True, "switch_lora_drop": 0.3},
+        **{"cal_delta_norm": True},
+    },
+    "golore_adapter": {
+        **{"method": "golore_adapter", "rank": 4, "update_proj_gap": 4, "rand_ratio": 0.5},
+        **{"refresh_accumulation": 2, "check_rank_sync": 5},
+    },
+    "golore_adapter sgd": {
+        **{"method": "golore_adapter", "optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "rank": 4},
+        **{"update_proj_gap": 4, "rand_ratio": 0.5, "model": "uneven.json"},
+    },
+}
+FLOAT32 = {f"{name}, float32": {**flags, "dtype": "float32"} for name, flags in FACTORS.items()}
 EIGHT_BIT = {
     "full_rank 8-bit": {"optimizer": "adamw8bit"},
     "galore 8-bit": {"optimizer": "galore_adamw8bit", **WHOLE_BLOCKS},
@@ -51,9 +79,9 @@ LAYOUTS = {
 }
 
 
-def command(folder: Path, name: str, **changes) -> list[str]:
+def command(folder: Path, name: str, model: str = "llama.json", **changes) -> list[str]:
     settings = {
-        **{"model_config": folder / "llama.json", "dataset_path": folder / "data", "save_dir": folder / name},
+        **{"model_config": folder / model, "dataset_path": folder / "data", "save_dir": folder / name},
         **{"total_batch_size": 8, "lr": 3e-3, "num_training_steps": 12, "warmup_steps": 2, "workers": 0},
         **{"eval_every": 12, "save_every": 12, "dtype": "float64", **changes},
     }

@@ -1,0 +1,56 @@
+"""Checks of how a model is to be divided over devices, against the method and the model's shape. No torch."""
+
+from __future__ import annotations
+
+from peft_pretraining import model_config
+from peft_pretraining.config import Config
+from peft_pretraining.factor_config import FACTOR_METHODS
+from peft_pretraining.validate import FileFacts
+
+
+def check_distribution(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
+    """Settings of the distribution against everything else."""
+    method, distributed = config.method, config.distributed
+    if distributed.distributed_type == "fsdp":
+        _check_fsdp(config, facts, problems)
+    else:
+        if distributed.replicas > 1:
+            warnings.append("--replicas has no effect without --distributed_type fsdp")
+        if not distributed.reshard_after_forward:
+            warnings.append("--reshard_after_forward has no effect without --distributed_type fsdp")
+    whole = method.method not in ("galore", "golore", "online_subspace_descent") or (
+        method.proj_type.startswith("continuous") or distributed.distributed_type == "fsdp"
+    )
+    if distributed.reduce_low_rank and whole:
+        warnings.append("--reduce_low_rank has no effect: this method or layout does not reduce projected gradients")
+
+
+def _check_fsdp(config: Config, facts: FileFacts, problems: list[str]) -> None:
+    world, replicas = config.batch.world_size, config.distributed.replicas
+    if world % replicas:
+        problems.append(f"--replicas {replicas} must divide the {world} processes")
+    if config.method.method not in FACTOR_METHODS:
+        return
+    if config.factors.quantize:
+        problems.append(
+            f"--quantize {config.factors.quantize}: blocks of quantised weights cannot be divided over devices by "
+            "--distributed_type fsdp: use ddp"
+        )
+    if config.factors.train_scaling:
+        problems.append("--train_scaling: --distributed_type fsdp cannot divide a single number over devices: use ddp")
+    if config.method.method == "switchlora" and facts.model is not None and world % replicas == 0:
+        problems += _uneven_vectors(config, model_config.linear_inputs(facts.model), world // replicas)
+
+
+def _uneven_vectors(config: Config, inputs: dict[str, int], devices: int) -> list[str]:
+    """SwitchLoRA deals out parts of every vector: each device must have the same share of every row of A."""
+    uneven = {
+        name: size
+        for name, size in inputs.items()
+        if size % devices and any(target in name for target in config.method.target_modules)
+    }
+    return [
+        f"--distributed_type fsdp: switchlora cannot divide the {size} inputs of {name} evenly over {devices} devices: "
+        "use another number of them, --replicas, or ddp"
+        for name, size in uneven.items()
+    ]
