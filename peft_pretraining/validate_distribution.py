@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft_pretraining import model_config
 from peft_pretraining.config import Config
-from peft_pretraining.factor_config import FACTOR_METHODS
+from peft_pretraining.methods import METHODS
 from peft_pretraining.validate import FileFacts
 
 
@@ -29,14 +29,13 @@ def _check_fsdp(config: Config, facts: FileFacts, problems: list[str]) -> None:
     world, replicas = config.batch.world_size, config.distributed.replicas
     if world % replicas:
         problems.append(f"--replicas {replicas} must divide the {world} processes")
-    if config.method.method not in FACTOR_METHODS:
-        return
-    if config.factors.quantize:
+    options = METHODS[config.method.method].options if config.method.method in METHODS else ()
+    if "quantize" in options and config.factors.quantize:
         problems.append(
             f"--quantize {config.factors.quantize}: blocks of quantised weights cannot be divided over devices by "
             "--distributed_type fsdp: use ddp"
         )
-    if config.factors.train_scaling:
+    if "train_scaling" in options and config.factors.train_scaling:
         problems.append("--train_scaling: --distributed_type fsdp cannot divide a single number over devices: use ddp")
     if config.method.method == "switchlora" and facts.model is not None and world % replicas == 0:
         problems += _uneven_vectors(config, model_config.linear_inputs(facts.model), world // replicas)

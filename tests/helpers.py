@@ -236,8 +236,9 @@ def _run_cases(path: Path) -> None:
     A case is {"argv": [...]}. With "signal": [rank, update], one rank gets a SIGUSR1 within that update; with
     "evaluation_signal": [rank, number], as it begins that evaluation; with "poison": [rank, update], its loss in that
     update's first micro-batch is not finite. Beside the file, `rank{N}.json` gets a list of
-    {"exit_code", "digest", "state_digest", "state_bytes", "unsynchronised"}, one per case: the SHA-256 of the weights
-    and of this rank's optimizer state, the state's size, and the number of backward passes without a reduction.
+    {"exit_code", "digest", "state_digest", "state_bytes", "local_bytes", "unsynchronised"}, one per case: the SHA-256
+    of the weights and of this rank's optimizer state, the state's size, that of each of the model's tensors on this
+    rank, and the number of backward passes without a reduction.
     """
     import hashlib
 
@@ -246,6 +247,7 @@ def _run_cases(path: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from peft_pretraining import build
+    from peft_pretraining.distributed.sharding import local
     from peft_pretraining.train import state_bytes
 
     rank, results, train, no_sync = int(os.environ["RANK"]), [], build.train, DistributedDataParallel.no_sync
@@ -262,6 +264,8 @@ def _run_cases(path: Path) -> None:
                 digest.update(whole.contiguous().numpy().tobytes())
             results[-1][name] = digest.hexdigest()
         results[-1]["state_bytes"] = state_bytes(run.optimizer)
+        held = {name: local(tensor) for name, tensor in run.model.state_dict().items()}
+        results[-1]["local_bytes"] = {name: part.numel() * part.element_size() for name, part in held.items()}
         return code
 
     def observed_no_sync(model):

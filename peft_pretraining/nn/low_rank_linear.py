@@ -119,7 +119,7 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s·B·A (m, n) in the model's dtype, divided as W: what a plain linear layer would hold. W stays as it is."""
+        """W + s·B·A (m, n) in the model's dtype, divided as W: what a plain layer would hold. Changes nothing."""
         delta = self.delta_weight()
         dense = torch.zeros_like(delta) if self.lora_only else local(self.dense_weight()).to(delta.dtype)
         merged, shard = (dense + delta).to(self.lora_A.dtype), Shard.of(self.divided_as)
