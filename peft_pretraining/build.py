@@ -126,13 +126,14 @@ def _distributed_model(
 
     Weights that are drawn get their memory last, so that a device never holds more than its part of them.
     """
-    config = launch.config
+    config, distributed = launch.config, launch.config.distributed
+    divided = distributed.distributed_type == "fsdp" and group.world_size > 1
     model = build_model(config.model, launch.facts.model, weights_from, group.device)
     if type(method).convert is not TrainingMethod.convert:  # which may read the weights
-        materialize(model, group.device, config.run.seed)
+        # Dividing a model moves it to the devices, layer by layer: the whole of it need not fit on one.
+        materialize(model, torch.device("cpu") if divided else group.device, config.run.seed)
         model = method.convert(model)
-    distributed = config.distributed
-    if distributed.distributed_type == "fsdp" and group.world_size > 1:
+    if divided:
         model = shard(
             model,
             group,

@@ -53,6 +53,8 @@ def shard(model: nn.Module, group: ProcessGroup, sharding: Sharding) -> nn.Modul
 
     replicated = {param for param, name in names.items() if sharding.replicated(name, param)}
     assert not any(param.requires_grad for param in replicated), "nobody would reduce their gradients"
+    for param in replicated:  # FSDP2 moves the others
+        param.data = param.data.to(group.device)
     dtype = next(model.parameters()).dtype
     precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
     for module in (*model.model.layers, model):
