@@ -235,13 +235,14 @@ def _run_cases(path: Path) -> None:
 
     A case is {"argv": [...]}. With "signal": [rank, update], one rank gets a SIGUSR1 within that update; with
     "evaluation_signal": [rank, number], as it begins that evaluation; with "poison": [rank, update], its loss in that
-    update's first micro-batch is not finite. Beside the file, `rank{N}.json` gets a list of
-    {"exit_code", "digest", "state_digest", "state_bytes", "local_bytes", "unsynchronised"}, one per case: the SHA-256
-    of the weights and of this rank's optimizer state, the state's size, that of each of the model's tensors on this
-    rank, and the number of backward passes without a reduction.
+    update's first micro-batch is not finite; with "count", its "collectives" are counted. Beside the file,
+    `rank{N}.json` gets a list of {"exit_code", "digest", "state_digest", "state_bytes", "local_bytes",
+    "unsynchronised"}, one per case: the SHA-256 of the weights and of this rank's optimizer state, the state's size,
+    that of each of the model's tensors on this rank, and the number of backward passes without a reduction.
     """
     import hashlib
 
+    import collectives
     import pytest
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -286,6 +287,8 @@ def _run_cases(path: Path) -> None:
                 stops.enter_context(signal_before_evaluation(case["evaluation_signal"][1]))
             if case.get("poison", [None])[0] == rank:
                 stops.enter_context(poison(pytest.MonkeyPatch(), {case["poison"][1]}, micro_batch=0))
+            if case.get("count"):
+                stops.enter_context(collectives.counted(results[-1].setdefault("collectives", [])))
             results[-1]["exit_code"] = run(case["argv"])
     destroy()
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))

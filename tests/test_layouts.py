@@ -16,6 +16,7 @@ import torch
 from conftest import write_blocks, write_model
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.timeout(600)  # one launch makes all the runs of a layout
 # The leading singular values of these gradients are well apart. Where they are not, a basis turns by what rounding
 # leaves divided by their distance: at rank 16 final weights differ by 3e-9.
 PROJECTED = {"rank": 4, "update_proj_gap": 6}
@@ -111,7 +112,7 @@ def launch(folder: Path, processes: int, cases: list[dict]) -> None:
     launched = subprocess.run(
         [*torchrun, helpers.__file__, str(folder / "cases.json")],
         **{"env": helpers.child_environment(), "cwd": helpers.PROJECT, "capture_output": True, "text": True},
-        timeout=280,
+        timeout=500,
     )
     assert launched.returncode == 0, launched.stderr[-30000:]
 
@@ -140,7 +141,7 @@ def layout(request, folder):
     quick = request.param == "fsdp 2"
     runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **({} if quick else VARIANTS)}
     runs = {name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **runs[name]) for name in runs}
-    cases = [{"argv": argv} for argv in runs.values()]
+    cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
     for name in ("relora", "switchlora", "golore_adapter") if quick else ():
         argv = command(folder, f"{request.param} stopped {name}", batch_size=2, **flags, **FACTORS[name])
         argv += helpers.RESUME
@@ -154,6 +155,10 @@ _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name 
 everywhere = pytest.mark.parametrize("layout", _LAYOUTS, indirect=True, scope="module")
 in_slow_layouts = pytest.mark.parametrize("layout", _SLOW, indirect=True, scope="module")
 in_two_parts = pytest.mark.parametrize("layout", ["fsdp 2"], indirect=True, scope="module")
+
+
+def reported(folder: Path, layout: str, rank: int) -> list[dict]:
+    return json.loads((folder / layout / f"rank{rank}.json").read_text())
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -222,8 +227,34 @@ def test_resuming_a_divided_run_changes_no_bit(folder, layout, method):
 
 
 @in_two_parts
+def test_what_devices_exchange_besides_what_fsdp2_does(folder, layout):
+    """A merge gathers the 14 A, a switch the changed rows of all layers at once; a refresh averages 14 gradients, in
+    each of two micro-batches, and twice as often where its basis is taken from two batches."""
+    reports = dict(zip({**ALWAYS, **FLOAT32}, reported(folder, layout, 0), strict=False))
+    ordinary, *others = reports["lora, float32"]["collectives"]
+    assert all(each == ordinary for each in others) and len(others) == 11
+
+    def further(method, kind):
+        counts = reports[f"{method}, float32"]["collectives"]
+        return [count.get(kind, 0) - ordinary.get(kind, 0) for count in counts]
+
+    gathers, scatters = "all_gather_into_tensor", "reduce_scatter_tensor"
+    switched = [row["switched_vectors"] for row in helpers.records(folder / f"{layout} switchlora, float32") if
+                "switched_vectors" in row]  # fmt: skip
+    assert further("relora", gathers) == [14 * (update in (4, 8)) for update in range(12)]
+    assert further("switchlora", gathers) == [int(count > 0) for count in switched]
+    assert (
+        further("golore_adapter", gathers) == further("relora", scatters) == further("switchlora", scatters) == [0] * 12
+    )
+    assert further("golore_adapter", scatters) == [{0: 56, 4: 56, 8: 28}.get(update, 0) for update in range(12)]
+    checks = [update % 5 == 0 for update in range(12)]  # of the ranks: sums of the parts, and two means
+    assert further("switchlora", "allreduce") == [3 * check for check in checks]
+    for kind in ("allgather_base", "reduce_scatter_base"):  # FSDP2's own
+        assert further("relora", kind) == further("switchlora", kind) == [0] * 12
+
+
+@in_two_parts
 def test_each_of_two_devices_has_half_of_weights_factors_and_pools(folder, layout):
-    names = list({**ALWAYS, **FLOAT32, **EIGHT_BIT})
     whole = {
         name.removeprefix("model."): value.numel() * value.element_size()
         for name, value in helpers.tensors(folder / f"{layout} switchlora" / "model_12").items()
@@ -232,8 +263,7 @@ def test_each_of_two_devices_has_half_of_weights_factors_and_pools(folder, layou
     halves = (".weight", ".lora_A", ".lora_B", ".candidates_A", ".candidates_B")
     replicated = ("selected_A", "selected_B", "pointers", "frozen_A", "frozen_B")
     for rank in range(2):
-        reports = json.loads((folder / layout / f"rank{rank}.json").read_text())
-        held = reports[names.index("switchlora")]["local_bytes"]
+        held = reported(folder, layout, rank)[list(ALWAYS).index("switchlora")]["local_bytes"]
         assert held.keys() == whole.keys() and len(held) == 14 * (3 + 7) + 7  # 14 layers; norms, embedding and head
         for name, size in held.items():
             assert name.endswith((*halves, *replicated)), name
