@@ -127,17 +127,16 @@ def position_limit(settings: dict[str, Any]) -> int:
 
 
 def linear_inputs(settings: dict[str, Any]) -> dict[str, int]:
-    """Number of inputs of every linear layer of a block, and of the head, by dotted name (with any block's number)."""
+    """Number of inputs of every linear layer, by dotted name."""
     shape = {**_SHAPE_DEFAULTS, **settings}
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    attention, mlp = "model.layers.*.self_attn", "model.layers.*.mlp"
-    return {
-        **{f"{attention}.{name}_proj": hidden for name in "qkv"},
-        f"{attention}.o_proj": heads * (shape["head_dim"] or hidden // heads),
-        **{f"{mlp}.{name}_proj": hidden for name in ("gate", "up")},
-        f"{mlp}.down_proj": shape["intermediate_size"],
-        "lm_head": hidden,
+    block = {
+        **{f"self_attn.{name}_proj": hidden for name in "qkv"},
+        "self_attn.o_proj": heads * (shape["head_dim"] or hidden // heads),
+        **{"mlp.gate_proj": hidden, "mlp.up_proj": hidden, "mlp.down_proj": shape["intermediate_size"]},
     }
+    blocks = range(shape["num_hidden_layers"])
+    return {f"model.layers.{i}.{name}": size for i in blocks for name, size in block.items()} | {"lm_head": hidden}
 
 
 def parameter_count(settings: dict[str, Any]) -> int:

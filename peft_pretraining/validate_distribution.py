@@ -43,13 +43,13 @@ def _check_fsdp(config: Config, facts: FileFacts, problems: list[str]) -> None:
 
 def _uneven_vectors(config: Config, inputs: dict[str, int], devices: int) -> list[str]:
     """SwitchLoRA deals out parts of every vector: each device must have the same share of every row of A."""
-    uneven = {
-        name: size
-        for name, size in inputs.items()
-        if size % devices and any(target in name for target in config.method.target_modules)
-    }
+    uneven: dict[int, list[str]] = {}
+    for name, size in inputs.items():
+        if size % devices and any(target in name for target in config.method.target_modules):
+            uneven.setdefault(size, []).append(name)
     return [
-        f"--distributed_type fsdp: switchlora cannot divide the {size} inputs of {name} evenly over {devices} devices: "
+        f"--distributed_type fsdp: switchlora cannot divide the {size} inputs of {names[0]}"
+        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''} evenly over {devices} devices: "
         "use another number of them, --replicas, or ddp"
-        for name, size in uneven.items()
+        for size, names in uneven.items()
     ]

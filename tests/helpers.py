@@ -244,6 +244,7 @@ def _run_cases(path: Path) -> None:
 
     import collectives
     import pytest
+    import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -262,7 +263,7 @@ def _run_cases(path: Path) -> None:
             digest = hashlib.sha256()
             for tensor in tensors:
                 whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-                digest.update(whole.contiguous().numpy().tobytes())
+                digest.update(whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             results[-1][name] = digest.hexdigest()
         results[-1]["state_bytes"] = state_bytes(run.optimizer)
         held = {name: local(tensor) for name, tensor in run.model.state_dict().items()}

@@ -16,6 +16,8 @@ import torch
 from conftest import write_blocks, write_model
 from safetensors.torch import load_file
 
+from peft_pretraining.export import merged_model
+
 pytestmark = pytest.mark.timeout(600)  # one launch makes all the runs of a layout
 # The leading singular values of these gradients are well apart. Where they are not, a basis turns by what rounding
 # leaves divided by their distance: at rank 16 final weights differ by 3e-9.
@@ -224,6 +226,17 @@ def test_resuming_a_divided_run_changes_no_bit(folder, layout, method):
     if method == "switchlora":
         frozen = [value for name, value in helpers.tensors(moved / "model_4").items() if "switching.frozen" in name]
         assert sum(int(value.sum()) for value in frozen) > 0
+
+
+@in_two_parts
+@pytest.mark.parametrize("method", FACTORS)
+def test_a_divided_run_is_exported_by_one_process(folder, layout, method):
+    """From the parts in the training state, which are merged anew."""
+    checkpoint = folder / f"{layout} {method}" / "model_12"
+    exported, saved = merged_model(checkpoint, None).state_dict(), weights(folder / f"{layout} {method}")
+    assert saved.keys() <= exported.keys()
+    for name in saved:
+        torch.testing.assert_close(exported[name], saved[name], atol=1e-14, rtol=0)
 
 
 @in_two_parts

@@ -96,15 +96,15 @@ def _install(
 
 def _save(pool: Tensor, indices: Tensor, vectors: Tensor, drop: float, device: torch.device) -> None:
     """Write vectors (k, d) to their places in a pool (c, d). Devices that divide it exchange numbers on `device`."""
-    shard, pool = Shard.of(pool), local(pool)
+    part = local(pool)
     if drop:
-        changed = vectors - drop * pool[indices]
-        lengths = torch.linalg.vector_norm(torch.stack([vectors, changed]).to(working_dtype(pool.dtype)), dim=2)
+        changed, shard = vectors - drop * part[indices], Shard.of(pool)
+        lengths = torch.linalg.vector_norm(torch.stack([vectors, changed]).to(working_dtype(part.dtype)), dim=2)
         if shard.dim is not None:
-            lengths = shard.sum(lengths.square().to(device)).sqrt().to(pool.device)
+            lengths = shard.sum(lengths.square().to(device)).sqrt().to(part.device)
         factor = torch.where(lengths[1] > 0, lengths[0] / lengths[1], 0.0)  # (k,)
-        vectors = (changed * factor[:, None]).to(pool.dtype)
-    pool[indices] = vectors
+        vectors = (changed * factor[:, None]).to(part.dtype)
+    part[indices] = vectors
 
 
 def _moved(parts: list[Tensor], device: torch.device) -> list[Tensor]:
