@@ -140,9 +140,14 @@ class Checkpointer:
         else:
             self._write(snapshot, state.update_step, consequence)
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether this rank is writing a checkpoint beside the training."""
+        return self._background.busy
+
     def wait(self, seconds: float | None = None) -> None:
         """Until no save is in flight, on all ranks; or for so long."""
-        if self._background.busy and self.group.is_main:
+        if self.in_flight and self.group.is_main:
             log.info("waiting for the checkpoint that is being written")
         self._background.wait(seconds)
 

@@ -3,7 +3,8 @@
 A case is {"argv": [...]}, and may have "no_room": [rank, first, last], that rank's files having no more than a few
 hundred bytes from 0-based update `first` until `last` begins (null: to the end); "room_at_retry": true, which ends that
 when the last save is tried again; "slow": [update, seconds], the time that giving that update's checkpoint its name
-takes; "signal": an update within which rank 0 gets a SIGUSR1; "damage": a file in which rank 0 flips a bit beforehand.
+takes; "signal": an update within which rank 0 gets a SIGUSR1; "damage": [folder, file], a finished run's folder that is
+copied to that of this run, and a file of it in which a bit is flipped then.
 
 Beside CASES.json, `rank{N}.json` gets a list of {"exit_code", "failed_saves", "seen", "digest"}, one per case: "seen"
 are the complete checkpoints at each attempt to complete one, "digest" the SHA-256 of this rank's parts of the weights.
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -87,7 +89,8 @@ def run_case(case: dict, rank: int) -> dict:
 
     build.train = observed
     if "damage" in case and rank == 0:
-        helpers.flip_byte(Path(case["damage"]))
+        copy = shutil.copytree(case["damage"][0], case["argv"][-1])
+        helpers.flip_byte(Path(copy) / case["damage"][1])
     with contextlib.ExitStack() as faults:
         faults.callback(setattr, build, "train", train_)
         faults.enter_context(watched_completion(result["seen"], case.get("slow")))
@@ -105,6 +108,7 @@ def main(cases_file: str) -> None:
     init, destroy = dist.init_process_group, dist.destroy_process_group
     dist.init_process_group = lambda *args, **settings: None if dist.is_initialized() else init(*args, **settings)
     dist.destroy_process_group = lambda: None
+    checkpoint._SECONDS_TO_RETRY = 0.1
     path, rank = Path(cases_file), int(os.environ.get("RANK", "0"))
     results = [run_case(case, rank) for case in json.loads(path.read_text())]
     if dist.is_initialized():
