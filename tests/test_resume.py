@@ -155,9 +155,9 @@ def test_kill_and_resume(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("method", ["galore", "full_rank"])
-def test_kill_ten_times_and_resume(tmp_path, capsys, method):
-    options = ["--kills", 10, "--in_save", 4, "--stops", 2, "--method", method, "--work_dir", tmp_path]
+@pytest.mark.parametrize("method, more", [("galore", ()), ("full_rank", ()), ("galore", ("--async_save",))])
+def test_kill_ten_times_and_resume(tmp_path, capsys, method, more):
+    options = ["--kills", 10, "--in_save", 4, "--stops", 2, "--method", method, "--work_dir", tmp_path, *more]
     code = kill_and_resume.main([str(option) for option in options])
     printed = capsys.readouterr().out
     assert code == 0, printed

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -84,7 +85,8 @@ class ProcessGroup:
         """Another group of the same processes; all must call it."""
         if self.world_size == 1:
             return Companion(0, 1, None)
-        return Companion(self.rank, self.world_size, dist.new_group(backend="gloo"))
+        # A lost rank is noticed by its connection; the limit must allow for a large model on a slow disk.
+        return Companion(self.rank, self.world_size, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
 
 
 @dataclass(frozen=True)
