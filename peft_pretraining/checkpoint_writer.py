@@ -103,11 +103,11 @@ class Writer:
         try:
             result = act()
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            reason = f"rank {self.ranks.rank}: {_reason(error)}"
+            reason = _reason(self.ranks.rank, error)
         try:
             answers = self.ranks.gather((result, reason))
         except RuntimeError as error:  # a rank is gone
-            raise NotSaved(reason or f"rank {self.ranks.rank}: {_reason(error)}") from error
+            raise NotSaved(reason or _reason(self.ranks.rank, error)) from error
         reasons = [reason for _, reason in answers if reason is not None]
         if reasons:
             raise NotSaved(reasons[0])
@@ -124,13 +124,14 @@ def _tensor_files(folder: Path, rank: int) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in (folder / run_dir.TENSORS_DIR).glob(f"__{rank}_*.distcp")]
 
 
-def _reason(error: BaseException) -> str:
-    """An error on one line. Those of all ranks' tensors come as one with all their stacks: the first is told."""
+def _reason(rank: int, error: BaseException) -> str:
+    """A rank's error on one line. What went wrong in writing tensors comes as one error with all ranks' stacks."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (error, _) = next(iter(error.failures.items()))
-        return f"{_reason(error)} (writing tensors of rank {rank})"
     text = " ".join(str(error).split())
-    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+    if not (isinstance(error, OSError | NotSaved) and text):  # whose texts speak for themselves
+        text = f"{type(error).__name__}: {text}"
+    return f"rank {rank}: {text}"
 
 
 def seal(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

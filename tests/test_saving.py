@@ -191,7 +191,7 @@ from peft_pretraining.checkpoint_writer import Background
 Background().start(lambda: time.sleep(600))
 raise ZeroDivisionError
 """
-    done = subprocess.run([sys.executable, "-c", body], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", body], cwd=PROJECT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError")
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_is_survived(one, how):
 @pytest.mark.parametrize("name, reference", [("one full sync", "ddp sync"), ("one full async", "fsdp sync")])
 def test_one_rank_without_room_fails_the_save_of_both(two, name, reference):
     assert_survived(two, name, reference)
-    assert lines(two, name, "not saved")[0].count("rank 1") == 1
+    assert "ERROR update 10 was not saved (rank 1: [Errno 27] File too large" in lines(two, name, "not saved")[0]
 
 
 @pytest.mark.parametrize("name", ["full at the end", "full when stopped"])
