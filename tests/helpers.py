@@ -26,6 +26,10 @@ REQUEUE = 75
 """Exit code of a run that was stopped by a signal."""
 
 
+class MachineGone(BaseException):
+    """What a test raises where a process would have been killed: no error that the run may handle."""
+
+
 def run(argv: Iterable[Any]) -> int:
     """`torchrun_main.py` in this process; its exit code."""
     import torchrun_main
