@@ -54,7 +54,7 @@ def follow_all(settings: Settings) -> Iterator[Trajectory]:
     # Not forked: torch's threads do not survive it.
     context = multiprocessing.get_context("spawn")
     runs = settings.runs()
-    pool = ProcessPoolExecutor(min(settings.jobs, len(runs)), context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(min(settings.jobs, len(runs)), context, initializer=obey_the_parent)
     try:
         for future in as_completed([pool.submit(_follow, run) for run in runs]):
             yield future.result()
@@ -66,16 +66,11 @@ def follow_all(settings: Settings) -> Iterator[Trajectory]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    obey_the_parent()
-    import torch
-
-    torch.set_num_threads(1)  # for matrices this small more threads would only wait for each other
-
-
 def _follow(run: Run) -> Trajectory:
+    import torch
     from descent import descend
 
+    torch.set_num_threads(1)  # for matrices this small more threads would only wait for each other
     return descend(run)
 
 

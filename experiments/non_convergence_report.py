@@ -21,7 +21,7 @@ CLAIM = {"full": "falls", "galore": "stalls", "golore": "falls", "large_batch": 
 TITLES = {"full": "full gradient", "galore": "GaLore", "golore": "GoLore", "large_batch": "GaLore, large batch"}
 OPTIMIZER_TITLES = {"sgd": "SGD", "adamw": "AdamW"}
 SUMMARY_COLUMNS = (
-    *("optimizer", "method", "seed", "minimum", "gap_start", "gap_half", "gap_end", "claim", "seen", "seconds"),
+    *("optimizer", "method", "seed", "minimum", "gap_start", "gap_late", "gap_end", "claim", "seen", "seconds"),
 )
 
 _REACHED = 0.01
@@ -36,18 +36,18 @@ _LOWEST_DRAWN = 1e-10  # below it lies float32's rounding of X
 def trend(gaps: Sequence[tuple[int, float]]) -> str:
     """What f(X) - f* does, from its values as (step, gap): `falls`, `stalls` or `diverges`.
 
-    It falls if it ended at or below 1% of where it began, or if the second half of the steps still took a tenth off it.
-    It stalls if neither holds.
+    It falls if it ended at or below 1% of where it began, or if the last quarter of the steps still took a tenth off
+    it. It stalls if neither holds.
     """
-    start, half, end = gaps[0][1], half_way(gaps), gaps[-1][1]
+    start, late, end = gaps[0][1], before_last_quarter(gaps), gaps[-1][1]
     if not math.isfinite(end) or end > start:
         return "diverges"
-    return "falls" if end <= _REACHED * start or end <= _STILL_FALLING * half else "stalls"
+    return "falls" if end <= _REACHED * start or end <= _STILL_FALLING * late else "stalls"
 
 
-def half_way(gaps: Sequence[tuple[int, float]]) -> float:
-    """The gap at the sample next to half of the steps."""
-    return min(gaps, key=lambda sample: abs(sample[0] - gaps[-1][0] / 2))[1]
+def before_last_quarter(gaps: Sequence[tuple[int, float]]) -> float:
+    """The gap at the sample next to three quarters of the steps."""
+    return min(gaps, key=lambda sample: abs(sample[0] - gaps[-1][0] * 3 / 4))[1]
 
 
 def start(settings: Settings) -> None:
@@ -98,7 +98,7 @@ def _summary_row(trajectory: Trajectory) -> dict[str, Any]:
     run, gaps = trajectory.run, _gaps(trajectory)
     return {
         **{"optimizer": run.optimizer, "method": run.method, "seed": run.seed, "minimum": trajectory.minimum},
-        **{"gap_start": gaps[0][1], "gap_half": half_way(gaps), "gap_end": gaps[-1][1]},
+        **{"gap_start": gaps[0][1], "gap_late": before_last_quarter(gaps), "gap_end": gaps[-1][1]},
         **{"claim": CLAIM[run.method], "seen": trend(gaps), "seconds": round(trajectory.seconds, 1)},
     }
 
@@ -106,7 +106,7 @@ def _summary_row(trajectory: Trajectory) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `SUMMARY_COLUMNS` as a Markdown table, one line for the seeds of a method and an optimizer."""
     lines = [
-        "| inner optimizer | method | f(X) - f* at the start | half-way | at the end (seeds) | claim | seen |",
+        "| optimizer | method | f(X) - f* at the start | at 3/4 of the steps | at the end (seeds) | claim | seen |",
         "| :-- | :-- | --: | --: | :-- | :-- | :-- |",
     ]
     for optimizer, method in dict.fromkeys((row["optimizer"], row["method"]) for row in rows):
@@ -115,12 +115,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         end = _mean_and_spread(ends)
         if len(ends) > 1:
             end += f" ({', '.join(f'{gap:.4f}' for gap in ends)})"
-        first, middle = (_mean_and_spread([row[name] for row in same]) for name in ("gap_start", "gap_half"))
+        first, late = (_mean_and_spread([row[name] for row in same]) for name in ("gap_start", "gap_late"))
         seen = [row["seen"] for row in same]
         counts = {what: seen.count(what) for what in dict.fromkeys(seen)}
         found = ", ".join(what if count == len(seen) else f"{what} ({count})" for what, count in counts.items())
         verdict = "as claimed" if counts == {CLAIM[method]: len(seen)} else "NOT as claimed"
-        cells = (OPTIMIZER_TITLES[optimizer], TITLES[method], first, middle, end, CLAIM[method], f"{found}, {verdict}")
+        cells = (OPTIMIZER_TITLES[optimizer], TITLES[method], first, late, end, CLAIM[method], f"{found}, {verdict}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
