@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The non-convergence experiment of GoLore's paper with three seeds: GaLore stops short of the minimum, the other methods
-# do not. About eight minutes on two CPU cores after the installation; docs/non_convergence.md shows the result.
+# do not. About five minutes on two CPU cores after the installation; docs/non_convergence.md shows the result.
 #
 #   scripts/non_convergence.sh [--dry_run] [flags of experiments/non_convergence.py, which win]
 set -euo pipefail
