@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining import run_dir
 from peft_pretraining.build_data import open_data
-from peft_pretraining.checkpoint import Checkpointer, TrainState, starting_counters, versions
+from peft_pretraining.checkpoint import Checkpointer, SaveFailed, TrainState, starting_counters, versions
 from peft_pretraining.cli import Launch
 from peft_pretraining.config import DEFAULT_TOKENIZER, Config, schedule_problems
 from peft_pretraining.data.blocks import end_workers
@@ -30,6 +31,9 @@ from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
 from peft_pretraining.train import Run, TrainingFailed, train
 from peft_pretraining.validate import FileFacts
+
+_SECONDS_TO_FINISH = 60.0
+"""How long a run that fails waits for a checkpoint that is being written."""
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -49,7 +53,11 @@ def run(launch: Launch) -> int:
         exit_code = train(run)
     except (TrainingFailed, DataError) as error:
         log.error("%s", error)
+    except SaveFailed as error:
+        if group.is_main:  # it fails on all ranks alike
+            log.error("%s", error)
     finally:
+        run.checkpointer.wait(_SECONDS_TO_FINISH)  # the other ranks' threads write on, whatever their training does
         run.profiler.stop()
         run.tracker.close(exit_code)
     group.stop()  # only after success: with a rank that failed, leaving the group could wait for ever
@@ -82,7 +90,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     data = open_data(launch, group)
     method = load_method(config.method.method)(config)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
-    model = _distributed_model(launch, method, group, weights_from)
+    model = distributed_model(config, launch.facts.model, method, group, weights_from)
     optimizer = method.build_optimizer(model)
     checkpointer = Checkpointer(
         save_dir,
@@ -92,13 +100,11 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         method,
         _tokenizer_saver(config, launch.facts, group.is_main),
         config.run.keep_checkpoints,
+        config.distributed.async_save,
     )
     state = _initial_state(config, start, checkpointer)
     method.prepare(model, optimizer, group.all_reduce_mean)
-    parallel_model = model
-    if not method.reduces_gradients:
-        low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
-        parallel_model = parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
+    parallel_model = reduced_model(config, method, group, model, optimizer)
     if group.is_main:
         _prepare_save_dir(save_dir, launch)
     group.barrier()
@@ -119,27 +125,52 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     )
 
 
-def _distributed_model(
-    launch: Launch, method: TrainingMethod, group: ProcessGroup, weights_from: str | None
+def distributed_model(
+    config: Config,
+    shape: dict[str, Any],
+    method: TrainingMethod,
+    group: ProcessGroup,
+    weights_from: str | None = None,
 ) -> torch.nn.Module:
     """The training model, with its layers changed and its parameters divided as the settings say.
 
-    Weights that are drawn get their memory last, so that a device never holds more than its part of them.
+    `shape` is the model JSON's. Weights that are drawn get their memory last, so that a device never holds more than
+    its part of them; with `weights_from`, a folder or hub name, they are read.
     """
-    config = launch.config
-    model = build_model(config.model, launch.facts.model, weights_from, group.device)
-    if type(method).convert is not TrainingMethod.convert:  # which may read the weights
-        materialize(model, group.device, config.run.seed)
-        model = method.convert(model)
     distributed = config.distributed
-    if distributed.distributed_type == "fsdp" and group.world_size > 1:
+    divided = distributed.distributed_type == "fsdp" and group.world_size > 1
+    model = build_model(config.model, shape, weights_from, group.device)
+    if type(method).convert is not TrainingMethod.convert:  # which may read the weights
+        # Dividing a model moves it to the devices, layer by layer: the whole of it need not fit on one.
+        materialize(model, torch.device("cpu") if divided else group.device, config.run.seed)
+        model = method.convert(model)
+    if divided:
         model = shard(
             model,
             group,
-            Sharding(distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension),
+            Sharding(
+                distributed.replicas,
+                distributed.reshard_after_forward,
+                method.sharded_dimension,
+                method.is_replicated,
+            ),
         )
     materialize(model, group.device, config.run.seed)
     return model
+
+
+def reduced_model(
+    config: Config,
+    method: TrainingMethod,
+    group: ProcessGroup,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> torch.nn.Module:
+    """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
+    if method.reduces_gradients:
+        return model
+    low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
+    return parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
 
 
 def _default_save_dir(config: Config) -> str:

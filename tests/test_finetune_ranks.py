@@ -52,5 +52,6 @@ def test_two_processes_are_one_with_twice_the_batch(name, folders):
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-3)
     assert results[0]["eval_samples"] == results[1]["eval_samples"] == 16
     one, two = (load_file(folders / f"{name}_{count}" / "model.safetensors") for count in (1, 2))
-    for key in one:  # five updates of 1e-3 move a weight by up to 5e-3
+    # No loss depends on the keys' biases: their gradients are rounding errors, whose signs AdamW follows.
+    for key in [key for key in one if not key.endswith("key.bias")]:  # five updates of 1e-3 move a weight by up to 5e-3
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=2e-4, msg=f"{name}: {key}")
