@@ -80,7 +80,7 @@ def test_resume_in_the_middle_changes_no_bit(name, bert, data, tmp_path):
         torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_unless("full_rank", "lora", "galore", "golore_adapter", "switchlora"))
 def test_every_method_learns_and_exports_a_plain_model(name, bert, data, tmp_path):
     flags = {**data, **METHODS[name], "update_proj_gap": 10, "model_name_or_path": bert, "output_dir": tmp_path / "out"}
     flags |= {"relora": 15} if name == "relora" else {}
