@@ -94,8 +94,12 @@ def option_scores(model: nn.Module, batch: Batch, calibrated: bool = False) -> T
 
     Mean log-likelihoods; `calibrated`: less those of the same tokens after the content-free prompts.
     """
-    means = mean_log_likelihoods(model, batch)
-    scores = means.view(2 if calibrated else 1, len(batch["answers"]), -1)
+    return calibrated_scores(mean_log_likelihoods(model, batch), len(batch["answers"]), calibrated)
+
+
+def calibrated_scores(means: Tensor, examples: int, calibrated: bool) -> Tensor:
+    """The scores from the means of a batch's sequences, of which the second half is `calibrated`'s."""
+    scores = means.view(2 if calibrated else 1, examples, -1)
     return scores[0] - scores[1] if calibrated else scores[0]
 
 
