@@ -44,7 +44,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     config = Config.from_settings({**_defaults(given, chosen, problems), "method": method, "optimizer": chosen.rule})
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
-    _warn_without_effect(given, config, warnings)
+    warn_without_effect(given, config, warnings)
 
     facts = validate.FileFacts()
     validate.read_model(config, facts, problems)
@@ -129,7 +129,7 @@ def _derive(
     return config
 
 
-def _warn_without_effect(given: dict[str, Given], config: Config, warnings: list[str]) -> None:
+def warn_without_effect(given: dict[str, Given], config: Config, warnings: list[str]) -> None:
     """One warning for all settings that the chosen method does not read."""
     entry = METHODS.get(config.method.method)
     if entry is None:

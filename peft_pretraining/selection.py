@@ -21,6 +21,11 @@ SELECTORS = [
     Flag("Relora", boolean, "older selector, with --use_peft: ReLoRA"),
 ]
 
+FINETUNING_SELECTORS = [
+    Flag("enable_galore", boolean, "older selector: GaLore; with --proj_type continuous* Online Subspace Descent"),
+    Flag("enable_golore", boolean, "older selector: GoLore's adapter form"),
+]
+
 _PLAIN_RULES = ("adamw", "adam", "adamw8bit", "adam8bit", "adam_zero", "sgd", "adafactor", "lion")
 _PROJECTED_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _RANDOM_PROJECTED_RULES = ("adamw", "adamw8bit", "sgd")
@@ -110,12 +115,16 @@ def _claims(
             claims.append(("golore_adapter", "--use_peft --Golore"))
         else:
             problems.append("--Golore needs --use_peft True (GoLore's optimizer form is --optimizer golore_adamw)")
+    if is_set("enable_golore"):
+        claims.append(("golore_adapter", "--enable_golore"))
     if is_set("Relora") or is_set("relora"):
         claims.append(("relora", "--Relora" if is_set("Relora") else f"--relora {given['relora'].value}"))
     if (is_set("use_peft") or is_set("use_lora")) and not any(method in FACTOR_METHODS for method, _ in claims):
         claims.append(("lora", "--use_peft" if is_set("use_peft") else "--use_lora"))
 
     subspace_descent = proj_type in SUBSPACE_DESCENT_TYPES
+    if is_set("enable_galore"):
+        claims.append(("online_subspace_descent" if subspace_descent else "galore", "--enable_galore"))
     if family == "galore" and subspace_descent:
         claims.append(("online_subspace_descent", f"--optimizer {optimizer} --proj_type {proj_type}"))
     elif family:

@@ -1,0 +1,1 @@
+"""Fine-tuning: the training methods through transformers' `Trainer`, on GLUE and option tasks."""
