@@ -111,3 +111,11 @@ def exact_llama(vocabulary: int, **changes):
             setattr(layer, name, nn.RMSNorm(model.config.hidden_size, model.config.rms_norm_eps).double())
     model.model.norm = nn.RMSNorm(model.config.hidden_size, model.config.rms_norm_eps).double()
     return model
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A LLaMA of 30,000 weights with the BPE tokenizer."""
+    tokenizer = bpe_tokenizer()
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -18,8 +18,7 @@ PROMPTS = {
     "CB": ('Suppose He said it rained. Can we infer that "it rained"? Yes, No, or Maybe?\n', ["Yes", "No", "Maybe"]),
     "BoolQ": ("Ice melts at 0 C. Does ice melt?", [" No", " Yes"]),
     "WSC": (
-        "Mark told Pete lies. He was sly.\n"
-        'In the previous sentence, does the pronoun "he" refer to Mark? Yes or No?\n',
+        'Mark told Pete lies. He was sly.\nIn the previous sentence, does the pronoun "he" refer to Mark? Yes or No?\n',
         ["No", "Yes"],
     ),
     "WIC": (
@@ -28,8 +27,7 @@ PROMPTS = {
         ["No", "Yes"],
     ),
     "MultiRC": (
-        "Bo ate figs.\nQuestion: What did Bo eat?\n"
-        'I found this answer "figs". Is that correct? Yes or No?\n',
+        'Bo ate figs.\nQuestion: What did Bo eat?\nI found this answer "figs". Is that correct? Yes or No?\n',
         ["No", "Yes"],
     ),
     "Copa": ("The man slipped because", [" the floor was wet.", " I sang."]),
@@ -127,7 +125,7 @@ def test_train_dev_and_test_of_one_file_keep_twins_together(tmp_path):
     splits = load_splits(TASKS["WinoGrande"], OptionSettings(**settings))
     parts = [ids(splits.train), ids(splits.dev), ids(splits.test)]
     assert [len(part) for part in parts] == [72, 8, 20]
-    assert sorted(sum(parts, [])) == list(range(100))
+    assert sorted(row for part in parts for row in part) == list(range(100))
     for part in parts:
         assert {row ^ 1 for row in part} == set(part)  # the partner of every row
     other = load_splits(TASKS["WinoGrande"], OptionSettings(**settings, train_set_seed=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from peft_pretraining.data.tokenizer import PlainText
@@ -95,7 +94,9 @@ class OptionEncoder:
         if problems:
             raise ConfigError(problems[:5] + ([f"... and {len(problems) - 5} more"] if len(problems) > 5 else []))
         if cut:
-            log.warning("prompts of %d of %d examples were cut from the left to %d tokens", cut, len(done), self.max_length)
+            log.warning(
+                "prompts of %d of %d examples were cut from the left to %d tokens", cut, len(done), self.max_length
+            )
         return done
 
     def _scored(self, prompt: Sequence[int], option: Sequence[int]) -> Scored:
@@ -118,7 +119,8 @@ def _joined(shown: str, prompt: str) -> str:
 
 def _split(prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
     """The tokens of `whole` that `prompt` begins with too, and the others."""
-    shared = len(commonprefix([prompt, whole]))
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    shared = next((at for at, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
     return whole[:shared], whole[shared:]
 
 

@@ -57,7 +57,9 @@ def load_splits(task: OptionTask, settings: OptionSettings) -> Splits:
             dev, pool = _draw(pool, _dev_size(pool, settings), seed, "--num_dev")
         train, _ = _draw(pool, None if settings.train_all else settings.num_train, seed, "--num_train")
         if not train:
-            raise ConfigError([f"{settings.train_file or settings.data_file or task.hub[0]}: no rows left for training"])
+            raise ConfigError(
+                [f"{settings.train_file or settings.data_file or task.hub[0]}: no rows left for training"]
+            )
     splits = [[example for group in groups or [] for example in group] for groups in (train, dev, test)]
     if settings.shuffle_options:
         splits = [[shuffled(example, seed) for example in split] for split in splits]

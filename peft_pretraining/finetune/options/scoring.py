@@ -19,8 +19,8 @@ from peft_pretraining.loss import IGNORED
 Batch = dict[str, Tensor]
 """`answers` (examples,): index of the right option, first, as Trainer takes the number of examples from there;
 `input_ids`, `attention_mask`, `position_ids` (rows, length): different inputs, padded on the left;
-`rows` (sequences,): which of them a sequence reads; `targets` (sequences, kept): its scored tokens, `IGNORED` on the left.
-For training also `labels`, of which Trainer counts what is not ignored, to weigh micro-batches by."""
+`rows` (sequences,): which of them a sequence reads; `targets` (sequences, kept): its scored tokens, on the right, and
+`IGNORED`. For training also `labels`, of which Trainer counts what is not ignored, to weigh micro-batches by."""
 
 
 def collate(sequences: Sequence[Scored], answers: Sequence[int]) -> Batch:

@@ -127,9 +127,7 @@ class OptionSettings(_OlderFlags):
     result_file: str | None = setting(None, string, "a further file for the results")
 
 
-def check(
-    settings: OptionSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]
-) -> None:
+def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
     """What is wrong with the settings, or has no effect, before anything is read."""
     for flag in ("task_name", "model_name"):
         if getattr(settings, flag) is None and flag not in given and not _failed(flag, problems):

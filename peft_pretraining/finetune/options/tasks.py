@@ -213,7 +213,9 @@ _TABLE = (
         columns=("text", "span1_text", "span2_text"),
         labels=_labels("False", "True"),
         prepare=_wsc,
-        prompts=('{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? Yes or No?\n',),
+        prompts=(
+            '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? Yes or No?\n',
+        ),
         options=("No", "Yes"),
     ),
     OptionTask(
@@ -231,9 +233,7 @@ _TABLE = (
         hub=(SUPER_GLUE, "multirc"),
         columns=("paragraph", "question", "answer"),
         labels=_labels("False", "True"),
-        prompts=(
-            '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n',
-        ),
+        prompts=('{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n',),
         options=("No", "Yes"),
         metrics=("accuracy", "f1"),
     ),

@@ -115,4 +115,5 @@ def by_length(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
 
 
 def metrics_of(task: OptionTask, prediction: EvalPrediction) -> dict[str, float]:
-    return compute(task.metrics, np.argmax(prediction.predictions, axis=1), np.asarray(prediction.label_ids))
+    predicted = np.argmax(prediction.predictions, axis=1)
+    return compute(task.metrics, predicted, np.asarray(prediction.label_ids), len(task.options))
