@@ -119,3 +119,12 @@ def save_tiny_model(folder: Path) -> Path:
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def sentiment_rows(count: int) -> list[dict[str, Any]]:
+    """Rows of SST2 that one word tells apart, by which the model learns them quickly; of different lengths."""
+    words = ["film", "warm", "long", "rats", "holes", "floor"]
+    return [
+        {"sentence": " ".join(["bad film", "fine film"][n % 2 : n % 2 + 1] + words[: n // 2 % 6]), "label": n % 2}
+        for n in range(count)
+    ]
