@@ -1,0 +1,37 @@
+"""What the fine-tuning entry points share: from a command line to an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peft_pretraining.flags import EXIT_BAD_INPUT, ConfigError, exit_with_problems
+
+_SECONDS_TO_SPEAK = 10.0
+
+
+def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -> int:
+    """Call `run` with the command line; 0, or 2 for bad input with one line per problem on stderr."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+        return 0
+    except ConfigError as error:
+        # As in torchrun_main.py: one process per machine speaks, and torchrun must not end it before it has.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            return exit_with_problems(error)
+        time.sleep(_SECONDS_TO_SPEAK)
+        return EXIT_BAD_INPUT
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

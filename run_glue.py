@@ -1,0 +1,25 @@
+"""Fine-tune on GLUE, or on CSV or JSON files: `python run_glue.py ...`, or `torchrun ... run_glue.py ...`.
+
+Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from peft_pretraining.finetune.entry import run_entry
+
+
+def _run(argv: Sequence[str]) -> None:
+    from peft_pretraining.finetune import glue  # transformers and torch come with it
+
+    glue.run(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_entry(_run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
