@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from peft_pretraining.data.sources import one_line
 from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.finetune import settings as finetune_settings
 from peft_pretraining.finetune.options.encoding import EncodedExample, OptionEncoder
 from peft_pretraining.finetune.options.examples import Splits, load_splits
-from peft_pretraining.finetune.options.settings import OptionSettings
+from peft_pretraining.finetune.options.settings import DEFAULTS, OptionSettings, check
 from peft_pretraining.finetune.options.tasks import TASKS
 from peft_pretraining.finetune.options.trainer import OptionTrainer, by_length
 from peft_pretraining.finetune.results import RESULTS_FILE, Results, newest_checkpoint, run_seeds, write_json
@@ -31,52 +33,66 @@ PREDICTIONS_FILE = "predictions.jsonl"
 LONGEST = 2048
 """Tokens of prompt and option, unless told otherwise or the model has fewer positions."""
 
+DESCRIPTION = "Fine-tune a causal language model on an option task with any of the methods, or test it in context."
 
-def run(finetuning: FineTuning[OptionSettings]) -> Results:
-    """Run once, or for every seed of `--seeds`; the results, which are also in `all_results.json`."""
+
+def parse(argv: Sequence[str]) -> FineTuning[OptionSettings]:
+    """The settings of a command line. Raises `ConfigError` with all problems at once."""
+    finetuning = finetune_settings.load(
+        argv, OptionSettings, prog="run_tasks.py", description=DESCRIPTION, defaults=DEFAULTS, check_task=check
+    )
+    training = finetuning.training
+    chooses = training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST
+    if chooses and "metric_for_best_model" not in finetuning.given:
+        training.metric_for_best_model, training.greater_is_better = "accuracy", True
+    training.remove_unused_columns = False  # examples are not dictionaries
+    if "lora_all_modules" in finetuning.given:
+        return finetuning
+    return dataclasses.replace(finetuning, lora_all_modules=True)  # as in pre-training
+
+
+def run(argv: Sequence[str]) -> Results:
+    """Everything: parse, run once or under each of `--seeds`, write the results."""
+    finetuning = parse(argv)
     start_logging(finetuning.training.process_index == 0)
     for warning in finetuning.warnings:
-        log.warning("%s", warning)
-    if (
-        "lora_all_modules" not in finetuning.given
-    ):  # causal models: every linear layer of the blocks, as in pre-training
-        finetuning = dataclasses.replace(finetuning, lora_all_modules=True)
-    splits = load_splits(TASKS[finetuning.task.task_name], finetuning.task)
+        log.warning(warning)
+    with finetuning.training.main_process_first(desc="reading the data"):
+        splits = load_splits(TASKS[finetuning.task.task_name], finetuning.task)
     return run_seeds(finetuning, lambda one: run_one(one, splits))
 
 
 def run_one(finetuning: FineTuning[OptionSettings], splits: Splits) -> Results:
+    """One run in its output folder. Returns what its `all_results.json` has."""
     settings, training = finetuning.task, finetuning.training
-    task = TASKS[settings.task_name]
-    set_seed(training.seed)
+    set_seed(training.seed)  # of the factors' first values
     tokenizer = load_tokenizer(settings.tokenizer or settings.model_name)
     model = load_model(settings, training.device)
     train, dev, test = encode(settings, splits, tokenizer, model)
-    log.info("%s: %d rows for training, %d for dev, %d for the test", task.name, len(train), len(dev), len(test))
-    in_context = settings.trainer == "none"
-    trainer = OptionTrainer(finetuning, model, task, None if in_context else train, dev)
-    trainer.processing_class = tokenizer  # saved with the model
-    results: Results = {
-        "task": task.name,
-        "train_rows": len(splits.train),
-        "dev_rows": len(dev),
-        "test_rows": len(test),
-    }
-    if not in_context and training.do_train:
-        results |= trainer.train(resume_from_checkpoint=newest_checkpoint(finetuning)).metrics
-        results |= trainer.optimizer_report()
-        results["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        if trainer.state.best_metric is not None:
-            results["best_metric"], results["best_step"] = trainer.state.best_metric, trainer.state.best_global_step
-        if settings.save_model:
-            trainer.save_model()
+    log.info("%d rows for training, %d for dev, %d for the test", len(train), len(dev), len(test))
+    trains = settings.trainer == "regular" and training.do_train
+    trainer = OptionTrainer(finetuning, model, tokenizer, train if trains else None, dev)
+    results: Results = _described(finetuning, splits)
+    if trains:
+        results |= _train(trainer, finetuning)
     if dev and training.do_eval:
         results |= trainer.evaluate()
-    if test and not settings.no_eval:
+    if test and not settings.no_eval and (training.do_eval or training.do_predict):
         results |= run_test(trainer, test, settings, Path(training.output_dir))
-    if training.process_index == 0:
+    if trainer.is_world_process_zero():
         write_results(results, settings, Path(training.output_dir))
     return results
+
+
+def _train(trainer: OptionTrainer, finetuning: FineTuning[OptionSettings]) -> Results:
+    results: Results = dict(trainer.train(resume_from_checkpoint=newest_checkpoint(finetuning)).metrics)
+    if finetuning.task.save_model:
+        trainer.save_model()  # merged, and the best one with --load_best_model_at_end
+    trainer.save_state()
+    results["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.state.best_metric is not None:
+        results["best_metric"], results["best_step"] = trainer.state.best_metric, trainer.state.best_global_step
+    return {**results, **trainer.optimizer_report()}
 
 
 def load_model(settings: OptionSettings, device: torch.device) -> PreTrainedModel:
@@ -139,6 +155,17 @@ def write_predictions(path: Path, examples: Sequence[EncodedExample], output: Pr
     ]
     lines.sort(key=lambda line: line["row"])
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _described(finetuning: FineTuning[OptionSettings], splits: Splits) -> Results:
+    """What the run was, in the file with its results."""
+    config, settings = finetuning.config, finetuning.task
+    described: Results = {"task": settings.task_name, "model": settings.model_name, "seed": config.run.seed}
+    described |= {f"{name}_rows": len(getattr(splits, name)) for name in ("train", "dev", "test")}
+    if settings.trainer == "none":
+        return described  # the training rows are demonstrations
+    described |= {"method": config.method.method, "optimizer": config.optimizer.optimizer, "rank": config.method.rank}
+    return {**described, "learning_rate": config.optimizer.lr}
 
 
 def write_results(results: Results, settings: OptionSettings, folder: Path) -> None:

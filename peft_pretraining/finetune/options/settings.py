@@ -10,17 +10,11 @@ from typing import Any
 from peft_pretraining.finetune.options.tasks import TASKS, find_task
 from peft_pretraining.flags import Given, boolean, integer, non_negative_int, positive_int, setting, string
 
-DESCRIPTION = "Fine-tune a causal language model on an option task, or test it in context."
 CONSECUTIVE = "twins"
 """The value of `--split_by` that keeps each two consecutive rows together."""
 
-DEFAULTS: dict[str, Any] = {
-    "rand_ratio": 0.8,
-    "metric_for_best_model": "accuracy",
-    "greater_is_better": True,
-    "remove_unused_columns": False,
-}
-"""What differs from the defaults of the methods and of `TrainingArguments`."""
+DEFAULTS: dict[str, Any] = {"rand_ratio": 0.8}
+"""What differs from the methods' defaults."""
 
 _ZEROTH_ORDER = "zeroth-order training is out of scope"
 _FORWARD_GRADIENTS = "training with forward-mode gradients is out of scope"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pretraining.finetune.options.encoding import EncodedExample
 from peft_pretraining.finetune.options.metrics import compute
@@ -26,7 +26,7 @@ from peft_pretraining.finetune.options.scoring import (
     right_option_loss,
 )
 from peft_pretraining.finetune.options.settings import OptionSettings
-from peft_pretraining.finetune.options.tasks import OptionTask
+from peft_pretraining.finetune.options.tasks import TASKS, OptionTask
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.trainer import MethodTrainer
 
@@ -43,11 +43,12 @@ class OptionTrainer(MethodTrainer):
         self,
         finetuning: FineTuning[OptionSettings],
         model: PreTrainedModel,
-        task: OptionTask,
+        tokenizer: PreTrainedTokenizerBase,
         train: Sequence[EncodedExample] | None = None,
         dev: Sequence[EncodedExample] | None = None,
     ):
         settings = finetuning.task
+        task = TASKS[settings.task_name]
         self._classification = settings.train_as_classification
         self._calibrated = settings.sfc or settings.icl_sfc
         right_options = partial(collate_right_options, only_option=settings.only_train_option)
@@ -56,6 +57,7 @@ class OptionTrainer(MethodTrainer):
             model,
             train_dataset=train or None,
             eval_dataset=by_length(dev) if dev else None,
+            processing_class=tokenizer,
             data_collator=collate_classification if self._classification else right_options,
             compute_metrics=lambda prediction: metrics_of(task, prediction),
         )
