@@ -64,15 +64,20 @@ def check_settings(
     settings: GlueSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]
 ) -> None:
     """Settings against each other."""
+
+    def left_out(name: str) -> bool:
+        """Neither given nor, which is told already, given badly."""
+        return name not in given and not any(problem.startswith(f"--{name} ") for problem in problems)
+
     path = settings.model_name_or_path
-    if path is None:
+    if path is None and left_out("model_name_or_path"):
         problems.append("--model_name_or_path is required")
-    elif path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
+    elif path and path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
         problems.append(f"--model_name_or_path {path}: there is no model in such a folder (config.json)")
     if len(settings.text_columns) > 2:
         problems.append(f"--text_columns {','.join(settings.text_columns)}: must be one or two")
     files = [name for name in _FILES if name in given]
-    if not files and "task_name" not in given:
+    if not files and left_out("task_name") and all(map(left_out, _FILES)):
         problems.append("--task_name, or --train_file and --validation_file, is required")
     if settings.validation_mismatched_file and settings.task_name != "mnli":
         problems.append("--validation_mismatched_file is for --task_name mnli")
@@ -84,5 +89,5 @@ def check_settings(
     evaluates = steps["do_eval"] or ("eval_strategy" in given and given["eval_strategy"].value != "no")
     needs = {"train_file": steps["do_train"], "validation_file": evaluates, "test_file": steps["do_predict"]}
     for name, needed in needs.items():
-        if needed and name not in given:
+        if needed and left_out(name):
             problems.append(f"--{name} is required beside --{files[0]}")
