@@ -151,7 +151,7 @@ def write_predictions(path: Path, examples: Sequence[EncodedExample], output: Pr
     """A line per example: its 0-based row, the scores of its options, the predicted index and the right one."""
     lines = [
         {"row": one.row, "scores": scores.tolist(), "prediction": int(scores.argmax()), "label": one.label}
-        for one, scores in zip(examples, output.predictions, strict=True)
+        for one, scores in zip(examples, output.predictions[0], strict=True)
     ]
     lines.sort(key=lambda line: line["row"])
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -34,8 +34,8 @@ from peft_pretraining.finetune.trainer import MethodTrainer
 class OptionTrainer(MethodTrainer):
     """A `MethodTrainer` over lists of `EncodedExample`.
 
-    Predictions are scores (examples, options), label ids the right options' indices. The evaluation's loss is the
-    right options' mean negative log-likelihood per token, averaged over examples; with `--train_as_classification` the
+    Predictions are scores (examples, options) and losses (examples,), label ids the right options' indices. An
+    example's loss is its right option's mean negative log-likelihood per token; with `--train_as_classification` the
     cross-entropy over the options' scores.
     """
 
@@ -81,18 +81,18 @@ class OptionTrainer(MethodTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
+        """No mean loss: `Trainer` would count the rows that fill up the last batch of several processes."""
         inputs = self._prepare_inputs(inputs)
         answers = inputs["answers"]
         with torch.no_grad(), self.compute_loss_context_manager():
             means = mean_log_likelihoods(model, inputs)
             scores = calibrated_scores(means, len(answers), self._calibrated)
         if self._classification:
-            loss = nn.functional.cross_entropy(scores, answers)
+            losses = nn.functional.cross_entropy(scores, answers, reduction="none")
         else:
-            plain = means[: scores.numel()].view_as(scores)
-            loss = -plain.gather(1, answers[:, None]).mean()
-        return (loss, None, None) if prediction_loss_only else (loss, scores, answers)
+            losses = -means[: scores.numel()].view_as(scores).gather(1, answers[:, None]).squeeze(1)
+        return None, (scores, losses), answers
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         with self._collating(collate_options):
@@ -117,5 +117,6 @@ def by_length(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
 
 
 def metrics_of(task: OptionTask, prediction: EvalPrediction) -> dict[str, float]:
-    predicted = np.argmax(prediction.predictions, axis=1)
-    return compute(task.metrics, predicted, np.asarray(prediction.label_ids), len(task.options))
+    scores, losses = prediction.predictions
+    values = compute(task.metrics, np.argmax(scores, axis=1), np.asarray(prediction.label_ids), len(task.options))
+    return {"loss": float(losses.mean()), **values}
