@@ -83,6 +83,7 @@ def _train(trainer: MethodTrainer, resume_from: str | None) -> Results:
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics, combined=False)
     best = trainer.state.best_metric
+    metrics["train_steps"] = trainer.state.global_step
     return {**metrics, **trainer.optimizer_report(), **({} if best is None else {"best_metric": best})}
 
 

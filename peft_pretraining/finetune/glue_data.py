@@ -132,6 +132,8 @@ def _checked(rows: Dataset, task: GlueTask, label: str, split: str, problems: li
         return rows
     if label in wanted and not is_test:
         labels = _numbers(rows[label], task, label, split, problems)
+        if len(labels) < len(rows):
+            return rows
     else:
         labels = [-1.0 if task.is_regression else -1] * len(rows)
     texts = {name: [str(value) for value in rows[name]] for name in task.columns}
@@ -139,7 +141,7 @@ def _checked(rows: Dataset, task: GlueTask, label: str, split: str, problems: li
 
 
 def _numbers(values: Sequence[Any], task: GlueTask, label: str, split: str, problems: list[str]) -> list[Any]:
-    """Labels as class numbers or scores; those that the task does not have are a problem."""
+    """Labels as class numbers or scores; those that the task does not have are a problem, and left out."""
     numbers, strange = [], {}
     by_name = {name: index for index, name in enumerate(task.labels)}
     if not any(name.isdigit() for name in task.labels):  # otherwise the names are numbers themselves

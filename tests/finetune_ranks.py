@@ -1,0 +1,12 @@
+"""Under torchrun: runs of `run_glue.py` in the same processes, one after the other; argument: a JSON list of flags."""
+
+import json
+import sys
+
+from finetune_helpers import glue_flags
+
+if __name__ == "__main__":
+    from peft_pretraining.finetune import glue
+
+    for flags in json.loads(open(sys.argv[1]).read()):
+        glue.run(glue_flags(**flags))
