@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -82,7 +83,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     data = open_data(launch, group)
     method = load_method(config.method.method)(config)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
-    model = _distributed_model(launch, method, group, weights_from)
+    model = distributed_model(config, launch.facts.model, method, group, weights_from)
     optimizer = method.build_optimizer(model)
     checkpointer = Checkpointer(
         save_dir,
@@ -95,10 +96,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     )
     state = _initial_state(config, start, checkpointer)
     method.prepare(model, optimizer, group.all_reduce_mean)
-    parallel_model = model
-    if not method.reduces_gradients:
-        low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
-        parallel_model = parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
+    parallel_model = reduced_model(config, method, group, model, optimizer)
     if group.is_main:
         _prepare_save_dir(save_dir, launch)
     group.barrier()
@@ -119,15 +117,19 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
     )
 
 
-def _distributed_model(
-    launch: Launch, method: TrainingMethod, group: ProcessGroup, weights_from: str | None
+def distributed_model(
+    config: Config,
+    shape: dict[str, Any],
+    method: TrainingMethod,
+    group: ProcessGroup,
+    weights_from: str | None = None,
 ) -> torch.nn.Module:
     """The training model, with its layers changed and its parameters divided as the settings say.
 
-    Weights that are drawn get their memory last, so that a device never holds more than its part of them.
+    `shape` is the model JSON's. Weights that are drawn get their memory last, so that a device never holds more than
+    its part of them; with `weights_from`, a folder or hub name, they are read.
     """
-    config = launch.config
-    model = build_model(config.model, launch.facts.model, weights_from, group.device)
+    model = build_model(config.model, shape, weights_from, group.device)
     if type(method).convert is not TrainingMethod.convert:  # which may read the weights
         materialize(model, group.device, config.run.seed)
         model = method.convert(model)
@@ -140,6 +142,20 @@ def _distributed_model(
         )
     materialize(model, group.device, config.run.seed)
     return model
+
+
+def reduced_model(
+    config: Config,
+    method: TrainingMethod,
+    group: ProcessGroup,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> torch.nn.Module:
+    """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
+    if method.reduces_gradients:
+        return model
+    low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
+    return parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
 
 
 def _default_save_dir(config: Config) -> str:

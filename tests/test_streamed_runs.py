@@ -107,6 +107,7 @@ def pairs(tmp_path_factory, parts):
         {"argv": command("accumulated", batch_size=2)},
         {"argv": [*command("from one to two"), *RESUME]},
         {"argv": command("from two to one"), "signal": [1, 8]},
+        {"argv": command("fsdp", distributed_type="fsdp")},
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     launched = subprocess.run(
@@ -120,7 +121,7 @@ def pairs(tmp_path_factory, parts):
     return folder
 
 
-@pytest.mark.parametrize("name", ["two", "accumulated", "from one to two", "from two to one"])
+@pytest.mark.parametrize("name", ["two", "accumulated", "from one to two", "from two to one", "fsdp"])
 def test_two_processes_see_the_documents_that_one_sees(pairs, name):
     for read in (helpers.updates, helpers.evaluations):
         rows, expected = read(pairs / name), read(pairs / "one")
