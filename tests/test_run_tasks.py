@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from option_helpers import ROWS, save_tiny_model, sentiment_rows, winogrande_twi
 from safetensors.torch import load_file
 
 import run_tasks
+from peft_pretraining.finetune.options import run as options_run
 from peft_pretraining.finetune.options import trainer as option_trainer
 
 PROJECT = Path(run_tasks.__file__).parent
@@ -282,6 +284,37 @@ def test_bad_rows_and_models(capfd, model, tmp_path):
     (problem,) = refusals([*begin, "--model_name", model], capfd)
     assert problem.startswith("--task_name Copa: aps/super_glue is not loadable from the hub")
     assert not (tmp_path / "run").exists()
+
+
+def dry_run(method, *flags):
+    script = ["bash", str(PROJECT / "scripts" / "winogrande.sh"), method, "--dry_run", *flags]
+    return subprocess.run(script, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("method", ["sgd", "adam", "adamw", "galore_adamw", "galore_sgd", "golore_adamw", "golore_sgd"])
+def test_winogrande_script_prints_commands_that_parse(method):
+    done = dry_run(method, "--seed", "7")
+    assert done.returncode == 0
+    argv = shlex.split(done.stdout)
+    finetuning = options_run.parse(argv[argv.index(str(PROJECT / "run_tasks.py")) + 1 :])
+    sgd, projected = "sgd" in method, "lore" in method
+    settings = finetuning.config.settings()
+    expected = {"method": method.split("_")[0] if projected else "full_rank", "optimizer": "sgd" if sgd else "adamw"}
+    expected |= {"lr": 1e-3 if sgd else 3e-5, "seed": 7}
+    expected |= {"rank": 1024, "update_proj_gap": 500, "scale": 4.0 if sgd else 1.0} if projected else {}
+    expected |= {"momentum": 0.9, "dampening": 0.0} if sgd else {}
+    expected |= {"rand_ratio": 0.8} if method.startswith("golore") else {}
+    assert {name: settings[name] for name in expected} == expected
+    training = finetuning.training
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (30, 16)
+    assert (training.load_best_model_at_end, training.metric_for_best_model) == (True, "accuracy")
+    assert finetuning.task.train_all and finetuning.task.task_name == "WinoGrande" and finetuning.lora_all_modules
+
+
+def test_winogrande_script_refuses_what_it_cannot_do():
+    assert dry_run("rmsprop").returncode == 2 and "error: unknown method rmsprop" in dry_run("rmsprop").stderr
+    assert dry_run("sgd", "--nproc", "3").stderr == "error: --nproc 3 must divide the batch of 16\n"
+    assert "--per_device_train_batch_size 4 " in dry_run("sgd", "--nproc", "4").stdout
 
 
 @pytest.mark.slow
