@@ -1,7 +1,7 @@
 """Pre-train a LLaMA with any of the methods: `torchrun torchrun_main.py ...`, or `python torchrun_main.py ...`.
 
 Exit codes: 0 finished; 2 bad input (one line per problem on stderr, nothing written); 75 stopped by SIGTERM or SIGUSR1
-after saving, to be launched again; 1 anything else.
+after saving, to be launched again; 1 anything else, a last state that could not be saved among it.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ COLLECTIVES = {
     "all_gather": ("_allgather_base_", "all_gather_into_tensor"),
 }
 """What torch calls each of them, in its two libraries of collectives."""
+_NO_TRAFFIC = ("wait_tensor", "_wrap_tensor_autograd", "broadcast_", "barrier")
 
 
 class Exchanged(TorchDispatchMode):
@@ -53,7 +54,7 @@ class Exchanged(TorchDispatchMode):
             name = function._schema.name.split("::")[1]
             kind = next((kind for kind, names in COLLECTIVES.items() if name in names), None)
             if kind is None:
-                assert name in ("wait_tensor", "broadcast_", "barrier"), f"collective {name} is not counted"
+                assert name in _NO_TRAFFIC, f"collective {name} is not counted"
             else:
                 sizes = [item.numel() * item.element_size() for item in _tensors((args, result))]
                 if max(sizes) > 8 * _LARGEST_SCALARS:

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining import run_dir
 from peft_pretraining.build_data import open_data
-from peft_pretraining.checkpoint import Checkpointer, TrainState, starting_counters, versions
+from peft_pretraining.checkpoint import Checkpointer, SaveFailed, TrainState, starting_counters, versions
 from peft_pretraining.cli import Launch
 from peft_pretraining.config import DEFAULT_TOKENIZER, Config, schedule_problems
 from peft_pretraining.data.blocks import end_workers
@@ -31,6 +31,9 @@ from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
 from peft_pretraining.train import Run, TrainingFailed, train
 from peft_pretraining.validate import FileFacts
+
+_SECONDS_TO_FINISH = 60.0
+"""How long a run that fails waits for a checkpoint that is being written."""
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -50,7 +53,11 @@ def run(launch: Launch) -> int:
         exit_code = train(run)
     except (TrainingFailed, DataError) as error:
         log.error("%s", error)
+    except SaveFailed as error:
+        if group.is_main:  # it fails on all ranks alike
+            log.error("%s", error)
     finally:
+        run.checkpointer.wait(_SECONDS_TO_FINISH)  # the other ranks' threads write on, whatever their training does
         run.profiler.stop()
         run.tracker.close(exit_code)
     group.stop()  # only after success: with a rank that failed, leaving the group could wait for ever
@@ -93,6 +100,7 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         method,
         _tokenizer_saver(config, launch.facts, group.is_main),
         config.run.keep_checkpoints,
+        config.distributed.async_save,
     )
     state = _initial_state(config, start, checkpointer)
     method.prepare(model, optimizer, group.all_reduce_mean)
@@ -129,16 +137,23 @@ def distributed_model(
     `shape` is the model JSON's. Weights that are drawn get their memory last, so that a device never holds more than
     its part of them; with `weights_from`, a folder or hub name, they are read.
     """
+    distributed = config.distributed
+    divided = distributed.distributed_type == "fsdp" and group.world_size > 1
     model = build_model(config.model, shape, weights_from, group.device)
     if type(method).convert is not TrainingMethod.convert:  # which may read the weights
-        materialize(model, group.device, config.run.seed)
+        # Dividing a model moves it to the devices, layer by layer: the whole of it need not fit on one.
+        materialize(model, torch.device("cpu") if divided else group.device, config.run.seed)
         model = method.convert(model)
-    distributed = config.distributed
-    if distributed.distributed_type == "fsdp" and group.world_size > 1:
+    if divided:
         model = shard(
             model,
             group,
-            Sharding(distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension),
+            Sharding(
+                distributed.replicas,
+                distributed.reshard_after_forward,
+                method.sharded_dimension,
+                method.is_replicated,
+            ),
         )
     materialize(model, group.device, config.run.seed)
     return model

@@ -7,16 +7,19 @@
                                                         (torch.distributed.checkpoint, tensors only)
       manifest.json                                     size and SHA-256 of every file above
 
-A checkpoint is written as `model_{update}.tmp`, flushed, and renamed; a crash at any moment leaves the ones before it.
+A checkpoint is written as `model_{update}.tmp`, flushed, and renamed (checkpoint_writer.py); a crash at any moment or a
+full disk leaves the ones before it. A save that fails does not end the run, unless it is the last one.
 Tensors are restored in place, so that dtypes and memory alignment (and with them the last bit of a product) stay equal.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import os
+import logging
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,9 +32,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft_pretraining import run_dir
+from peft_pretraining.checkpoint_writer import Background, NotSaved, Snapshot, Writer
 from peft_pretraining.distributed import ProcessGroup
-from peft_pretraining.distributed.sharding import gather_to_main
+from peft_pretraining.distributed.gathering import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
+
+log = logging.getLogger("peft_pretraining")
+
+_ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # of torch.distributed.checkpoint
+_SECONDS_TO_RETRY = 2.0
+
+
+class SaveFailed(RuntimeError):
+    """The state that a run ends with could not be saved; all ranks raise it."""
 
 
 @dataclass
@@ -73,51 +86,97 @@ class Checkpointer:
     """Writes the tokenizer's files into a folder."""
     keep: int | None = None
     """How many checkpoints to keep; None keeps all."""
+    asynchronous: bool = False
+    """Let training go on while a checkpoint is written."""
     saved_step: int | None = None
     """Update of the last checkpoint that this process wrote or restored."""
-    _damaged: set[int] | None = None
+    failed_saves: int = 0
+    """Attempts of this process that did not end in a checkpoint."""
+    _damaged: set[int] = field(init=False)
     """Updates of checkpoints that lay in the folder but were passed over when the run was resumed."""
 
-    def save_once(self, state: TrainState) -> None:
-        """`save`, unless there is a checkpoint of this update already."""
-        if self.saved_step != state.update_step:
-            self.save(state)
+    def __post_init__(self) -> None:
+        self._writer = Writer(self.group.companion(), self._export)
+        self._background = Background()
+        self._damaged = (
+            {step for step, _ in run_dir.completed_checkpoints(self.save_dir)} if self.group.is_main else set()
+        )
+        # For good: a thread that restored the filters would disturb those of the others.
+        warnings.filterwarnings("ignore", message=_ONE_PROCESS)
 
-    def save(self, state: TrainState) -> Path:
-        """Write a checkpoint of the present state; older ones beyond `keep` go only when it is complete."""
-        final = self.save_dir / f"model_{state.update_step}"
-        temporary = final.with_name(final.name + ".tmp")
+    def save_once(self, state: TrainState, next_save: int) -> None:
+        """`save`, unless there is a checkpoint of this update already; a failure is made up for at `next_save`.
+
+        Waits for the save before this one; if asynchronous, not for this one.
+        """
+        self.wait()
+        if self.saved_step != state.update_step:
+            self.save(state, f"the run goes on, and saves again at update {next_save}", self.asynchronous)
+
+    def save_last(self, state: TrainState) -> None:
+        """Save what the run ends with, unless that is done. Raises `SaveFailed` if it cannot be done, tried twice."""
+        self.wait()
+        if self.saved_step != state.update_step:
+            self.save(state, f"trying once more in {_SECONDS_TO_RETRY:g} s")
+        if self.saved_step != state.update_step:
+            time.sleep(_SECONDS_TO_RETRY)
+            self.save(state, "giving up")
+        if self.saved_step != state.update_step:
+            kept = "no checkpoint" if self.saved_step is None else f"checkpoint {self.saved_step}"
+            raise SaveFailed(
+                f"the last update {state.update_step} could not be saved in {self.save_dir}; there is {kept} to go "
+                "on from: make room, and launch the same command again with --autoresume True"
+            )
+
+    def save(self, state: TrainState, consequence: str, beside: bool = False) -> None:
+        """Try to write a checkpoint of the present state; older ones beyond `keep` go only when it is complete.
+
+        A failure is counted and logged, with its consequence. With `beside` only a copy of the state is made before
+        this returns.
+        """
+        snapshot = self._snapshot(state)
+        if beside:
+            self._background.start(functools.partial(self._write, snapshot.copied(), state.update_step, consequence))
+        else:
+            self._write(snapshot, state.update_step, consequence)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether this rank is writing a checkpoint beside the training."""
+        return self._background.busy
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until no save is in flight, on all ranks; or for so long."""
+        if self.in_flight and self.group.is_main:
+            log.info("waiting for the checkpoint that is being written")
+        self._background.wait(seconds)
+
+    def _write(self, snapshot: Snapshot, step: int, consequence: str) -> None:
+        """From here on nothing of the run is read but the snapshot: it may be training."""
+        try:
+            self._writer.write(snapshot, self.save_dir / f"model_{step}")
+        except NotSaved as error:
+            self.failed_saves += 1
+            if self.group.is_main:
+                log.error("update %d was not saved (%s); %s", step, error, consequence)
+            return
+        self.saved_step = step
         if self.group.is_main:
-            if self._damaged is None:
-                resumed_from = -1 if self.saved_step is None else self.saved_step
-                present = (step for step, _ in run_dir.completed_checkpoints(self.save_dir))
-                self._damaged = {step for step in present if step > resumed_from}
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.group.barrier()
-        tensors = self._tensors()
-        with quietly():
-            dcp.save(tensors, checkpoint_id=temporary / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
-        self._export(temporary)
-        if self.group.is_main:
-            counters = {**asdict(state), "world_size": self.group.world_size, "method": self.method.state_dict()}
-            (temporary / run_dir.STATE_FILE).write_text(json.dumps(counters, indent=2) + "\n")
-            _complete(temporary, final)
-            self._delete_old(state.update_step)
-        self.group.barrier()
-        self.saved_step = state.update_step
-        return final
+            try:
+                self._delete_old(step)
+            except OSError as error:
+                log.warning("an old checkpoint could not be deleted (%s)", error)
 
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged."""
         tensors = self._tensors()
-        with quietly():
-            dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
+        dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
         counters = run_dir.read_state(folder)
         self.method.load_state_dict(counters["method"])
         known = {name for name in TrainState.__dataclass_fields__ if name in counters}  # an older run has fewer
         state = TrainState(**{name: counters[name] for name in known})
         self.saved_step = state.update_step
+        self._damaged = {step for step in self._damaged if step > state.update_step}
         return state
 
     def _tensors(self) -> dict[str, Any]:
@@ -130,16 +189,19 @@ class Checkpointer:
         }
         return {"model": self.model.state_dict(), "optimizer": optimizer}
 
-    def _export(self, folder: Path) -> None:
-        """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it. The main process writes."""
-        weights = gather_to_main(self.method.merged_state_dict(self.model), self.group.is_main)
-        if self.group.is_main:
-            self.model.save_pretrained(folder, state_dict=weights)
-            self.save_tokenizer(folder)
+    def _snapshot(self, state: TrainState) -> Snapshot:
+        """What a checkpoint of the present state holds, for the most part in the memory that training uses."""
+        exported = gather_to_main(self.method.merged_state_dict(self.model), self.group.is_main)
+        counters = {**asdict(state), "world_size": self.group.world_size, "method": self.method.state_dict()}
+        return Snapshot(self._tensors(), exported, counters)
+
+    def _export(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it."""
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.save_tokenizer(folder)
 
     def _delete_old(self, newest: int) -> None:
         """Delete what a complete checkpoint of update `newest` makes superfluous."""
-        assert self._damaged is not None
         self._damaged.discard(newest)  # written anew
         if self.keep is None:
             return
@@ -151,40 +213,12 @@ class Checkpointer:
             shutil.rmtree(folder)
 
 
-def _complete(temporary: Path, final: Path) -> None:
-    """Flush every file, write the manifest, and give the checkpoint its name."""
-    files = {}
-    mode = (temporary / run_dir.STATE_FILE).stat().st_mode & 0o777
-    for name in run_dir.checkpoint_files(temporary):
-        (temporary / name).chmod(mode)  # safetensors' files are private to their owner, whatever the umask says
-        _flush(temporary / name)
-        files[name] = run_dir.file_digest(temporary / name)
-    run_dir.write_atomically(temporary / run_dir.MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n")
-    for folder in (temporary / run_dir.TENSORS_DIR, temporary):
-        run_dir.sync_folder(folder)
-    replaced = final.with_name(final.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # damaged, or the run would have been resumed from it
-        final.rename(replaced)
-    temporary.rename(final)
-    run_dir.sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without the warning that a single process needs no process group."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message=_ONE_PROCESS)
         yield
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def starting_counters(folder: Path) -> TrainState:

@@ -11,6 +11,7 @@ from peft_pretraining import factor_config, planned, selection, validate
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
 from peft_pretraining.methods import METHODS, RULE_SETTINGS
+from peft_pretraining.validate_distribution import check_distribution
 
 STREAMED_LENGTH = 256
 """Tokens per sequence of streamed documents, unless told otherwise."""
@@ -51,6 +52,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     validate.read_data(config, facts, problems, warnings)
     config = _derive(config, given, facts, environ if environ is not None else os.environ, problems, warnings)
     validate.check_method(config, problems, warnings)
+    check_distribution(config, facts, problems, warnings)
     validate.check_data(config, facts, problems)
     validate.check_resume_from(config, facts, problems)
     if method in METHODS:

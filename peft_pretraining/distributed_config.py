@@ -1,4 +1,7 @@
-"""How a model and its gradients are divided over devices: a section of `Config`. Nothing here imports torch."""
+"""How a model and its gradients are divided over devices, and its checkpoints written: a section of `Config`.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -18,4 +21,7 @@ class DistributedConfig:
     )
     reduce_low_rank: bool | None = setting(
         None, boolean, "ddp: reduce R instead of G between refreshes (default: where the method allows it)"
+    )
+    async_save: bool = setting(
+        False, boolean, "write checkpoints beside the training, which waits only for a copy in the host's memory"
     )

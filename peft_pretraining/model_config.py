@@ -126,6 +126,19 @@ def position_limit(settings: dict[str, Any]) -> int:
     return settings.get("max_position_embeddings", _SHAPE_DEFAULTS["max_position_embeddings"])
 
 
+def linear_inputs(settings: dict[str, Any]) -> dict[str, int]:
+    """Number of inputs of every linear layer, by dotted name."""
+    shape = {**_SHAPE_DEFAULTS, **settings}
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    block = {
+        **{f"self_attn.{name}_proj": hidden for name in "qkv"},
+        "self_attn.o_proj": heads * (shape["head_dim"] or hidden // heads),
+        **{"mlp.gate_proj": hidden, "mlp.up_proj": hidden, "mlp.down_proj": shape["intermediate_size"]},
+    }
+    blocks = range(shape["num_hidden_layers"])
+    return {f"model.layers.{i}.{name}": size for i in blocks for name, size in block.items()} | {"lm_head": hidden}
+
+
 def parameter_count(settings: dict[str, Any]) -> int:
     """Number of weights (biases, where configured, are left out: this only estimates disk space)."""
     shape = {**_SHAPE_DEFAULTS, **settings}

@@ -28,7 +28,6 @@ REFUSED: dict[str, str] = {
     "lora_scheduler": "the older scripts ignored it in pre-training",
     "log_details": "per-layer logging is not built yet",
     "compress": "gradient compression is not built yet",
-    "async_save": "asynchronous checkpoints are not built yet",
 }
 """Flag -> why it is refused."""
 

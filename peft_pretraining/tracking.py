@@ -35,11 +35,13 @@ class Tracker:
 
     def __init__(self, save_dir: Path, config: Config, resumed: TrainState | None, model: nn.Module, enabled: bool):
         self._file = self._wandb = None
+        self._pending = b""
+        """What could not be written yet."""
         if not enabled:
             return
         path = save_dir / run_dir.METRICS_FILE
         _forget_after(path, resumed)
-        self._file = open(path, "a", buffering=1)  # line-buffered: a crash loses no finished record
+        self._file = open(path, "ab", buffering=0)  # a crash loses no finished record
         if config.tracking.with_tracking or config.tracking.wandb_project:
             self._wandb = _start_wandb(save_dir, config)
             if config.tracking.wandb_watch:
@@ -48,12 +50,29 @@ class Tracker:
     def record(self, **values: Any) -> None:
         """One record; `update_step` is the number of updates done."""
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            self._write(json.dumps(values).encode() + b"\n")
         if self._wandb is not None:
             self._wandb.log(values)
 
+    def _write(self, lines: bytes) -> None:
+        """Append to the file. On a full disk everything is kept, in its order, and tried again with the next record."""
+        late = bool(self._pending)
+        self._pending += lines
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]  # which may take a part of it
+        except OSError as error:
+            if not late:
+                log.error("%s: %s; records are kept until there is room", self._file.name, error.strerror)
+        else:
+            if late:
+                log.info("%s: all records are written again", self._file.name)
+
     def close(self, exit_code: int) -> None:
         if self._file is not None:
+            self._write(b"")
+            if self._pending:
+                log.error("%s: the last records are lost, %d bytes of them", self._file.name, len(self._pending))
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)

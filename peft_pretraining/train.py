@@ -98,11 +98,12 @@ def train(run: Run) -> int:
         while True:
             if evaluation_is_due(run) and not evaluate_and_record(run, stop):
                 return save_and_stop(run)
-            finished = state.update_step >= run.last_step
-            if finished or (state.update_step > 0 and state.update_step % run.config.run.save_every == 0):
-                run.checkpointer.save_once(state)
-            if finished:
+            if state.update_step >= run.last_step:
+                run.checkpointer.save_last(state)
                 return 0
+            if state.update_step > 0 and state.update_step % run.config.run.save_every == 0:
+                next_save = min(state.update_step + run.config.run.save_every, run.last_step)
+                run.checkpointer.save_once(state, next_save)
             began = time.perf_counter()
             with watchdog.update(state.update_step):
                 update = train_step(run, next_micro_batches(run), stop)
@@ -208,6 +209,7 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         peak_memory_bytes=peak_memory_bytes(run.group.device),
         **({"skipped": True} if update.skipped else {}),
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
+        **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
         **run.method.metrics(),
     )
     bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
@@ -247,7 +249,7 @@ def count_spikes(run: Run, update: Update) -> None:
 
 def save_and_stop(run: Run) -> int:
     """What a request to stop ends in."""
-    run.checkpointer.save_once(run.state)
+    run.checkpointer.save_last(run.state)
     log.info("asked to stop: saved update %d; launch the same command again to go on", run.state.update_step)
     return EXIT_REQUEUE
 

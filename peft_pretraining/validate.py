@@ -157,20 +157,6 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
         )
     if method.method in ("golore", "golore_adapter") and method.rand_ratio > 1:
         warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
-    distributed, world = config.distributed, config.batch.world_size
-    if distributed.distributed_type == "fsdp" and method.method in ("lora", "relora", "switchlora", "golore_adapter"):
-        problems.append(f"--distributed_type fsdp is not built yet for {method.method}: use ddp")
-    if distributed.distributed_type == "fsdp" and world % distributed.replicas:
-        problems.append(f"--replicas {distributed.replicas} must divide the {world} processes")
-    if distributed.distributed_type == "ddp" and distributed.replicas > 1:
-        warnings.append("--replicas has no effect without --distributed_type fsdp")
-    if distributed.distributed_type == "ddp" and not distributed.reshard_after_forward:
-        warnings.append("--reshard_after_forward has no effect without --distributed_type fsdp")
-    whole = method.method not in ("galore", "golore", "online_subspace_descent") or (
-        method.proj_type.startswith("continuous") or distributed.distributed_type == "fsdp"
-    )
-    if distributed.reduce_low_rank and whole:
-        warnings.append("--reduce_low_rank has no effect: this method or layout does not reduce projected gradients")
     if method.per_layer and "per_layer" in options:
         if config.optimizer.skip_spikes > 0:
             problems.append(

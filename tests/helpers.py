@@ -26,6 +26,10 @@ REQUEUE = 75
 """Exit code of a run that was stopped by a signal."""
 
 
+class MachineGone(BaseException):
+    """What a test raises where a process would have been killed: no error that the run may handle."""
+
+
 def run(argv: Iterable[Any]) -> int:
     """`torchrun_main.py` in this process; its exit code."""
     import torchrun_main
@@ -235,17 +239,21 @@ def _run_cases(path: Path) -> None:
 
     A case is {"argv": [...]}. With "signal": [rank, update], one rank gets a SIGUSR1 within that update; with
     "evaluation_signal": [rank, number], as it begins that evaluation; with "poison": [rank, update], its loss in that
-    update's first micro-batch is not finite. Beside the file, `rank{N}.json` gets a list of
-    {"exit_code", "digest", "state_digest", "state_bytes", "unsynchronised"}, one per case: the SHA-256 of the weights
-    and of this rank's optimizer state, the state's size, and the number of backward passes without a reduction.
+    update's first micro-batch is not finite; with "count", its "collectives" are counted. Beside the file,
+    `rank{N}.json` gets a list of {"exit_code", "digest", "state_digest", "state_bytes", "local_bytes",
+    "unsynchronised"}, one per case: the SHA-256 of the weights and of this rank's optimizer state, the state's size,
+    that of each of the model's tensors on this rank, and the number of backward passes without a reduction.
     """
     import hashlib
 
+    import collectives
     import pytest
+    import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     from peft_pretraining import build
+    from peft_pretraining.distributed.sharding import local
     from peft_pretraining.train import state_bytes
 
     rank, results, train, no_sync = int(os.environ["RANK"]), [], build.train, DistributedDataParallel.no_sync
@@ -259,9 +267,11 @@ def _run_cases(path: Path) -> None:
             digest = hashlib.sha256()
             for tensor in tensors:
                 whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-                digest.update(whole.contiguous().numpy().tobytes())
+                digest.update(whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             results[-1][name] = digest.hexdigest()
         results[-1]["state_bytes"] = state_bytes(run.optimizer)
+        held = {name: local(tensor) for name, tensor in run.model.state_dict().items()}
+        results[-1]["local_bytes"] = {name: part.numel() * part.element_size() for name, part in held.items()}
         return code
 
     def observed_no_sync(model):
@@ -282,6 +292,8 @@ def _run_cases(path: Path) -> None:
                 stops.enter_context(signal_before_evaluation(case["evaluation_signal"][1]))
             if case.get("poison", [None])[0] == rank:
                 stops.enter_context(poison(pytest.MonkeyPatch(), {case["poison"][1]}, micro_batch=0))
+            if case.get("count"):
+                stops.enter_context(collectives.counted(results[-1].setdefault("collectives", [])))
             results[-1]["exit_code"] = run(case["argv"])
     destroy()
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))

@@ -75,6 +75,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", default="galore")
     parser.add_argument("--updates", type=int, default=400, help="length of the run")
     parser.add_argument("--save_every", type=int, default=16)
+    parser.add_argument("--async_save", action="store_true", help="write checkpoints beside the training")
     parser.add_argument("--work_dir", help="keep everything in this folder (default: a temporary one)")
     options = parser.parse_args(argv)
     if options.in_save is None:
@@ -88,6 +89,7 @@ def _command(folder: Path, options: argparse.Namespace) -> list[str]:
         **{"batch_size": 4, "total_batch_size": 8, "lr": 1e-2, "warmup_steps": 10, "workers": 1},
         **{"num_training_steps": options.updates, "save_every": options.save_every, "eval_every": 50},
         **{"method": options.method, "keep_checkpoints": 3, "autoresume": True},
+        **({"async_save": True} if options.async_save else {}),
         **({} if options.method == "full_rank" else {"rank": 4, "update_proj_gap": 10}),
     }
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]

@@ -15,7 +15,7 @@ from helpers import GALORE, METHODS, RESUME, stop_after
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from peft_pretraining import checkpoint, run_dir
+from peft_pretraining import checkpoint_writer, run_dir
 
 
 @pytest.fixture(scope="module")
@@ -165,16 +165,16 @@ def test_checkpoints_of_a_run(command, tmp_path, changes, kept):
 
 
 def test_older_ones_go_only_when_a_newer_one_is_complete(command, tmp_path, monkeypatch):
-    complete, seen = checkpoint._complete, []
+    complete, seen = checkpoint_writer.complete, []
 
-    def watched(temporary, final):
+    def watched(temporary, final, files):
         seen.append(helpers.checkpoints(tmp_path / "run"))
         if final.name == "model_16":
-            raise InterruptedError("as if the machine had gone")
-        complete(temporary, final)
+            raise helpers.MachineGone
+        complete(temporary, final, files)
 
-    monkeypatch.setattr(checkpoint, "_complete", watched)
-    with pytest.raises(InterruptedError):
+    monkeypatch.setattr(checkpoint_writer, "complete", watched)
+    with pytest.raises(helpers.MachineGone):
         helpers.run(command(save_every=4, keep_checkpoints=1))
     assert seen == [[], [4], [8], [12]]
     assert helpers.checkpoints(tmp_path / "run") == [12] and helpers.unfinished(tmp_path / "run") == ["model_16.tmp"]
@@ -244,7 +244,9 @@ def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path, bit):
     (temporary / "training_state").mkdir(parents=True)
     for name in ("training_state.json", "training_state/.metadata", "training_state/__0_0.distcp"):
         (temporary / name).write_bytes(name.encode() * 7)
-    checkpoint._complete(temporary, folder)
+    checkpoint_writer.complete(
+        temporary, folder, checkpoint_writer.seal(temporary, run_dir.checkpoint_files(temporary))
+    )
     assert run_dir.newest_good_checkpoint(tmp_path) == (folder, [])
     path = folder / "manifest.json"
     whole = path.read_bytes()

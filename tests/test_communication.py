@@ -12,7 +12,7 @@ import pytest
 from conftest import write_model
 
 RANK, FLOAT = 4, 4
-METHODS = ("full_rank", "galore", "golore", "online_subspace_descent")
+METHODS = ("full_rank", "galore", "golore", "online_subspace_descent", "lora", "golore_adapter")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def measure(folder: Path, launcher: list[str], benchmark: str, flags: list[str])
 PROJECTED = 2 * (4 * 32 * 32 + 3 * 64 * 32)
 LOW_RANK = 2 * RANK * (4 * 32 + 3 * 64)
 DENSE = 2 * 128 * 32 + 5 * 32
+BOTH_FACTORS = 2 * RANK * (4 * (32 + 32) + 3 * (64 + 32))
 
 
 WHOLE = FLOAT * (DENSE + PROJECTED)
@@ -70,8 +71,21 @@ def test_fsdp_gathers_weights_twice_and_reduces_gradients_once(rows, method, ref
     assert row["bytes_refresh_update"] == 3 * WHOLE + refresh
 
 
+@pytest.mark.parametrize(
+    "method, trained, reduced", [("lora", BOTH_FACTORS, 0), ("golore_adapter", LOW_RANK, PROJECTED)]
+)
+def test_fsdp_reduces_gradients_of_the_trained_factors(rows, method, trained, reduced):
+    """Ordinary updates add nothing to that; a refresh each layer's gradient, and a Gram matrix. Bases are not moved."""
+    row = rows[method, "fsdp"]
+    assert row["all_gather_bytes"] == 2 * (WHOLE + FLOAT * trained)
+    assert row["reduce_scatter_bytes"] == FLOAT * row["trained_parameters"] == FLOAT * (DENSE + trained)
+    assert row["all_reduce_bytes"] == 0
+    further = row["bytes_refresh_update"] - row["bytes_ordinary_update"]
+    assert further == FLOAT * reduced + (GRAM if reduced else 0)
+
+
 def test_fsdp_holds_a_share_of_everything_but_the_bases(tmp_path):
-    flags = ["--ranks", "1,2", "--methods", "full_rank,galore", "--layouts", "ddp,fsdp"]
+    flags = ["--ranks", "1,2", "--methods", "full_rank,galore,switchlora", "--layouts", "ddp,fsdp"]
     rows = {(row["method"], row["layout"], row["ranks"]): row for row in measure(tmp_path, [], "memory", flags)}
     bases, counters = FLOAT * 2 * 7 * RANK * 32, 8 * 64  # integers per weight: less than this in all
     for method, low_rank in (("full_rank", 0), ("galore", 1)):
@@ -84,3 +98,7 @@ def test_fsdp_holds_a_share_of_everything_but_the_bases(tmp_path):
         assert half["weights_bytes"] == half["gradients_bytes"] == WHOLE // 2
         assert half["bases_bytes"] == one["bases_bytes"]
         assert abs(2 * half["states_bytes"] - one["states_bytes"]) < counters
+    one, half = rows["switchlora", "ddp", 1], rows["switchlora", "fsdp", 2]
+    assert one["candidates_bytes"] > one["weights_bytes"] > 0  # which is what makes dividing them worthwhile
+    for held in ("weights", "candidates", "gradients"):
+        assert 2 * half[f"{held}_bytes"] == one[f"{held}_bytes"]

@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     common = {
         **{"model_name_or_path": model, "task_name": "sst2", "do_train": True, "do_eval": True, "max_steps": 5},
         **{"train_file": write_rows(base / "train.jsonl", rows("sst2", 40, seed=1)), "use_cpu": True, "rank": 4},
-        **{"validation_file": write_rows(base / "validation.jsonl", rows("sst2", 13, seed=2)), "max_length": 16},
+        **{"validation_file": write_rows(base / "validation.jsonl", rows("sst2", 16, seed=2)), "max_length": 16},
         **{"save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3, "lora_all_modules": True},
     }
     cases = []
@@ -50,7 +50,8 @@ def folders(tmp_path_factory):
 def test_two_processes_are_one_with_twice_the_batch(name, folders):
     results = [json.loads((folders / f"{name}_{count}" / "all_results.json").read_text()) for count in (1, 2)]
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-3)
-    assert results[0]["eval_samples"] == results[1]["eval_samples"] == 13
+    assert results[0]["eval_samples"] == results[1]["eval_samples"] == 16
     one, two = (load_file(folders / f"{name}_{count}" / "model.safetensors") for count in (1, 2))
-    for key in one:  # five updates of 1e-3 move a weight by up to 5e-3
+    # No loss depends on the keys' biases: their gradients are rounding errors, whose signs AdamW follows.
+    for key in [key for key in one if not key.endswith("key.bias")]:  # five updates of 1e-3 move a weight by up to 5e-3
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=2e-4, msg=f"{name}: {key}")

@@ -27,10 +27,12 @@ def test_padding_changes_no_logit(side, pad_token_id, tmp_path):
     together = tokenizer(TEXTS, padding=True, return_tensors="pt")
     widest = tokenizer(TEXTS, padding="max_length", max_length=40, return_tensors="pt")
     assert together["input_ids"].eq(0).any() and widest["input_ids"].shape[1] == 40
+    # Padding on the left moves the text to other positions, whose rotations are float32 even in a float64 model.
+    tolerance = 1e-9 if side == "right" else 1e-5
     with torch.no_grad():
         alone = torch.cat([model(**tokenizer([text], return_tensors="pt")).logits for text in TEXTS])
         for batch in (together, widest):
-            torch.testing.assert_close(model(**batch).logits, alone, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(model(**batch).logits, alone, rtol=tolerance, atol=tolerance)
         # And by hand: the head, on the last layer's state at the end of the text.
         for text, logits in zip(TEXTS, alone, strict=True):
             ids = tokenizer([text], return_tensors="pt")["input_ids"]

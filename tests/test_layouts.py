@@ -16,6 +16,9 @@ import torch
 from conftest import write_blocks, write_model
 from safetensors.torch import load_file
 
+from peft_pretraining.export import merged_model
+
+pytestmark = pytest.mark.timeout(600)  # one launch makes all the runs of a layout
 # The leading singular values of these gradients are well apart. Where they are not, a basis turns by what rounding
 # leaves divided by their distance: at rank 16 final weights differ by 3e-9.
 PROJECTED = {"rank": 4, "update_proj_gap": 6}
@@ -37,6 +40,50 @@ METHODS = {
     "descent": {"method": "online_subspace_descent", **PROJECTED},
     "descent, random": {"method": "online_subspace_descent", "proj_type": "random", **PROJECTED},
 }
+# Merges before updates 4 and 8, refreshes at 0, 4 (by SVD) and 8 (random), switches in most updates. No even number of
+# devices divides the 177 inputs of one layer of a block.
+FACTORS = {
+    "lora": {"method": "lora", "rank": 4, "lora_alpha": 4, "lora_plus_ratio": 4, "weight_decay": 0.1},
+    "relora": {
+        **{"method": "relora", "rank": 4, "lora_alpha": 4, "relora": 4, "optimizer_random_pruning": 0.5},
+        "model": "uneven.json",
+    },
+    "switchlora": {
+        **{"method": "switchlora", "rank": 8, "switch_lora_interval": 5, "adam_warm_step": 2},
+        **{"switch_lora_descent_rate": 0.9, "weight_decay": 0.1, "check_rank_sync": 5},
+    },
+    "golore_adapter": {
+        **{"method": "golore_adapter", "rank": 4, "update_proj_gap": 4, "rand_ratio": 0.5},
+        **{"refresh_accumulation": 2, "check_rank_sync": 5},
+    },
+}
+FLOAT32 = {f"{name}, float32": {**flags, "dtype": "float32"} for name, flags in FACTORS.items()}
+UNEVEN = {
+    "golore_adapter sgd": {
+        **{"method": "golore_adapter", "optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "rank": 4},
+        **{"update_proj_gap": 4, "rand_ratio": 0.5, "model": "uneven.json"},
+    },
+}
+VARIANTS = {
+    "lora only": {"method": "lora", "rank": 4, "lora_alpha": 4, "lora_only": True},
+    "relora by magnitude": {
+        **{"method": "relora", "rank": 4, "lora_alpha": 4, "relora": 4, "optimizer_magnitude_pruning": 0.8},
+        **{"scheduler": "cosine_restarts", "restart_warmup_steps": 1, "warmup_steps": 1, "model": "uneven.json"},
+    },
+    "switchlora at random": {
+        **{"method": "switchlora", "rank": 8, "switch_lora_interval": 5, "adam_warm_step": 2},
+        **{"switch_lora_descent_rate": 0.9, "discontinuous_switch": True, "switch_lora_drop": 0.3},
+        **{"cal_delta_norm": True},
+    },
+    "golore_adapter staggered": {
+        **{"method": "golore_adapter", "rank": 4, "update_proj_gap": 4, "rand_ratio": 0.5, "svd_method": "exact"},
+        **{"stagger_refresh": True, "activation_checkpointing": True},
+    },
+}
+ALWAYS = {**METHODS, **FACTORS, **UNEVEN}
+STOPS = (4, 9)
+"""Updates after which runs are stopped: a merge or a refresh is the first thing that comes, or has just been; vectors
+are frozen."""
 EIGHT_BIT = {
     "full_rank 8-bit": {"optimizer": "adamw8bit"},
     "galore 8-bit": {"optimizer": "galore_adamw8bit", **WHOLE_BLOCKS},
@@ -51,9 +98,9 @@ LAYOUTS = {
 }
 
 
-def command(folder: Path, name: str, **changes) -> list[str]:
+def command(folder: Path, name: str, model: str = "llama.json", **changes) -> list[str]:
     settings = {
-        **{"model_config": folder / "llama.json", "dataset_path": folder / "data", "save_dir": folder / name},
+        **{"model_config": folder / model, "dataset_path": folder / "data", "save_dir": folder / name},
         **{"total_batch_size": 8, "lr": 3e-3, "num_training_steps": 12, "warmup_steps": 2, "workers": 0},
         **{"eval_every": 12, "save_every": 12, "dtype": "float64", **changes},
     }
@@ -67,7 +114,7 @@ def launch(folder: Path, processes: int, cases: list[dict]) -> None:
     launched = subprocess.run(
         [*torchrun, helpers.__file__, str(folder / "cases.json")],
         **{"env": helpers.child_environment(), "cwd": helpers.PROJECT, "capture_output": True, "text": True},
-        timeout=280,
+        timeout=500,
     )
     assert launched.returncode == 0, launched.stderr[-30000:]
 
@@ -77,44 +124,160 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     write_blocks(folder / "data")
     write_model(folder / "llama.json", hidden_size=64, intermediate_size=192)
-    for name, flags in {**METHODS, **EIGHT_BIT}.items():
-        assert helpers.run(command(folder, f"one {name}", batch_size=4, **flags)) == 0
+    write_model(folder / "uneven.json", hidden_size=64, intermediate_size=177)
     return folder
 
 
-@pytest.fixture(
-    scope="module",
-    params=[name if name == "fsdp 2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
-)
+def one(folder: Path, name: str) -> Path:
+    """The folder of a run by one process, which is made once."""
+    made = folder / f"one {name}"
+    if not made.exists():
+        flags = {**ALWAYS, **FLOAT32, **VARIANTS, **EIGHT_BIT}[name]
+        assert helpers.run(command(folder, made.name, batch_size=4, **flags)) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
 def layout(request, folder):
     processes, flags = LAYOUTS[request.param]
-    cases = [
-        {"argv": command(folder, f"{request.param} {name}", batch_size=2, **flags, **method)}
-        for name, method in {**METHODS, **EIGHT_BIT}.items()
-    ]
+    quick = request.param == "fsdp 2"
+    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **({} if quick else VARIANTS)}
+    runs = {name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **runs[name]) for name in runs}
+    cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
+    for name in ("relora", "switchlora", "golore_adapter") if quick else ():
+        argv = command(folder, f"{request.param} stopped {name}", batch_size=2, **flags, **FACTORS[name])
+        argv += helpers.RESUME
+        cases += [{"argv": argv, "signal": [1, updates - 1]} for updates in STOPS] + [{"argv": argv}]
     launch(folder / request.param, processes, cases)
     return request.param
+
+
+_LAYOUTS = [name if name == "fsdp 2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "fsdp 2"]
+everywhere = pytest.mark.parametrize("layout", _LAYOUTS, indirect=True, scope="module")
+in_slow_layouts = pytest.mark.parametrize("layout", _SLOW, indirect=True, scope="module")
+in_two_parts = pytest.mark.parametrize("layout", ["fsdp 2"], indirect=True, scope="module")
+
+
+def reported(folder: Path, layout: str, rank: int) -> list[dict]:
+    return json.loads((folder / layout / f"rank{rank}.json").read_text())
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model_12" / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_final_weights_are_those_of_one_process(folder, layout, method):
-    one, many = weights(folder / f"one {method}"), weights(folder / f"{layout} {method}")
-    assert one.keys() == many.keys()
-    for name in one:
+def assert_same_weights(folder: Path, layout: str, method: str) -> None:
+    ours, expected = weights(folder / f"{layout} {method}"), weights(one(folder, method))
+    assert ours.keys() == expected.keys()
+    for name in expected:
         torch.testing.assert_close(
-            many[name], one[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], expected[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
+@everywhere
+@pytest.mark.parametrize("method", ALWAYS)
+def test_final_weights_are_those_of_one_process(folder, layout, method):
+    assert_same_weights(folder, layout, method)
+
+
+@in_slow_layouts
+@pytest.mark.parametrize("method", VARIANTS)
+def test_final_weights_of_variants(folder, layout, method):
+    assert_same_weights(folder, layout, method)
+
+
+@everywhere
 @pytest.mark.parametrize("method", EIGHT_BIT)
 def test_8_bit_states_are_quantised_alike(folder, layout, method):
     """Blocks of 256 numbers lie on one device each. What differs by rounding may fall to the next of 256 values."""
-    one, many = weights(folder / f"one {method}"), weights(folder / f"{layout} {method}")
-    for name in one:
-        torch.testing.assert_close(
-            many[name], one[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_same_weights(folder, layout, method)
+
+
+@everywhere
+@pytest.mark.parametrize("method", FLOAT32)
+def test_losses_in_float32_are_those_of_one_process(folder, layout, method):
+    ours, expected = helpers.updates(folder / f"{layout} {method}"), helpers.updates(one(folder, method))
+    assert len(ours) == 12
+    for row, target in zip(ours, expected, strict=True):
+        assert row == pytest.approx(target, abs=1e-5)
+
+
+@everywhere
+def test_merges_switches_and_refreshes_took_place(folder, layout):
+    """Or nothing above would have been shown."""
+    saved = {name: helpers.tensors(folder / f"{layout} {name}" / "model_12") for name in ("lora", "relora")}
+    frozen = "model.model.layers.0.self_attn.q_proj.weight"  # in both runs drawn alike
+    assert (saved["lora"][frozen] - saved["relora"][frozen]).abs().max() > 1e-3
+    records = helpers.records(folder / f"{layout} switchlora")
+    assert sum(record.get("switched_vectors", 0) > 0 for record in records) > 8
+    refreshed = [row["update_step"] for row in helpers.records(folder / f"{layout} golore_adapter") if
+                 "refreshed_layers" in row]  # fmt: skip
+    assert refreshed == [1, 5, 9]
+
+
+@in_two_parts
+@pytest.mark.parametrize("method", ["relora", "switchlora", "golore_adapter"])
+def test_resuming_a_divided_run_changes_no_bit(folder, layout, method):
+    moved = folder / f"{layout} stopped {method}"
+    assert helpers.checkpoints(moved) == [*STOPS, 12]
+    helpers.assert_same_run(moved, folder / f"{layout} {method}")
+    if method == "switchlora":
+        frozen = [value for name, value in helpers.tensors(moved / "model_4").items() if "switching.frozen" in name]
+        assert sum(int(value.sum()) for value in frozen) > 0
+
+
+@in_two_parts
+@pytest.mark.parametrize("method", FACTORS)
+def test_a_divided_run_is_exported_by_one_process(folder, layout, method):
+    """From the parts in the training state, which are merged anew."""
+    checkpoint = folder / f"{layout} {method}" / "model_12"
+    exported, saved = merged_model(checkpoint, None).state_dict(), weights(folder / f"{layout} {method}")
+    assert saved.keys() <= exported.keys()
+    for name in saved:
+        torch.testing.assert_close(exported[name], saved[name], atol=1e-14, rtol=0)
+
+
+@in_two_parts
+def test_what_devices_exchange_besides_what_fsdp2_does(folder, layout):
+    """A merge gathers the 14 A, a switch the changed rows of all layers at once; a refresh averages 14 gradients, in
+    each of two micro-batches, and twice as often where its basis is taken from two batches."""
+    reports = dict(zip({**ALWAYS, **FLOAT32}, reported(folder, layout, 0), strict=False))
+    ordinary, *others = reports["lora, float32"]["collectives"]
+    assert all(each == ordinary for each in others) and len(others) == 11
+
+    def further(method, kind):
+        counts = reports[f"{method}, float32"]["collectives"]
+        return [count.get(kind, 0) - ordinary.get(kind, 0) for count in counts]
+
+    gathers, scatters = "all_gather_into_tensor", "reduce_scatter_tensor"
+    switched = [row["switched_vectors"] for row in helpers.records(folder / f"{layout} switchlora, float32") if
+                "switched_vectors" in row]  # fmt: skip
+    assert further("relora", gathers) == [14 * (update in (4, 8)) for update in range(12)]
+    assert further("switchlora", gathers) == [int(count > 0) for count in switched]
+    assert (
+        further("golore_adapter", gathers) == further("relora", scatters) == further("switchlora", scatters) == [0] * 12
+    )
+    assert further("golore_adapter", scatters) == [{0: 56, 4: 56, 8: 28}.get(update, 0) for update in range(12)]
+    checks = [update % 5 == 0 for update in range(12)]  # of the ranks: sums of the parts, and two means
+    assert further("switchlora", "allreduce") == [3 * check for check in checks]
+    for kind in ("allgather_base", "reduce_scatter_base"):  # FSDP2's own
+        assert further("relora", kind) == further("switchlora", kind) == [0] * 12
+
+
+@in_two_parts
+def test_each_of_two_devices_has_half_of_weights_factors_and_pools(folder, layout):
+    whole = {
+        name.removeprefix("model."): value.numel() * value.element_size()
+        for name, value in helpers.tensors(folder / f"{layout} switchlora" / "model_12").items()
+        if name.startswith("model.")
+    }
+    halves = (".weight", ".lora_A", ".lora_B", ".candidates_A", ".candidates_B")
+    replicated = ("selected_A", "selected_B", "pointers", "frozen_A", "frozen_B")
+    for rank in range(2):
+        held = reported(folder, layout, rank)[list(ALWAYS).index("switchlora")]["local_bytes"]
+        assert held.keys() == whole.keys() and len(held) == 14 * (3 + 7) + 7  # 14 layers; norms, embedding and head
+        for name, size in held.items():
+            assert name.endswith((*halves, *replicated)), name
+            assert size * (2 if name.endswith(halves) else 1) == whole[name], name

@@ -15,7 +15,7 @@ import torch
 from conftest import write_blocks, write_model
 from helpers import GALORE, METHODS, REQUEUE, RESUME, poison, poisoned_gradient, poisoned_loss, refreshes, stop_after
 
-from peft_pretraining import checkpoint, evaluate, schedule, train
+from peft_pretraining import checkpoint, checkpoint_writer, evaluate, schedule, train
 from peft_pretraining.config import ScheduleConfig
 
 
@@ -97,7 +97,7 @@ def test_signal_during_an_evaluation(command, undisturbed, tmp_path, monkeypatch
         assert helpers.run(command(**GALORE)) == REQUEUE
     assert helpers.checkpoints(tmp_path / "run")[-1] == updates
     if updates < 20:
-        with pytest.raises(InterruptedError), helpers.before_update(updates + 2, crash):
+        with pytest.raises(helpers.MachineGone), helpers.before_update(updates + 2, crash):
             helpers.run([*command(**GALORE), *RESUME])
     for _ in range(2):  # the second launch finds nothing to do
         assert helpers.run([*command(**GALORE), *RESUME]) == 0
@@ -117,7 +117,7 @@ def test_signal_in_the_last_update(command, undisturbed, tmp_path):
 
 
 def crash():
-    raise InterruptedError("as if the machine had gone")
+    raise helpers.MachineGone
 
 
 def test_data_workers_leave_signals_to_the_run(command, undisturbed, tmp_path):
@@ -155,9 +155,9 @@ def test_kill_and_resume(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("method", ["galore", "full_rank"])
-def test_kill_ten_times_and_resume(tmp_path, capsys, method):
-    options = ["--kills", 10, "--in_save", 4, "--stops", 2, "--method", method, "--work_dir", tmp_path]
+@pytest.mark.parametrize("method, more", [("galore", ()), ("full_rank", ()), ("galore", ("--async_save",))])
+def test_kill_ten_times_and_resume(tmp_path, capsys, method, more):
+    options = ["--kills", 10, "--in_save", 4, "--stops", 2, "--method", method, "--work_dir", tmp_path, *more]
     code = kill_and_resume.main([str(option) for option in options])
     printed = capsys.readouterr().out
     assert code == 0, printed
@@ -165,7 +165,7 @@ def test_kill_ten_times_and_resume(tmp_path, capsys, method):
 
 
 def test_crash_between_checkpoints_is_recorded_once(command, undisturbed, tmp_path):
-    with pytest.raises(InterruptedError), helpers.before_update(14, crash):
+    with pytest.raises(helpers.MachineGone), helpers.before_update(14, crash):
         helpers.run(command(**GALORE))
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"update_step": 15, "loss": 2.')  # the line that a crash cut off
@@ -185,14 +185,14 @@ def empty_folder(folder, command, monkeypatch):
 
 
 def only_logs(folder, command, monkeypatch):
-    with pytest.raises(InterruptedError), helpers.before_update(6, crash):
+    with pytest.raises(helpers.MachineGone), helpers.before_update(6, crash):
         helpers.run(command)
     assert len(helpers.updates(folder)) == 6 and helpers.checkpoints(folder) == []
 
 
 def only_an_unfinished_checkpoint(folder, command, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(checkpoint, "_complete", lambda *_: crash())
+    with monkeypatch.context() as patch, pytest.raises(helpers.MachineGone):
+        patch.setattr(checkpoint_writer, "complete", lambda *_: crash())
         helpers.run(command)
     assert helpers.unfinished(folder) == ["model_10.tmp"] and helpers.checkpoints(folder) == []
 

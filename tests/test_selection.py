@@ -86,6 +86,7 @@ def test_what_is_refused_is_refused_by_name(load, text):
     [
         ("--skip_batches 3,5", "skip_batches", (3, 5)),
         ("--wandb_watch", "wandb_watch", True),
+        ("--async_save", "async_save", True),
         ("--comment tried", "comment", "tried"),
         ("--name one", "name", "one"),
         ("--tags a,b", "tags", ("a", "b")),

@@ -1,8 +1,10 @@
 """Flags of the methods with low-rank factors: what chooses them, their defaults, what is refused or without effect."""
 
 import pytest
+from conftest import write_model
 
 from peft_pretraining import cli
+from peft_pretraining.factor_config import FACTOR_METHODS
 from peft_pretraining.flags import ConfigError
 
 
@@ -10,9 +12,10 @@ from peft_pretraining.flags import ConfigError
 def load(command):
     """A function: the launch of a small run with these flags added, or the problems they cause."""
 
-    def run(text: str, **changes):
+    def run(text: str, processes: int = 1, **changes):
+        environ = {"WORLD_SIZE": str(processes)}
         try:
-            return cli.load([*command(**{"warmup_steps": None, **changes}), *text.split()], environ={})
+            return cli.load([*command(**{"warmup_steps": None, **changes}), *text.split()], environ=environ)
         except ConfigError as error:
             return error.problems
 
@@ -176,6 +179,32 @@ def test_a_rate_that_is_not_low_after_a_merge_is_worth_a_warning(load):
     assert not warned("--scheduler cosine_restarts --warmup_steps 50 --restart_warmup_steps 9")
     assert not warned("--scheduler cosine --cycle_length 500 --warmup_steps 50")
     assert not warned("--scheduler constant --warmup_steps 50 --num_training_steps 500")
+
+
+def test_what_fsdp_cannot_divide_is_named(load):
+    for method in FACTOR_METHODS:
+        merges = " --relora 9" if method == "relora" else ""
+        assert load(f"--method {method} --distributed_type fsdp{merges}", processes=2).config.method.method == method
+    refused = load("--method relora --relora 9 --distributed_type fsdp --quantize 8bit --train_scaling")
+    assert [line.split(" ")[0].rstrip(":") for line in refused] == ["--quantize", "--train_scaling"]
+    assert all("--distributed_type fsdp" in line and line.endswith("use ddp") for line in refused)
+
+
+def test_vectors_that_switchlora_cannot_deal_out_are_named(load, tmp_path):
+    model = write_model(tmp_path / "uneven.json", intermediate_size=61)
+
+    def refused(text, processes=2):
+        found = load(f"--distributed_type fsdp {text}", processes=processes, model_config=model)
+        return found if isinstance(found, list) else []
+
+    (line,) = refused("--switch_lora")
+    assert line == (
+        "--distributed_type fsdp: switchlora cannot divide the 61 inputs of model.layers.0.mlp.down_proj and 1 more "
+        "evenly over 2 devices: use another number of them, --replicas, or ddp"
+    )
+    assert refused("--switch_lora --replicas 2") == []  # whole copies
+    assert refused("--switch_lora --target_modules attn,up_proj") == []
+    assert refused("--use_lora") == refused("--switch_lora", processes=1) == []
 
 
 def test_a_golore_run_that_is_never_random_is_worth_a_warning(load):

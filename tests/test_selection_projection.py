@@ -222,7 +222,6 @@ def test_what_clipping_by_the_full_norm_costs(load):
 
 def test_what_fsdp_takes(problems, load):
     assert load("--method galore --distributed_type fsdp").config.distributed.distributed_type == "fsdp"
-    assert "fsdp is not built yet for lora" in problems("--method lora --distributed_type fsdp")[0]
     assert "--replicas 2 must divide the 1 processes" in problems(
         "--method galore --distributed_type fsdp --replicas 2"
     )

@@ -7,13 +7,11 @@ it is needed: a Rust tokenizer works without it.
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +19,7 @@ import numpy as np
 
 from peft_pretraining.data.sources import one_line
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.workers import obey_the_parent
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -141,7 +140,7 @@ def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cp
         return
     encode = partial(_encode_in_worker, str(folder), eos_id)
     # Not forked: this process may have threads (Arrow, Rust, torch) whose locks a fork would copy as they stand.
-    pool = ProcessPoolExecutor(num_cpu, get_context("spawn"), initializer=_obey_the_parent)
+    pool = ProcessPoolExecutor(num_cpu, get_context("spawn"), initializer=obey_the_parent)
     try:
         pending = deque()
         for batch in _batches(documents):
@@ -159,12 +158,6 @@ _worker_encoder = cache(Encoder)  # read once per worker, which lives for one `e
 
 def _encode_in_worker(folder: str, eos_id: int, texts: list[str]) -> Encoded:
     return _worker_encoder(folder, eos_id)(texts)
-
-
-def _obey_the_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent was killed, instead of waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

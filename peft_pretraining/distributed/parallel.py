@@ -27,6 +27,8 @@ class Sharding:
     """Free the gathered weights between forward and backward pass."""
     dimension: Callable[[str, Tensor], int] = lambda name, param: 0
     """The dimension along which a parameter is divided, where its size allows."""
+    replicated: Callable[[str, Tensor], bool] = lambda name, param: False
+    """Whether a parameter, a frozen one, is whole on every device."""
 
     def mesh(self, group: ProcessGroup) -> DeviceMesh:
         shards = group.world_size // self.replicas
@@ -49,6 +51,10 @@ def shard(model: nn.Module, group: ProcessGroup, sharding: Sharding) -> nn.Modul
         # FSDP2 pads an uneven first dimension, but no other.
         return ShardPlacement(dim if dim == 0 or param.shape[dim] % devices == 0 else 0)
 
+    replicated = {param for param, name in names.items() if sharding.replicated(name, param)}
+    assert not any(param.requires_grad for param in replicated), "nobody would reduce their gradients"
+    for param in replicated:  # FSDP2 moves the others
+        param.data = param.data.to(group.device)
     dtype = next(model.parameters()).dtype
     precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
     for module in (*model.model.layers, model):
@@ -58,6 +64,7 @@ def shard(model: nn.Module, group: ProcessGroup, sharding: Sharding) -> nn.Modul
             mp_policy=precision,
             reshard_after_forward=sharding.reshard_after_forward,
             shard_placement_fn=placement,
+            ignored_params=replicated,
         )
     return model
 

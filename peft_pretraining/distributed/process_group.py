@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -79,6 +80,38 @@ class ProcessGroup:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def companion(self) -> Companion:
+        """Another group of the same processes; all must call it."""
+        if self.world_size == 1:
+            return Companion(0, 1, None)
+        # A lost rank is noticed by its connection; the limit must allow for a large model on a slow disk.
+        return Companion(self.rank, self.world_size, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
+
+
+@dataclass(frozen=True)
+class Companion:
+    """All processes of a run once more, for a thread beside the training: on one group their collectives would mix.
+
+    It works on the CPU, whatever the devices.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+    """None with one process."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value (anything that pickles), by rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -96,9 +97,9 @@ def _like(part: Tensor, param: DTensor, dim: int, shape: torch.Size) -> DTensor:
         ShardPlacement(dim) if isinstance(placement, ShardPlacement) else Replicate() for placement in param.placements
     ]
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        part.contiguous(), param.device_mesh, placements, shape=shape, stride=stride, run_check=False
-    )
+    # Not `DTensor.from_local`, which would copy what lies in host memory (candidate pools) to the mesh's device.
+    spec = DTensorSpec(param.device_mesh, tuple(placements), tensor_meta=TensorMeta(shape, stride, part.dtype))
+    return DTensor(part.contiguous(), spec, requires_grad=False)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -121,15 +122,3 @@ def whole_norm(parts: Iterable[tuple[Tensor, Shard]]) -> Tensor:
     if plain:
         square = square + torch.nn.utils.get_total_norm(plain, foreach=True).square()
     return square.sqrt()
-
-
-def gather_to_main(tensors: dict[str, Tensor], is_main: bool) -> dict[str, Tensor]:
-    """Whole tensors by name, on the CPU of the main process; an empty mapping on the others. All must call it."""
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        return tensors if is_main else {}
-    gathered = {}
-    for name, tensor in tensors.items():  # one at a time: no device has to hold the whole model
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if is_main:
-            gathered[name] = whole.cpu()
-    return gathered

@@ -25,10 +25,11 @@ def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -
         time.sleep(_SECONDS_TO_SPEAK)
         return EXIT_BAD_INPUT
     finally:
-        _leave_process_group()
+        leave_process_group()
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
+    """A process that ends within its group may be aborted by the group's own threads."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist

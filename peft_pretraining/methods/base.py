@@ -41,6 +41,10 @@ class TrainingMethod:
         """The dimension along which a parameter had best be divided over devices."""
         return 0
 
+    def is_replicated(self, name: str, param: Tensor) -> bool:
+        """Whether devices that divide the model keep all of a parameter, which must be frozen."""
+        return False
+
     def low_rank_reduction(self, model: nn.Module, optimizer: Optimizer) -> LowRankReduction | None:
         """How DDP can reduce projected gradients instead of whole ones; None where the method needs whole ones."""
         return None

@@ -84,6 +84,11 @@ class FactorMethod(TrainingMethod):
         create_adam_state(optimizer)
         return optimizer
 
+    def sharded_dimension(self, name: str, param: Tensor) -> int:
+        """W and B by rows, A by columns: merging and exporting gather A alone, and a row of A, like a column of B, has
+        a part on every device."""
+        return 1 if name.endswith(".lora_A") else 0
+
     def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
         self._reduce = reduce
 

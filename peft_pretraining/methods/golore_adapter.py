@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining.config import Config
+from peft_pretraining.distributed.sharding import total_norm
 from peft_pretraining.methods.factors import FactorMethod
 from peft_pretraining.methods.projection import summary
 from peft_pretraining.nn import LowRankLinear, low_rank_layers
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.optim.projection import LEFT
 
 
 class GoLoreAdapter(FactorMethod):
@@ -27,6 +29,8 @@ class GoLoreAdapter(FactorMethod):
         self.subspaces: list[AdapterSubspace] = []
         self._due: list[AdapterSubspace] = []
         self._refreshes: dict[str, list[Tensor]] = {}
+        self._by_columns: set[str] = set()
+        self._bases: set[str] = set()
 
     @property
     def scale(self) -> float:
@@ -41,7 +45,19 @@ class GoLoreAdapter(FactorMethod):
         self.subspaces = [
             AdapterSubspace(layer, name, settings, peers) for name, layer in low_rank_layers(model).items()
         ]
+        for adapter, name in zip(self.subspaces, low_rank_layers(model), strict=True):
+            if adapter.side == LEFT:
+                self._by_columns |= {f"{name}.weight", f"{name}.lora_A"}
+            self._bases.add(f"{name}.lora_B" if adapter.side == LEFT else f"{name}.lora_A")
         return model
+
+    def sharded_dimension(self, name: str, param: Tensor) -> int:
+        """W and its trained factor along the side that is not projected, so that R and merging need nothing else."""
+        return 1 if name in self._by_columns else 0
+
+    def is_replicated(self, name: str, param: Tensor) -> bool:
+        """Bases are whole on every device."""
+        return name in self._bases
 
     def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
         """The update rules of the optimizer form, without projection: the trained factors are in the subspace."""
@@ -57,6 +73,7 @@ class GoLoreAdapter(FactorMethod):
             weight_decay=settings.weight_decay,
         )
         for adapter in self.subspaces:
+            adapter.divide()
             optimizer.state[adapter.trained] |= adapter.new_counters()
         return optimizer
 
@@ -76,8 +93,12 @@ class GoLoreAdapter(FactorMethod):
 
     def observe_gradients(self, model: nn.Module, optimizer: LowRankOptimizer) -> None:
         for adapter in self._due:
-            self._reduce(adapter.layer.full_gradient)
+            self._reduce_gradient(adapter)
             adapter.observe()
+
+    def _reduce_gradient(self, adapter: AdapterSubspace) -> None:
+        if adapter.layer.gradient_part is None:  # which has averaged it over the devices
+            self._reduce(adapter.layer.full_gradient)
 
     def grad_norm(self, model: nn.Module, optimizer: LowRankOptimizer) -> Tensor:
         """Norm over R of the adapted weights, in this update's basis, and over the full gradients of everything else.
@@ -85,17 +106,17 @@ class GoLoreAdapter(FactorMethod):
         Chooses the new bases of a refresh: full gradients are reduced here, in these updates alone.
         """
         for adapter in self._due:
-            self._reduce(adapter.layer.full_gradient)
-            adapter.project(optimizer.state[adapter.trained], optimizer.update_step)
+            self._reduce_gradient(adapter)
+            adapter.project(optimizer.local_state(adapter.trained), optimizer.update_step)
         trained = {adapter.trained: adapter.layer.scale for adapter in self.subspaces}
         gradients = [param.grad for param in model.parameters() if param.grad is not None and param not in trained]
-        low_rank = torch.nn.utils.get_total_norm([param.grad for param in trained], foreach=True)
+        low_rank = total_norm(param.grad for param in trained)
         low_rank = low_rank / self.config.method.scale  # the gradient of a trained factor is -s·R
-        return torch.linalg.vector_norm(torch.stack([low_rank, torch.nn.utils.get_total_norm(gradients, foreach=True)]))
+        return torch.linalg.vector_norm(torch.stack([low_rank, total_norm(gradients)]))
 
     def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         for adapter in self._due:
-            adapter.commit(optimizer.state[adapter.trained], step, optimizer.rule, self._refreshes)
+            adapter.commit(optimizer.local_state(adapter.trained), step, optimizer.rule, self._refreshes)
         self._due = []
 
     def metrics(self) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""A check that all ranks hold the same bits, by comparing checksums. Costs one pass over the tensors."""
+"""A check that all ranks hold the same bits, by comparing checksums. Costs one pass over the tensors.
+
+Of a tensor that is divided over devices the checksum of the whole is the sum over the parts: copies of a divided model
+are compared with each other.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from peft_pretraining.distributed.sharding import Shard, local
 
 _MODULUS = 2**31 - 1
 _CHUNK = 2**24
@@ -17,8 +23,15 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def assert_equal_on_all_ranks(layers: Mapping[str, nn.Module], reduce: Callable[[Tensor], Tensor], step: int) -> None:
     """Raises `RuntimeError`, on every rank, naming the first layer whose state differs. `reduce` averages in place."""
     states = {name: list(layer.state_dict().values()) for name, layer in layers.items()}
-    device = next((tensor.device for state in states.values() for tensor in state), torch.device("cpu"))
-    own = torch.stack([sum(checksum(tensor).to(device) for tensor in state) % _MODULUS for state in states.values()])
+    shards = [Shard.of(tensor) for state in states.values() for tensor in state]
+    device = next((local(tensor).device for state in states.values() for tensor in state), torch.device("cpu"))
+    own, parts = (
+        torch.stack([_sum_of_checksums(state, divided, device) for state in states.values()])
+        for divided in (False, True)
+    )
+    if divided := next((shard for shard in shards if shard.dim is not None), None):
+        own += divided.sum(parts)
+    own %= _MODULUS
     # The sums are integers far below 2^53, so that the mean of equal ones is that number itself.
     own = own.double()
     differs = (reduce(own.clone()) != own).double()
@@ -30,6 +43,13 @@ def assert_equal_on_all_ranks(layers: Mapping[str, nn.Module], reduce: Callable[
             f"before update {step} the ranks differ in {len(which)} of {len(names)} layers, first in {which[0]}: "
             "their gradients or random draws were not equal"
         )
+
+
+def _sum_of_checksums(tensors: list[Tensor], divided: bool, device: torch.device) -> Tensor:
+    """Over those tensors that are divided over devices, of this device's parts, or over the others."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    kept = (tensor for tensor in tensors if (Shard.of(tensor).dim is not None) == divided)
+    return sum((checksum(local(tensor)).to(device) for tensor in kept), zero)
 
 
 @torch.no_grad()

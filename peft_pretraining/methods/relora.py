@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft_pretraining import rng
+from peft_pretraining.distributed.gathering import put
+from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods.factors import FactorMethod
 from peft_pretraining.nn import LowRankLinear, low_rank_layers
 from peft_pretraining.nn.initialization import draw_kaiming_a
@@ -36,7 +38,7 @@ class ReLoRA(FactorMethod):
         """W ← W + s·B·A, A drawn anew, B ← 0, a trained scale back at 1 (with 0, as in older code, it would stay 0)."""
         layer.merge()
         with torch.no_grad():
-            layer.lora_A.copy_(self.draw_a(layer, step, index))
+            put(layer.lora_A, self.draw_a(layer, step, index))
             if layer.scaling is not None:
                 layer.scaling.fill_(1.0)
 
@@ -54,6 +56,6 @@ class ReLoRA(FactorMethod):
                 state_reset.prune_randomly(moments, factors.optimizer_random_pruning, generator)
             for moment in moments:
                 if factors.reset_optimizer_on_relora:
-                    moment.zero_()
+                    local(moment).zero_()
                 elif factors.optimizer_magnitude_pruning:
                     state_reset.prune_by_magnitude(moment, factors.optimizer_magnitude_pruning)

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from peft_pretraining import rng
 from peft_pretraining.config import Config
+from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods.factors import FactorMethod
 from peft_pretraining.nn import low_rank_layers
 from peft_pretraining.nn.exchange import exchange, to_device
@@ -49,6 +51,11 @@ class SwitchLoRA(FactorMethod):
 
     def build_optimizer(self, model: nn.Module) -> VectorAdamW:
         settings = self.config.optimizer
+        for name, layer in low_rank_layers(model).items():
+            if Shard.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
+                raise ConfigError([f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
+                                   f"of {name} evenly: use another number of devices, --replicas, or ddp"])  # fmt: skip
+            layer.switching.divide(layer)
         groups = self.parameter_groups(model)
         groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
         betas = (settings.adam_beta1, settings.adam_beta2)
@@ -89,7 +96,8 @@ class SwitchLoRA(FactorMethod):
         corrections = exchange(due, factors.switch_lora_drop)
         self.switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
         if factors.cal_delta_norm:
-            self.correction_norm = torch.nn.utils.get_total_norm(corrections) if corrections else torch.zeros(())
+            shards = [Shard.of(layer.weight) for layer, _ in due]
+            self.correction_norm = whole_norm(zip(corrections, shards, strict=True))
         for layer, switch in due:
             layer.switching.frozen_B[switch.slots_a] = factors.adam_warm_step
             layer.switching.frozen_A[switch.slots_b] = factors.adam_warm_step
@@ -104,11 +112,11 @@ class SwitchLoRA(FactorMethod):
         slots = [item for item in slots if item[2]]
         if factors.remain_switch_state or not slots:
             return
-        indices = to_device([item[2] for item in slots], slots[0][0].device)
+        indices = to_device([item[2] for item in slots], local(slots[0][0]).device)
         for (factor, name, _), index in zip(slots, indices, strict=True):
             state = optimizer.state[factor]
             for key in MOMENTS:
-                state[key].index_fill_(_VECTORS[name], index, 0)
+                local(state[key]).index_fill_(_VECTORS[name], index, 0)
             if not factors.remain_switch_step_state:
                 state["step"].index_fill_(0, index, 0)
 
@@ -121,7 +129,7 @@ class SwitchLoRA(FactorMethod):
                 if not counters.any():
                     continue
                 if slots := (counters > 0).nonzero().flatten().tolist():
-                    frozen.append((getattr(layer, name).grad, dim, slots))
+                    frozen.append((local(getattr(layer, name).grad), dim, slots))
                 counters.copy_((counters - 1).clamp_(min=0))
         if frozen:
             indices = to_device([item[2] for item in frozen], frozen[0][0].device)

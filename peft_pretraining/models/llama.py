@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import rng
 from peft_pretraining.config import ModelConfig
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.gathering import put
+from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -102,5 +103,4 @@ def materialize(model: LlamaForCausalLM, device: torch.device, seed: int) -> Non
         generator = rng.generator(seed, f"initial weights of {name}")
         drawn = torch.empty(param.shape, dtype=torch.float32)
         drawn.normal_(0.0, model.config.initializer_range, generator=generator)
-        divided = Shard.of(param)
-        local(param).copy_(divided.part(drawn, divided.dim or 0))
+        put(param, drawn)

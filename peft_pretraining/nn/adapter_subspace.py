@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.distributed.gathering import mean_part, put
+from peft_pretraining.distributed.sharding import Shard, local
 from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
 from peft_pretraining.optim.bases import basis_rule
 from peft_pretraining.optim.projection import RIGHT
@@ -52,6 +54,24 @@ class AdapterSubspace:
         """Update step of the last refresh (-1: none) and their number."""
         return {"last_refresh": counter(-1), "refreshes": counter(0)}
 
+    def divide(self) -> None:
+        """The model has been divided over devices: from now on gradients and R are this device's parts.
+
+        Sums over devices, where a basis needs them, are the basis rule's.
+        """
+        weight, dtype = self.layer.weight, working_dtype(self.layer.lora_A.dtype)
+        self.subspace.rule = basis_rule(self.settings, Shard.of(weight))
+        if Shard.of(weight).dim is not None:
+            # At once, in every backward pass: the gradient of a whole layer exists for that moment only.
+            self.layer.gradient_part = lambda gradient: mean_part(gradient.to(dtype), weight)
+
+    @property
+    def _divided_rank(self) -> Shard | None:
+        """How the trained factor is divided where R, in contrast, is whole on every device: along the rank, since the
+        other dimension could not be divided evenly."""
+        shard = Shard.of(self.trained)
+        return shard if shard.dim is not None and self.subspace.rule.projection.low_rank_shard.dim is None else None
+
     def is_due(self, state: dict[str, Tensor], step: int) -> bool:
         return self.subspace.refresh_is_due(state, self.settings, step)
 
@@ -60,8 +80,7 @@ class AdapterSubspace:
         layer, self.projected = self.layer, None
         layer.full_gradient = None
         if wanted:
-            dtype = working_dtype(layer.lora_A.dtype)
-            layer.full_gradient = layer.lora_A.new_zeros(layer.out_features, layer.in_features, dtype=dtype)
+            layer.full_gradient = torch.zeros_like(local(layer.weight), dtype=working_dtype(layer.lora_A.dtype))
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -75,7 +94,11 @@ class AdapterSubspace:
         gradient in it. Nothing is committed: the update may still be skipped."""
         projected = self.subspace.project(self._with_basis(state), self.layer.full_gradient, self.settings, step)
         self.projected, self.layer.full_gradient = projected, None
-        self.trained.grad.copy_(projected.low_rank_grad.mul(self.layer.scale))
+        gradient = projected.low_rank_grad.mul(self.layer.scale)
+        if self._divided_rank is None:
+            local(self.trained.grad).copy_(gradient)
+        else:
+            put(self.trained.grad, gradient)
 
     @torch.no_grad()
     def commit(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
@@ -83,8 +106,15 @@ class AdapterSubspace:
         projected, self.projected = self.projected, None
         if projected.new_bases is not None:
             self.layer.add_to_weight(self.layer.delta_weight())
-            self.trained.zero_()
-        self.subspace.commit(self._with_basis(state), projected, step, rule, metrics)
+            local(self.trained).zero_()
+        state, divided = self._with_basis(state), self._divided_rank
+        moment = state.get(rule.first_moment)
+        if divided is None or moment is None:
+            self.subspace.commit(state, projected, step, rule, metrics)
+            return
+        gathered = divided.gather(moment)
+        self.subspace.commit({**state, rule.first_moment: gathered}, projected, step, rule, metrics)
+        moment.copy_(divided.part(gathered, divided.dim))
 
     def _with_basis(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The optimizer's state and the basis, where `Subspace` looks for them; changes in place reach both."""

@@ -6,6 +6,9 @@ SwitchLoRA, arXiv 2406.06564. For a row a_i of A that makes room for the candida
 
 keeps W + s·B·A, and likewise for a column of B. The outgoing vectors are saved first and the incoming ones read after
 that, so it holds for any choice of candidates, even the outgoing ones themselves.
+
+Divided over devices, A and the pools have their vectors' entries divided, W and B their rows. Pools and factors are
+then exchanged where they lie, and W needs the changed rows of A as a whole: those alone are gathered.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peft_pretraining.distributed.gathering import gather_columns
+from peft_pretraining.distributed.sharding import Shard, local
 from peft_pretraining.nn.low_rank_linear import working_dtype
 from peft_pretraining.nn.switching import Switch, SwitchedLinear
 
@@ -29,61 +34,77 @@ def to_device(lists: Sequence[list[int]], device: torch.device) -> list[Tensor]:
 
 @torch.no_grad()
 def exchange(switches: Sequence[tuple[SwitchedLinear, Switch]], drop: float = 0.0) -> list[Tensor]:
-    """Carry out the switches; returns the correction (m, n) that each layer's W got.
+    """Carry out the switches; returns the correction (m, n), or this device's rows, that each layer's W got.
 
-    Vectors travel in one copy to the pools' memory and one back, whatever the number of layers. `drop` takes that
-    share of its old value off a vector that goes back to its pool, which then gets its old length.
+    Vectors travel in one copy to the pools' memory and one back, whatever the number of layers, and in one gathering
+    over the devices if they are divided. `drop` takes that share of its old value off a vector that goes back to its
+    pool, which then gets its old length.
     """
     if not switches:
         return []
-    device = switches[0][0].lora_A.device
+    device = local(switches[0][0].lora_A).device
     slots = to_device([part for _, switch in switches for part in (switch.slots_a, switch.slots_b)], device)
     outgoing = []
     for position, (layer, _) in enumerate(switches):
-        outgoing.append(layer.lora_A[slots[2 * position]])  # (k, n)
-        outgoing.append(layer.lora_B[:, slots[2 * position + 1]].T)  # (k, m)
+        outgoing.append(local(layer.lora_A)[slots[2 * position]])  # (k, n)
+        outgoing.append(local(layer.lora_B)[:, slots[2 * position + 1]].T)  # (k, m)
 
-    pools_device = switches[0][0].switching.candidates_A.device
-    for (layer, switch), a, b in zip(switches, *_in_pairs(_moved(outgoing, pools_device)), strict=True):
+    pools_device = local(switches[0][0].switching.candidates_A).device
+    for (layer, switch), (a, b) in zip(switches, _pairs(_moved(outgoing, pools_device)), strict=True):
         state = layer.switching
-        _save(state.candidates_A, state.selected_A[switch.slots_a], a, drop)
-        _save(state.candidates_B, state.selected_B[switch.slots_b], b, drop)
+        _save(state.candidates_A, state.selected_A[switch.slots_a], a, drop, device)
+        _save(state.candidates_B, state.selected_B[switch.slots_b], b, drop, device)
         state.selected_A[switch.slots_a] = torch.tensor(switch.incoming_a, dtype=torch.int64)
         state.selected_B[switch.slots_b] = torch.tensor(switch.incoming_b, dtype=torch.int64)
     waiting = []
     for layer, switch in switches:
-        waiting.append(layer.switching.candidates_A[switch.incoming_a])
-        waiting.append(layer.switching.candidates_B[switch.incoming_b])
+        waiting.append(local(layer.switching.candidates_A)[switch.incoming_a])
+        waiting.append(local(layer.switching.candidates_B)[switch.incoming_b])
     incoming = _moved(waiting, device)
-
-    return [
-        _install(layer, slots[2 * i : 2 * i + 2], outgoing[2 * i : 2 * i + 2], incoming[2 * i : 2 * i + 2])
-        for i, (layer, _) in enumerate(switches)
-    ]
+    return _install([layer for layer, _ in switches], slots, outgoing, incoming)
 
 
-def _install(layer: SwitchedLinear, slots: list[Tensor], outgoing: list[Tensor], incoming: list[Tensor]) -> Tensor:
-    """Put the incoming vectors in, A first, and correct W by what they change, rounded once."""
-    high = working_dtype(layer.lora_A.dtype)
-    a_change = outgoing[0].to(high) - incoming[0].to(high)  # (k, n)
-    correction = layer.lora_B[:, slots[0]].to(high) @ a_change  # (m, k) @ (k, n)
-    layer.lora_A[slots[0]] = incoming[0]
-    b_change = outgoing[1].to(high) - incoming[1].to(high)  # (k, m)
-    correction += b_change.T @ layer.lora_A[slots[1]].to(high)
-    layer.lora_B[:, slots[1]] = incoming[1].T
-    correction *= layer.scale
-    layer.add_to_weight(correction)
-    return correction
+def _install(
+    layers: Sequence[SwitchedLinear], slots: list[Tensor], outgoing: list[Tensor], incoming: list[Tensor]
+) -> list[Tensor]:
+    """Put the incoming vectors in, A first, and correct W by what they change, rounded once.
+
+    Slots and vectors are those of A and of B in turn, layer by layer.
+    """
+    high = working_dtype(layers[0].lora_A.dtype)
+    rows = []
+    for layer, (slots_a, slots_b), a, old in zip(layers, _pairs(slots), incoming[0::2], outgoing[0::2], strict=True):
+        rows.append(old.to(high) - a.to(high))  # (k, n)
+        local(layer.lora_A)[slots_a] = a
+        rows.append(local(layer.lora_A)[slots_b].to(high))  # (k, n)
+    rows = gather_columns(rows, layers[0].lora_A)
+
+    corrections = []
+    for layer, (slots_a, slots_b), (a_change, a_rows), b, old in zip(
+        layers, _pairs(slots), _pairs(rows), incoming[1::2], outgoing[1::2], strict=True
+    ):
+        lora_b = local(layer.lora_B)
+        correction = lora_b[:, slots_a].to(high) @ a_change  # (m, k) @ (k, n)
+        b_change = old.to(high) - b.to(high)  # (k, m)
+        correction += b_change.T @ a_rows
+        lora_b[:, slots_b] = b.T
+        correction *= layer.scale
+        layer.add_to_weight(correction)
+        corrections.append(correction)
+    return corrections
 
 
-def _save(pool: Tensor, indices: Tensor, vectors: Tensor, drop: float) -> None:
-    """Write vectors (k, d) to their places in a pool (c, d)."""
+def _save(pool: Tensor, indices: Tensor, vectors: Tensor, drop: float, device: torch.device) -> None:
+    """Write vectors (k, d) to their places in a pool (c, d). Devices that divide it exchange numbers on `device`."""
+    part = local(pool)
     if drop:
-        changed = vectors - drop * pool[indices]
-        lengths = torch.linalg.vector_norm(torch.stack([vectors, changed]).to(working_dtype(pool.dtype)), dim=2)
+        changed, shard = vectors - drop * part[indices], Shard.of(pool)
+        lengths = torch.linalg.vector_norm(torch.stack([vectors, changed]).to(working_dtype(part.dtype)), dim=2)
+        if shard.dim is not None:
+            lengths = shard.sum(lengths.square().to(device)).sqrt().to(part.device)
         factor = torch.where(lengths[1] > 0, lengths[0] / lengths[1], 0.0)  # (k,)
-        vectors = (changed * factor[:, None]).to(pool.dtype)
-    pool[indices] = vectors
+        vectors = (changed * factor[:, None]).to(part.dtype)
+    part[indices] = vectors
 
 
 def _moved(parts: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -99,5 +120,6 @@ def _moved(parts: list[Tensor], device: torch.device) -> list[Tensor]:
     return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def _in_pairs(parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    return parts[0::2], parts[1::2]
+def _pairs(parts: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Those of A and of B, layer by layer."""
+    return list(zip(parts[0::2], parts[1::2], strict=True))

@@ -32,6 +32,6 @@ class FrozenProduct(torch.autograd.Function):
             (x,) = saved
             outputs = grad_output.reshape(-1, layer.out_features)  # (N, m)
             inputs = x.reshape(-1, layer.in_features)  # (N, n)
-            layer.full_gradient += outputs.T @ inputs.to(outputs.dtype)  # they differ under autocast alone
+            layer.add_to_full_gradient(outputs.T @ inputs.to(outputs.dtype))  # they differ under autocast alone
         grad_input = grad_output @ layer.dense_weight().to(grad_output.dtype) if ctx.needs_input_grad[0] else None
         return grad_input, None, None

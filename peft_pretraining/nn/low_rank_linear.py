@@ -6,6 +6,9 @@ Hu et al., arXiv 2106.09685, section 4.1. With W (m, n) frozen, A (r, n) and B (
 
 What happens to W, A and B over time (merge, reset, switch, new basis) is for the methods to say. They do it with
 `add_to_weight`, which computes in float32 (float64 for float64) and rounds once.
+
+W, A and B may be divided over devices (distributed/sharding.py). What is computed from them between passes is then this
+device's part of W, with rows of B and columns of A that meet it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_pretraining.distributed.gathering import meeting, on_main
+from peft_pretraining.distributed.sharding import Shard, distribute_like, local
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
@@ -68,6 +73,8 @@ class LowRankLinear(nn.Module):
         self.register_parameter("scaling", nn.Parameter(dense.new_ones(())) if train_scaling else None)
         self.full_gradient: Tensor | None = None
         """While this is a tensor (m, n), backward passes add the gradient of the full weight to it."""
+        self.gradient_part: Callable[[Tensor], Tensor] | None = None
+        """What makes of a gradient (m, n) the part that `full_gradient` has, where W is divided."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scale={self.scale:g}"
@@ -93,35 +100,52 @@ class LowRankLinear(nn.Module):
             return torch.zeros_like(self.lora_B[:, :1] @ self.lora_A[:1])
         return self.weight if self.quantized is None else self.quantized.dense()
 
+    def add_to_full_gradient(self, gradient: Tensor) -> None:
+        """Add one backward pass's gradient of the full weight (m, n) to what has gathered."""
+        self.full_gradient += gradient if self.gradient_part is None else self.gradient_part(gradient)
+
+    @property
+    def divided_as(self) -> Tensor:
+        """The parameter that says how (m, n) is divided over devices."""
+        return self.lora_B if self.weight is None else self.weight
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """s·B·A (m, n), in float32 or float64."""
+        """s·B·A (m, n), or this device's part, in float32 or float64."""
         high = working_dtype(self.lora_A.dtype)
-        scale = self.current_scale()
-        return self.lora_B.to(high) @ self.lora_A.to(high) * (scale.to(high) if isinstance(scale, Tensor) else scale)
+        scale, shard = self.current_scale(), Shard.of(self.divided_as)
+        b, a = meeting(self.lora_B, shard, 0), meeting(self.lora_A, shard, 1)
+        return b.to(high) @ a.to(high) * (scale.to(high) if isinstance(scale, Tensor) else scale)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s·B·A (m, n) in the model's dtype: what a plain linear layer would hold. Changes nothing."""
+        """W + s·B·A (m, n) in the model's dtype, divided as W: what a plain layer would hold. Changes nothing."""
         delta = self.delta_weight()
-        return (self.dense_weight().to(delta.dtype) + delta).to(self.lora_A.dtype)
+        dense = torch.zeros_like(delta) if self.lora_only else local(self.dense_weight()).to(delta.dtype)
+        merged, shard = (dense + delta).to(self.lora_A.dtype), Shard.of(self.divided_as)
+        return (
+            merged if shard.dim is None else distribute_like(merged, self.divided_as, shard.dim, shard.shape[shard.dim])
+        )
 
     @torch.no_grad()
     def add_to_weight(self, correction: Tensor) -> None:
-        """W += correction (m, n), given in `working_dtype`: added there and rounded once (or quantised again)."""
+        """W += correction (m, n), or this device's part, given in `working_dtype`: added there and rounded once (or
+        quantised again)."""
         assert not self.lora_only, "there is no weight to correct"
         if self.quantized is not None:
             self.quantized.assign(self.quantized.dense().to(correction.dtype) + correction)
-        elif self.weight.dtype == correction.dtype:
-            self.weight.add_(correction)
+            return
+        weight = local(self.weight)
+        if weight.dtype == correction.dtype:
+            weight.add_(correction)
         else:
-            self.weight.copy_(self.weight.to(correction.dtype) + correction)
+            weight.copy_(weight.to(correction.dtype) + correction)
 
     @torch.no_grad()
     def merge(self) -> None:
         """W ← W + s·B·A and B ← 0: the function stays what it was."""
         self.add_to_weight(self.delta_weight())
-        self.lora_B.zero_()
+        local(self.lora_B).zero_()
 
     @torch.no_grad()
     def set_factors(self, a: Tensor, b: Tensor, keep_function: bool) -> None:
@@ -151,13 +175,14 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of the plain model that computes the same function, under plain names. Changes nothing.
 
-    Merged weights are on the CPU: on the device there may be no room for a second copy.
+    Merged weights are on the CPU: on the device there may be no room for a second copy. Those of a divided model are
+    gathered one by one, and only the main process keeps them.
     """
     layers = low_rank_layers(model)
     prefixes = tuple(f"{name}." for name in layers)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
     for name, layer in layers.items():
-        state[f"{name}.weight"] = layer.merged_weight().cpu()
+        state[f"{name}.weight"] = on_main(layer.merged_weight())
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias.detach()
     return state

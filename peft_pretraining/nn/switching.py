@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_pretraining.distributed.sharding import Shard, distribute_like, local
 from peft_pretraining.nn.initialization import kaiming_bound, switchlora_bounds, uniform
 from peft_pretraining.nn.low_rank_linear import LowRankLinear
 
@@ -37,7 +38,8 @@ class SwitchState(nn.Module):
     `.to()` nor DistributedDataParallel may touch them.
 
     candidates_A (c, n), candidates_B (c, m), selected_A/B (r), pointers (2): the slots of A and B that are switched
-    next; frozen_A/B (r): updates for which a slot still gets no gradient.
+    next; frozen_A/B (r): updates for which a slot still gets no gradient. Where the model is divided over devices, so
+    are the vectors of the pools (`divide`); all else is the same everywhere.
     """
 
     NAMES = ("candidates_A", "candidates_B", "selected_A", "selected_B", "pointers", "frozen_A", "frozen_B")
@@ -45,7 +47,7 @@ class SwitchState(nn.Module):
     def __init__(self, layer: LowRankLinear, offload: bool = True):
         super().__init__()
         m, n, rank = layer.out_features, layer.in_features, layer.rank
-        self.candidates = min(m, n)
+        self.candidates, self._offload = min(m, n), offload
         self.candidates_A = _pool((self.candidates, n), layer.lora_A, offload)
         self.candidates_B = _pool((self.candidates, m), layer.lora_B, offload)
         for name in ("selected_A", "selected_B", "frozen_A", "frozen_B"):
@@ -65,6 +67,19 @@ class SwitchState(nn.Module):
             first_a, first_b = (torch.randperm(c, generator=generator)[:rank] for _ in range(2))
         self.selected_A.copy_(first_a)
         self.selected_B.copy_(first_b.roll(rank // 2))
+
+    @torch.no_grad()
+    def divide(self, layer: LowRankLinear) -> None:
+        """Keep of every candidate the entries that this device has of the layer's factors, which have been divided."""
+        for name, factor, dim in (("candidates_A", layer.lora_A, 1), ("candidates_B", layer.lora_B, 0)):
+            shard = Shard.of(factor)
+            if shard.dim is None:
+                continue
+            assert shard.dim == dim, f"{name}: vectors are divided over devices, not whole ones dealt out"
+            whole = getattr(self, name)
+            part = _pool((len(whole), shard.size), local(factor), self._offload)
+            part.copy_(shard.part(whole, 1))
+            setattr(self, name, distribute_like(part, factor, 1, whole.shape[1]))
 
     def live_factors(self) -> tuple[Tensor, Tensor]:
         """A (r, n) and B (m, r) as the pools have them."""

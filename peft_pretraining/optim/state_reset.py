@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from peft_pretraining.distributed.gathering import whole
+from peft_pretraining.distributed.sharding import Shard, local
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -25,18 +28,20 @@ def prune_randomly(tensors: Sequence[Tensor], fraction: float, generator: torch.
     generator's device.
     """
     drawn = torch.rand(tensors[0].shape, generator=generator, device=generator.device)
-    chosen = (drawn < fraction).to(tensors[0].device)
+    shard = Shard.of(tensors[0])
+    chosen = shard.part(drawn < fraction, shard.dim or 0).to(tensors[0].device)
     for tensor in tensors:
-        tensor.masked_fill_(chosen, 0)
+        local(tensor).masked_fill_(chosen, 0)
 
 
 @torch.no_grad()
 def prune_by_magnitude(tensor: Tensor, fraction: float) -> None:
-    """Zero the entries whose magnitude lies below the `fraction`-quantile of all magnitudes.
+    """Zero the entries whose magnitude lies below the `fraction`-quantile of all magnitudes, on all devices.
 
     The quantile lies between two of the sorted magnitudes; the upper one is the smallest that stays.
     """
-    magnitudes = tensor.abs().flatten()
+    magnitudes = whole(tensor).abs().flatten()
     rank = math.ceil(fraction * (magnitudes.numel() - 1))  # 0-based position of that one
     smallest = magnitudes.kthvalue(rank + 1).values
-    tensor.masked_fill_(tensor.abs() < smallest, 0)
+    part = local(tensor)
+    part.masked_fill_(part.abs() < smallest, 0)

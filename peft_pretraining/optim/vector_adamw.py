@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.distributed.sharding import Shard, local
+
 
 class VectorAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), with one step count per vector where asked.
@@ -39,6 +41,8 @@ class VectorAdamW(torch.optim.Optimizer):
             if vectors not in (None, 0, 1) or (vectors is not None and param.ndim != 2):
                 raise ValueError(f"vectors must be None, or 0 or 1 for matrices, got {vectors!r} for {param.ndim} dims")
             count = () if vectors is None else (param.shape[vectors],)
+            if vectors is not None and Shard.of(param).dim == vectors:
+                raise ValueError(f"a parameter of shape {tuple(param.shape)} is divided within its vectors' counts")
             self.state[param] = {
                 "step": torch.zeros(count, dtype=torch.float32, device=param.device),
                 "exp_avg": torch.zeros_like(param),
@@ -59,10 +63,10 @@ class VectorAdamW(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        grads = [param.grad for param in params]
         steps, first, second = (
-            [self.state[param][key] for param in params] for key in ("step", "exp_avg", "exp_avg_sq")
+            [local(self.state[param][key]) for param in params] for key in ("step", "exp_avg", "exp_avg_sq")
         )
+        grads, params = [local(param.grad) for param in params], [local(param) for param in params]
         torch._foreach_add_(steps, 1)
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

@@ -1,0 +1,46 @@
+"""Counting what a run hands to collectives."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Counting(TorchDispatchMode):
+    """The collectives that are called while it is active, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # what it comes to is counted
+        name = func._opname.strip("_")
+        if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "wrap")):
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counted(into: list[dict[str, int]]) -> Iterator[None]:
+    """Append to `into`, for every update, the number of collectives of each kind that this rank called."""
+    from peft_pretraining import train
+
+    train_step = train.train_step
+
+    def wrapped(run, micro_batches, stop):
+        with _Counting() as counting:
+            update = train_step(run, micro_batches, stop)
+        into.append(dict(counting.calls))
+        return update
+
+    train.train_step = wrapped
+    try:
+        yield
+    finally:
+        train.train_step = train_step
