@@ -1,9 +1,11 @@
 """The table of option tasks: the words around each row, its labels, and rows that cannot be used."""
 
+import numpy as np
 import pytest
 from option_helpers import ROWS, winogrande_twins, write_rows
 
 from peft_pretraining.finetune.options.examples import load_splits
+from peft_pretraining.finetune.options.metrics import compute
 from peft_pretraining.finetune.options.settings import OptionSettings
 from peft_pretraining.finetune.options.tasks import TASKS, find_task
 from peft_pretraining.flags import ConfigError
@@ -174,3 +176,12 @@ def test_shuffled_options_keep_the_right_one(tmp_path):
     assert 70 < moved < 130  # about half of 198
     firsts = sum(one.label == 0 and one.row % 2 == 0 for one in shuffled)
     assert 30 < firsts < 70  # the first of the twins is no longer always answered by its first option
+
+
+def test_metrics_by_hand():
+    right, predicted = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
+    # Label 1: precision 2/3, recall 2/3.
+    assert compute(("accuracy", "f1"), predicted, right, 2) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
+    right, predicted = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])
+    # F1 of the three labels: 2/3, 2/3, 1.
+    assert compute(("accuracy", "f1"), predicted, right, 3) == pytest.approx({"accuracy": 0.75, "f1": 7 / 9})
