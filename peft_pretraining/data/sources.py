@@ -234,8 +234,11 @@ def _text_rows(path: Path, text_field: str) -> Iterator[str]:
                 yield "".join(lines).rstrip("\n")
 
 
-def _json_rows(path: Path, text_field: str) -> Iterator[Any]:
-    """JSON lines, or one JSON array (which has to fit into memory)."""
+def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of every JSON line, or of one JSON array (which has to fit into memory).
+
+    Numbers are those of the lines, from 1. `ValueError` says which one is not a JSON object.
+    """
     with _open_text(path) as file:
         lines = enumerate(file, start=1)
         first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
@@ -246,9 +249,14 @@ def _json_rows(path: Path, text_field: str) -> Iterator[Any]:
         for number, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"row {number} is not a JSON object")
-            if text_field not in row:
-                raise _missing_field(text_field, row)
-            yield row[text_field]
+            yield number, row
+
+
+def _json_rows(path: Path, text_field: str) -> Iterator[Any]:
+    for _, row in json_objects(path):
+        if text_field not in row:
+            raise _missing_field(text_field, row)
+        yield row[text_field]
 
 
 def _json_lines(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:

@@ -151,6 +151,7 @@ def _training_arguments(
         for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
             if values.pop(name, False):
                 warnings.append(f"--{name}: there is no accelerator; float32 is used")
+        values["use_cpu"] = True  # accelerate divides the work of processes on CPUs only when told so
         values.setdefault("dataloader_pin_memory", False)
     values.setdefault("ddp_broadcast_buffers", False)  # every process has the same; factors' pools must not travel
     if "seeds" in given and "seed" in given:

@@ -1,0 +1,179 @@
+"""A whole run: rows, model, training, the best checkpoint on dev, the test, and the files it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from peft_pretraining.data.sources import one_line
+from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.finetune import settings as finetune_settings
+from peft_pretraining.finetune.options.encoding import EncodedExample, OptionEncoder
+from peft_pretraining.finetune.options.examples import Splits, load_splits
+from peft_pretraining.finetune.options.settings import DEFAULTS, OptionSettings, check
+from peft_pretraining.finetune.options.tasks import TASKS
+from peft_pretraining.finetune.options.trainer import OptionTrainer, by_length
+from peft_pretraining.finetune.results import RESULTS_FILE, Results, newest_checkpoint, run_seeds, write_json
+from peft_pretraining.finetune.settings import FineTuning
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.tracking import log, start_logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.trainer_utils import PredictionOutput
+
+PREDICTIONS_FILE = "predictions.jsonl"
+LONGEST = 2048
+"""Tokens of prompt and option, unless told otherwise or the model has fewer positions."""
+
+DESCRIPTION = "Fine-tune a causal language model on an option task with any of the methods, or test it in context."
+
+
+def parse(argv: Sequence[str]) -> FineTuning[OptionSettings]:
+    """The settings of a command line. Raises `ConfigError` with all problems at once."""
+    finetuning = finetune_settings.load(
+        argv, OptionSettings, prog="run_tasks.py", description=DESCRIPTION, defaults=DEFAULTS, check_task=check
+    )
+    training = finetuning.training
+    chooses = training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST
+    if chooses and "metric_for_best_model" not in finetuning.given:
+        training.metric_for_best_model, training.greater_is_better = "accuracy", True
+    training.remove_unused_columns = False  # examples are not dictionaries
+    if "lora_all_modules" in finetuning.given:
+        return finetuning
+    return dataclasses.replace(finetuning, lora_all_modules=True)  # as in pre-training
+
+
+def run(argv: Sequence[str]) -> Results:
+    """Everything: parse, run once or under each of `--seeds`, write the results."""
+    finetuning = parse(argv)
+    start_logging(finetuning.training.process_index == 0)
+    for warning in finetuning.warnings:
+        log.warning(warning)
+    with finetuning.training.main_process_first(desc="reading the data"):
+        splits = load_splits(TASKS[finetuning.task.task_name], finetuning.task)
+    return run_seeds(finetuning, lambda one: run_one(one, splits))
+
+
+def run_one(finetuning: FineTuning[OptionSettings], splits: Splits) -> Results:
+    """One run in its output folder. Returns what its `all_results.json` has."""
+    settings, training = finetuning.task, finetuning.training
+    set_seed(training.seed)  # of the factors' first values
+    tokenizer = load_tokenizer(settings.tokenizer or settings.model_name)
+    model = load_model(settings, training.device)
+    train, dev, test = encode(settings, splits, tokenizer, model)
+    log.info("%d rows for training, %d for dev, %d for the test", len(train), len(dev), len(test))
+    trains = settings.trainer == "regular" and training.do_train
+    trainer = OptionTrainer(finetuning, model, tokenizer, train if trains else None, dev)
+    results: Results = _described(finetuning, splits)
+    if trains:
+        results |= _train(trainer, finetuning)
+    if dev and training.do_eval:
+        results |= trainer.evaluate()
+    if test and not settings.no_eval and (training.do_eval or training.do_predict):
+        results |= run_test(trainer, test, settings, Path(training.output_dir))
+    if trainer.is_world_process_zero():
+        write_results(results, settings, Path(training.output_dir))
+    return results
+
+
+def _train(trainer: OptionTrainer, finetuning: FineTuning[OptionSettings]) -> Results:
+    results: Results = dict(trainer.train(resume_from_checkpoint=newest_checkpoint(finetuning)).metrics)
+    if finetuning.task.save_model:
+        trainer.save_model()  # merged, and the best one with --load_best_model_at_end
+    trainer.save_state()
+    results["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.state.best_metric is not None:
+        results["best_metric"], results["best_step"] = trainer.state.best_metric, trainer.state.best_global_step
+    return {**results, **trainer.optimizer_report()}
+
+
+def load_model(settings: OptionSettings, device: torch.device) -> PreTrainedModel:
+    """The model in the dtype that is asked for; without an accelerator, or by default, in float32."""
+    dtype = torch.float32
+    for name, wanted in (("load_bfloat16", torch.bfloat16), ("load_float16", torch.float16)):
+        if getattr(settings, name):
+            if device.type == "cpu":
+                log.warning("--%s: there is no accelerator; float32 is used", name)
+            else:
+                dtype = wanted
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model_name, dtype=dtype, revision=settings.model_revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        why = one_line(error)
+        raise ConfigError([f"--model_name {settings.model_name}: no causal model could be loaded ({why})"]) from error
+    # Rows are padded with any token, and masked; the padding token's own weights are to be trained like others.
+    model.get_input_embeddings().padding_idx = None
+    return model
+
+
+def encode(
+    settings: OptionSettings, splits: Splits, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> tuple[list[EncodedExample], ...]:
+    """Training, dev and test examples as tokens; with `--trainer none` the first stand before those of the test."""
+    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    if settings.max_length and settings.max_length > positions:
+        raise ConfigError([f"--max_length {settings.max_length}: the model has {positions} positions"])
+    encoder = OptionEncoder(tokenizer, settings.max_length or min(LONGEST, positions))
+    shown = splits.train if settings.trainer == "none" else []
+    train = encoder(splits.train) if settings.trainer == "regular" else []
+    dev, test = (encoder(split, shown, settings.sfc, settings.icl_sfc) for split in (splits.dev, splits.test))
+    entries = model.get_input_embeddings().num_embeddings
+    largest = max((max(option.ids) for part in (train, dev, test) for one in part for option in one.options), default=0)
+    if largest >= entries:
+        raise ConfigError(
+            [f"--tokenizer {tokenizer.name_or_path}: the rows have token id {largest}, the model {entries} entries"]
+        )
+    return train, dev, test
+
+
+def run_test(
+    trainer: OptionTrainer, test: Sequence[EncodedExample], settings: OptionSettings, folder: Path
+) -> dict[str, float]:
+    ordered = by_length(test)
+    output = trainer.predict(ordered)
+    if settings.save_predictions and trainer.args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_predictions(folder / PREDICTIONS_FILE, ordered, output)
+    return output.metrics
+
+
+def write_predictions(path: Path, examples: Sequence[EncodedExample], output: PredictionOutput) -> None:
+    """A line per example: its 0-based row, the scores of its options, the predicted index and the right one."""
+    lines = [
+        {"row": one.row, "scores": scores.tolist(), "prediction": int(scores.argmax()), "label": one.label}
+        for one, scores in zip(examples, output.predictions[0], strict=True)
+    ]
+    lines.sort(key=lambda line: line["row"])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _described(finetuning: FineTuning[OptionSettings], splits: Splits) -> Results:
+    """What the run was, in the file with its results."""
+    config, settings = finetuning.config, finetuning.task
+    described: Results = {"task": settings.task_name, "model": settings.model_name, "seed": config.run.seed}
+    described |= {f"{name}_rows": len(getattr(splits, name)) for name in ("train", "dev", "test")}
+    if settings.trainer == "none":
+        return described  # the training rows are demonstrations
+    described |= {"method": config.method.method, "optimizer": config.optimizer.optimizer, "rank": config.method.rank}
+    return {**described, "learning_rate": config.optimizer.lr}
+
+
+def write_results(results: Results, settings: OptionSettings, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RESULTS_FILE, results)
+    if settings.result_file:
+        Path(settings.result_file).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(settings.result_file), results)
+    for name in (f"{split}_{metric}" for split in ("eval", "test") for metric in TASKS[settings.task_name].metrics):
+        if name in results:
+            print(f"{name} {results[name]:.4f}")

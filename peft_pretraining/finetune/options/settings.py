@@ -1,0 +1,181 @@
+"""The settings of option tasks: what is trained and tested on, and flags of the older script that are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft_pretraining.finetune.options.tasks import TASKS, find_task
+from peft_pretraining.flags import Given, boolean, integer, non_negative_int, positive_int, setting, string
+
+CONSECUTIVE = "twins"
+"""The value of `--split_by` that keeps each two consecutive rows together."""
+
+DEFAULTS: dict[str, Any] = {"rand_ratio": 0.8}
+"""What differs from the methods' defaults."""
+
+_ZEROTH_ORDER = "zeroth-order training is out of scope"
+_FORWARD_GRADIENTS = "training with forward-mode gradients is out of scope"
+_REASONS: dict[str, tuple[str, ...]] = {
+    "prefix tuning is out of scope": ("prefix_tuning", "num_prefix", "no_reparam", "prefix_init_by_real_act"),
+    "prompt tuning is out of scope": ("prompt_tuning", "num_virtual_tokens", "prompt_init_by_real_tokens"),
+    "training a part of the model is out of scope": ("linear_probing", "lp_early_stopping", "head_tuning", "untie_emb"),
+    _ZEROTH_ORDER: (
+        *("zo_eps", "perturbation_mode", "q", "gradient_sparsity", "sparse_gradient_resample_steps"),
+        *("sparse_gradient_group", "module_wise_perturbation", "perturbed_module_level", "coordinate_perturbation"),
+    ),
+    "tasks whose answers are generated are out of scope": (
+        *("non_diff", "sampling", "temperature", "num_beams", "top_k", "top_p", "max_new_tokens", "eos_token"),
+    ),
+    "weights in 8 bits cannot be trained": ("load_int8",),
+    "use --method lora, with --rank and --lora_alpha": ("lora",),
+    "run once for each --train_set_seed": ("num_train_sets",),
+    "there is one template for each task": ("template_ver",),
+}
+REFUSED: dict[str, str] = {name: why for why, names in _REASONS.items() for name in names}
+"""Flags of the older script -> why they are refused."""
+
+WITHOUT_EFFECT: dict[str, str] = {
+    "no_auto_device": "the model is on one device",
+    "verbose": "see --save_predictions",
+    "tag": "use --run_name",
+    "save_on_interrupt": "the same command goes on from the newest checkpoint",
+    "clean_model_at_end": "--save_total_limit says how many checkpoints are kept",
+}
+"""Flags of the older script that are passed over, with a warning that says why."""
+
+
+def _refused(why: str) -> Callable[[str], None]:
+    def convert(text: str) -> None:
+        if text not in ("False", "false", "None"):
+            raise ValueError(f"is refused: {why}")
+
+    convert.value_is_optional = True
+    return convert
+
+
+def _anything(text: str) -> str:
+    return text
+
+
+_anything.value_is_optional = True
+
+_OlderFlags = dataclasses.make_dataclass(
+    "_OlderFlags",
+    [(name, Any, setting(None, _refused(why), f"refused: {why}")) for name, why in REFUSED.items()]
+    + [(name, Any, setting(None, _anything, f"without effect: {why}")) for name, why in WITHOUT_EFFECT.items()],
+    frozen=True,
+)
+
+
+def _task_name(text: str) -> str:
+    return find_task(text).name
+
+
+def _trainer(text: str) -> str:
+    if text.startswith("zo_") or text == "forward_grad":
+        raise ValueError(_ZEROTH_ORDER if text.startswith("zo_") else _FORWARD_GRADIENTS)
+    if text not in ("none", "regular"):
+        raise ValueError("must be none or regular")
+    return text
+
+
+@dataclass(frozen=True)
+class OptionSettings(_OlderFlags):
+    """All numbers of examples are in rows of the task."""
+
+    task_name: str | None = setting(None, _task_name, f"option task: {', '.join(TASKS)}")
+    model_name: str | None = setting(None, string, "folder or hub name of a causal model", ("model_name_or_path",))
+    model_revision: str | None = setting(None, string, "branch, tag or commit of --model_name")
+    tokenizer: str | None = setting(None, string, "folder or hub name (default: the model's)", ("tokenizer_name",))
+    load_bfloat16: bool = setting(False, boolean, "weights in bfloat16 (without an accelerator: float32)")
+    load_float16: bool = setting(False, boolean, "weights in float16 (without an accelerator: float32)")
+    max_length: int | None = setting(
+        None, positive_int, "tokens of prompt and option (default: 2048, or what the model has)", ("max_seq_length",)
+    )
+    trainer: str = setting("regular", _trainer, "regular: train and test; none: test in context, without training")
+    train_file: str | None = setting(None, string, "JSON lines in the task's columns, instead of the hub's rows")
+    validation_file: str | None = setting(None, string, "JSON lines for dev (default: a part of the training rows)")
+    test_file: str | None = setting(None, string, "JSON lines for the test")
+    data_file: str | None = setting(None, string, "JSON lines for training, dev and test, divided here")
+    split_by: str | None = setting(
+        None, string, f"column whose equal values stay in one split; {CONSECUTIVE}: each two consecutive rows do"
+    )
+    shuffle_options: bool = setting(False, boolean, "put each example's own options in a random order")
+    num_train: int | None = setting(
+        None, non_negative_int, "rows for training (default: all); with --trainer none, demonstrations (default: 0)"
+    )
+    num_dev: int | None = setting(None, positive_int, "rows that choose the best checkpoint (default: 10% of training)")
+    num_eval: int | None = setting(None, positive_int, "rows of the test (default: all; 10% of --data_file)")
+    train_set_seed: int = setting(0, integer, "draws the rows for training, dev and demonstrations")
+    train_all: bool = setting(False, boolean, "all training rows: 90% for training and 10% for dev")
+    only_train_option: bool = setting(True, boolean, "learn the right option's tokens, not the prompt's")
+    train_as_classification: bool = setting(False, boolean, "cross-entropy over the options' mean log-likelihoods")
+    sfc: bool = setting(False, boolean, "subtract each option's log-likelihood after a content-free prompt")
+    icl_sfc: bool = setting(False, boolean, "as --sfc, with the demonstrations before the content-free prompt")
+    no_eval: bool = setting(False, boolean, "leave out the test")
+    save_model: bool = setting(True, boolean, "write the final model to --output_dir")
+    save_predictions: bool = setting(False, boolean, "write each test row's scores to predictions.jsonl")
+    result_file: str | None = setting(None, string, "a further file for the results")
+
+
+def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+    """What is wrong with the settings, or has no effect, before anything is read."""
+    for flag in ("task_name", "model_name"):
+        if getattr(settings, flag) is None and flag not in given and not _failed(flag, problems):
+            problems.append(f"--{flag} is required")
+    if settings.load_bfloat16 and settings.load_float16:
+        problems.append("--load_bfloat16 and --load_float16 contradict each other")
+    _check_files(settings, problems)
+    task = TASKS.get(settings.task_name)
+    if task is not None and not task.own_options:
+        for flag, is_set in (
+            ("shuffle_options", settings.shuffle_options),
+            (f"split_by {CONSECUTIVE}", settings.split_by == CONSECUTIVE),
+        ):
+            if is_set:
+                problems.append(f"--{flag}: the rows of {task.name} have no options of their own")
+    sampling = given.get("train_sampling_strategy")
+    if "group_by_length" in given or (sampling and sampling.value == "group_by_length"):
+        problems.append("--group_by_length is not built for option tasks")
+    if "optim" in given:
+        problems.append("--optim: use --optimizer")
+    for name, why in WITHOUT_EFFECT.items():
+        if name in given:
+            warnings.append(f"--{name} has no effect: {why}")
+    if unread := [f"--{given[name].spelling}" for name in _unread(settings) if name in given and given[name].value]:
+        warnings.append(f"without effect beside the other flags: {', '.join(unread)}")
+
+
+def _failed(flag: str, problems: list[str]) -> bool:
+    """Whether the value that was given is a problem already."""
+    return any(problem.startswith(f"--{flag}") for problem in problems)
+
+
+def _check_files(settings: OptionSettings, problems: list[str]) -> None:
+    others = [name for name in ("train_file", "validation_file", "test_file") if getattr(settings, name)]
+    if settings.data_file and others:
+        problems.append(f"--data_file is divided into all splits: it excludes {', '.join(f'--{o}' for o in others)}")
+    elif others and not settings.train_file and (settings.trainer == "regular" or settings.num_train):
+        problems.append(f"--{others[0]} needs --train_file")
+    elif others and not settings.test_file and settings.trainer == "none":
+        problems.append("--trainer none needs --test_file (or --data_file, or none of the files)")
+
+
+def _unread(settings: OptionSettings) -> list[str]:
+    names = []
+    if settings.trainer == "none":
+        names += ["train_all", "num_dev", "train_as_classification", "validation_file"]
+    elif settings.train_all:
+        names += ["num_train"] if settings.validation_file else ["num_train", "num_dev"]
+    if settings.train_as_classification or settings.trainer == "none":
+        names.append("only_train_option")
+    if not settings.num_train or settings.trainer == "regular":
+        names.append("icl_sfc")
+    if settings.no_eval:
+        names += ["num_eval", "save_predictions"]
+    if settings.data_file and settings.no_eval:
+        names.remove("num_eval")  # these rows are still held out
+    return names

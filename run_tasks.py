@@ -1,0 +1,26 @@
+"""Fine-tune a causal language model on an option task, or test it in context: `python run_tasks.py ...` or torchrun.
+
+The same command again goes on from the newest checkpoint in --output_dir.
+Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from peft_pretraining.finetune.entry import run_entry
+
+
+def _run(argv: Sequence[str]) -> None:
+    from peft_pretraining.finetune.options import run  # transformers and torch come with it
+
+    run.run(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_entry(_run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
