@@ -32,9 +32,9 @@ COMMON = {
 }
 _PROJECTION = {"rank": 8, "scale": 4, "update_proj_gap": 50}
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "full": ({"method": "full_rank"}, (5e-5, 1e-4, 2e-4)),
-    "lora": ({"method": "lora", "rank": 8}, (2e-4, 5e-4, 1e-3)),
-    "galore": ({"method": "galore", **_PROJECTION}, (1e-4, 2e-4, 4e-4)),
+    "full": ({"method": "full_rank"}, (1e-4, 2e-4, 4e-4)),
+    "lora": ({"method": "lora", "rank": 8}, (5e-4, 1e-3, 2e-3)),
+    "galore": ({"method": "galore", **_PROJECTION}, (2e-4, 4e-4, 8e-4)),
     "golore": ({"method": "golore", **_PROJECTION, "rand_ratio": 0.8}, (1e-4, 2e-4, 4e-4)),
     "golore_adapter": ({"method": "golore_adapter", **_PROJECTION, "rand_ratio": 0.8}, (1e-4, 2e-4, 4e-4)),
 }
