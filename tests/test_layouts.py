@@ -26,19 +26,12 @@ WHOLE_BLOCKS = {"rank": 16, "update_proj_gap": 6}  # of 256 numbers on each of f
 METHODS = {
     "full_rank": {"method": "full_rank"},
     "full_rank sgd": {"optimizer": "sgd", "lr": 0.1},
-    "full_rank lion": {"optimizer": "lion"},
     "full_rank adafactor": {"optimizer": "adafactor"},
     "galore": {"method": "galore", **PROJECTED},
     "galore exact, full": {"method": "galore", "svd_method": "exact", "proj_type": "full", **PROJECTED},
-    "galore reverse": {"method": "galore", "proj_type": "reverse_std", **PROJECTED},
-    "galore left, staggered": {"method": "galore", "proj_type": "left", "stagger_refresh": True, **PROJECTED},
-    "galore adafactor": {"optimizer": "galore_adafactor", "beta1": 0.9, **PROJECTED},
-    "galore lion": {"optimizer": "galore_lion", **PROJECTED},
     "galore per layer": {"optimizer": "galore_adamw_per_layer", "stagger_refresh": False, **PROJECTED},
     "golore": {"method": "golore", "rand_ratio": 0.5, **PROJECTED},
-    "golore sgd": {"optimizer": "golore_sgd", "rand_ratio": 0, "lr": 0.1, **PROJECTED},
     "descent": {"method": "online_subspace_descent", **PROJECTED},
-    "descent, random": {"method": "online_subspace_descent", "proj_type": "random", **PROJECTED},
 }
 # Merges before updates 4 and 8, refreshes at 0, 4 (by SVD) and 8 (random), switches in most updates. No even number of
 # devices divides the 177 inputs of one layer of a block.
@@ -65,6 +58,13 @@ UNEVEN = {
     },
 }
 VARIANTS = {
+    "full_rank lion": {"optimizer": "lion"},
+    "galore reverse": {"method": "galore", "proj_type": "reverse_std", **PROJECTED},
+    "galore left, staggered": {"method": "galore", "proj_type": "left", "stagger_refresh": True, **PROJECTED},
+    "galore adafactor": {"optimizer": "galore_adafactor", "beta1": 0.9, **PROJECTED},
+    "galore lion": {"optimizer": "galore_lion", **PROJECTED},
+    "golore sgd": {"optimizer": "golore_sgd", "rand_ratio": 0, "lr": 0.1, **PROJECTED},
+    "descent, random": {"method": "online_subspace_descent", "proj_type": "random", **PROJECTED},
     "lora only": {"method": "lora", "rank": 4, "lora_alpha": 4, "lora_only": True},
     "relora by magnitude": {
         **{"method": "relora", "rank": 4, "lora_alpha": 4, "relora": 4, "optimizer_magnitude_pruning": 0.8},
@@ -81,6 +81,9 @@ VARIANTS = {
     },
 }
 ALWAYS = {**METHODS, **FACTORS, **UNEVEN}
+FLOAT32_TOO = {
+    f"{name}, float32": {**METHODS[name], "dtype": "float32"} for name in ("full_rank", "galore", "golore", "descent")
+}
 STOPS = (4, 9)
 """Updates after which runs are stopped: a merge or a refresh is the first thing that comes, or has just been; vectors
 are frozen."""
@@ -93,6 +96,7 @@ FSDP = {"distributed_type": "fsdp"}
 LAYOUTS = {
     "ddp 2": (2, {}),
     "fsdp 2": (2, FSDP),
+    "fsdp 2, all": (2, FSDP),
     "fsdp 4": (4, {**FSDP, "reshard_after_forward": False}),
     "hsdp 2x2": (4, {**FSDP, "replicas": 2}),
 }
@@ -132,7 +136,7 @@ def one(folder: Path, name: str) -> Path:
     """The folder of a run by one process, which is made once."""
     made = folder / f"one {name}"
     if not made.exists():
-        flags = {**ALWAYS, **FLOAT32, **VARIANTS, **EIGHT_BIT}[name]
+        flags = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **VARIANTS, **FLOAT32_TOO}[name]
         assert helpers.run(command(folder, made.name, batch_size=4, **flags)) == 0
     return made
 
@@ -141,7 +145,7 @@ def one(folder: Path, name: str) -> Path:
 def layout(request, folder):
     processes, flags = LAYOUTS[request.param]
     quick = request.param == "fsdp 2"
-    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **({} if quick else VARIANTS)}
+    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **({} if quick else {**VARIANTS, **FLOAT32_TOO})}
     runs = {name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **runs[name]) for name in runs}
     cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
     for name in ("relora", "switchlora", "golore_adapter") if quick else ():
@@ -176,6 +180,14 @@ def assert_same_weights(folder: Path, layout: str, method: str) -> None:
         )
 
 
+def assert_same_losses(folder: Path, layout: str, method: str) -> None:
+    """And rates, and gradient norms."""
+    ours, expected = helpers.updates(folder / f"{layout} {method}"), helpers.updates(one(folder, method))
+    assert len(ours) == 12
+    for row, target in zip(ours, expected, strict=True):
+        assert row == pytest.approx(target, abs=1e-5)
+
+
 @everywhere
 @pytest.mark.parametrize("method", ALWAYS)
 def test_final_weights_are_those_of_one_process(folder, layout, method):
@@ -198,10 +210,13 @@ def test_8_bit_states_are_quantised_alike(folder, layout, method):
 @everywhere
 @pytest.mark.parametrize("method", FLOAT32)
 def test_losses_in_float32_are_those_of_one_process(folder, layout, method):
-    ours, expected = helpers.updates(folder / f"{layout} {method}"), helpers.updates(one(folder, method))
-    assert len(ours) == 12
-    for row, target in zip(ours, expected, strict=True):
-        assert row == pytest.approx(target, abs=1e-5)
+    assert_same_losses(folder, layout, method)
+
+
+@in_slow_layouts
+@pytest.mark.parametrize("method", FLOAT32_TOO)
+def test_losses_of_the_other_methods_in_float32(folder, layout, method):
+    assert_same_losses(folder, layout, method)
 
 
 @everywhere
