@@ -7,7 +7,7 @@ which passes them on but does kill the training processes when the grace period 
 
 With `--max_restarts`, torchrun starts the processes again when one of them ends in any way but success; they go on from
 the last checkpoint. Two kinds of ends must not be repeated: bad input is therefore refused here, before torchrun, and
-after SIGUSR1 torchrun is ended as soon as the training processes are.
+after SIGUSR1 torchrun stands still until the training processes have ended, and is then ended.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_flags(command, devices)
     except ConfigError as error:
         return exit_with_problems(error)
-    return run(command)
+    return run(command, processes)
 
 
 def check_flags(command: Sequence[str], devices: recipe.Devices) -> None:
@@ -104,10 +104,10 @@ def visible_gpus() -> int:
     return sum(1 for line in listing.stdout.splitlines() if line.startswith("GPU "))
 
 
-def run(command: Sequence[str]) -> int:
+def run(command: Sequence[str], processes: int) -> int:
     """Run torchrun to its end, passing signals on; its exit code (128 + n if signal n killed it).
 
-    75 if SIGUSR1 came and the run is not finished.
+    75 if SIGUSR1 came and the run is not finished. `processes` is how many torchrun starts on this node.
     """
     if shutil.which(command[0]) is None:
         return exit_with_problems(ConfigError([f"{command[0]} not found: install torch for {sys.executable}"]))
@@ -118,7 +118,7 @@ def run(command: Sequence[str]) -> int:
     # In a session of its own: a signal to this process's group (Ctrl-C, Slurm) reaches torchrun once, from here.
     torchrun = subprocess.Popen(command, start_new_session=True)
 
-    stopping = threading.Thread(target=_save_and_stop, args=[torchrun], daemon=True)
+    stopping = threading.Thread(target=_save_and_stop, args=[torchrun, processes], daemon=True)
     signal.signal(signal.SIGUSR1, lambda *_: None if stopping.ident else stopping.start())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
@@ -129,22 +129,34 @@ def run(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _save_and_stop(torchrun: subprocess.Popen) -> None:
-    """SIGUSR1 to the training processes; when they have ended, SIGTERM to torchrun, lest it start new ones."""
-    asked: set[int] = set()
-    while True:
-        present = set(children(torchrun.pid))
-        asked = asked or present
-        if asked and not asked & present:
-            break
-        for pid in present:  # again and again: one that is still starting ignores it
+def _save_and_stop(torchrun: subprocess.Popen, processes: int) -> None:
+    """SIGUSR1 to the training processes; when they have ended, SIGTERM to torchrun.
+
+    Meanwhile torchrun is stopped: it would start new ones as soon as they have ended.
+    """
+    while torchrun.poll() is None and not _stop_with(torchrun.pid, processes):
+        time.sleep(0.1)  # it is starting them
+    while living := [pid for pid, code in children(torchrun.pid).items() if code is None]:
+        for pid in living:  # again and again: one that is still starting ignores it
             _send(pid, signal.SIGUSR1)
-        time.sleep(0.5)
+        time.sleep(0.2)
+    if any(children(torchrun.pid).values()):
+        _send(torchrun.pid, signal.SIGTERM)
+    _send(torchrun.pid, signal.SIGCONT)
     end = time.monotonic() + SECONDS_TO_END  # a finished run ends by itself; otherwise it may wait for other nodes
-    while torchrun.poll() is None and not children(torchrun.pid) and time.monotonic() < end:
+    while torchrun.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     if torchrun.poll() is None:
         _send(torchrun.pid, signal.SIGTERM)
+
+
+def _stop_with(torchrun: int, processes: int) -> bool:
+    """Stop torchrun if it has all of its training processes: one alone would wait for the others for ever."""
+    _send(torchrun, signal.SIGSTOP)
+    if len(children(torchrun)) >= processes:
+        return True
+    _send(torchrun, signal.SIGCONT)
+    return False
 
 
 def _send(pid: int, number: int) -> None:
@@ -154,16 +166,18 @@ def _send(pid: int, number: int) -> None:
         pass
 
 
-def children(parent: int) -> list[int]:
-    """Ids of the processes that `parent` started (Linux)."""
-    found = []
+def children(parent: int) -> dict[int, int | None]:
+    """Processes that `parent` started and has not waited for (Linux): the exit status of those that have ended, 0 for
+    success, None for those that run."""
+    found: dict[int, int | None] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # "pid (name) state parent ...": the name may contain spaces and parentheses
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
+            # "pid (name) state parent ... exit_code", proc(5): the name may contain spaces and parentheses
+            state, its_parent, *fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it ended meanwhile
-            pass
+            continue
+        if int(its_parent) == parent:
+            found[int(stat.parent.name)] = int(fields[47]) if state == "Z" else None
     return found
 
 

@@ -178,7 +178,7 @@ def test_sigterm_goes_to_torchrun_and_its_exit_code_comes_back(tmp_path):
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(9)); print('up', flush=True); time.sleep(60)"
     )
     for number, expected in ((signal.SIGTERM, 9), (signal.SIGHUP, 128 + signal.SIGHUP)):
-        run = f"import sys, launch; sys.exit(launch.run([sys.executable, '-c', {torchrun!r}]))"
+        run = f"import sys, launch; sys.exit(launch.run([sys.executable, '-c', {torchrun!r}], 1))"
         process = subprocess.Popen(
             [sys.executable, "-c", run], cwd=PROJECT / "scripts", stdout=subprocess.PIPE, start_new_session=True
         )
