@@ -1,6 +1,6 @@
 """Where GaLore stops short of the minimum, and GoLore does not (arXiv 2410.11289, section 4).
 
-    python experiments/non_convergence.py                 # all methods, both inner optimizers, about 2 minutes
+    python experiments/non_convergence.py                 # all methods, both inner optimizers, about 3 minutes
     python experiments/non_convergence.py --seeds 42,1,2  # the table of docs/non_convergence.md
     python experiments/non_convergence.py --type 2 --optimizer SGD --rand_ratio 0.25 --lr 3e-5 --epoch 200000
 

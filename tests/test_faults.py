@@ -184,7 +184,6 @@ def test_the_launcher_is_killed(flags, undisturbed, tmp_path):
     helpers.assert_same_run(run, undisturbed)
 
 
-@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_and_does_not_restart(flags, undisturbed, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     command = [*ONE_NODE, "--max-restarts", "2", FAULTY, faults(tmp_path), *flags(run)]
