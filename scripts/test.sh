@@ -13,7 +13,8 @@ if (($#)); then
     exec .venv/bin/python -m pytest "$@"
 fi
 .venv/bin/coverage erase
-# Two at a time: most tests wait for their own processes now and then. Tests of one file share what it sets up.
-.venv/bin/coverage run -m pytest -m "not slow" -n "${TEST_PROCESSES:-2}" --dist loadfile
+# Two at a time: most tests wait for their own processes now and then. Tests of one file share what it sets up. In
+# the order of their names: by their numbers of tests, files with few long tests would all come last.
+.venv/bin/coverage run -m pytest -m "not slow" -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder
 .venv/bin/coverage combine --quiet
 .venv/bin/coverage report --fail-under=85
