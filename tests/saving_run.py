@@ -98,7 +98,8 @@ def run_case(case: dict, rank: int) -> dict:
             faults.enter_context(no_room(*case["no_room"][1:], case.get("room_at_retry", False)))
         if "signal" in case and rank == 0:
             faults.enter_context(helpers.signal_in_update(case["signal"], signal.SIGUSR1))
-        print(f"case {case['argv'][-1]}", file=sys.stderr)
+        if rank == 0:  # which speaks for all; the others may be at the next run already
+            print(f"case {case['argv'][-1]}", file=sys.stderr)
         result["exit_code"] = helpers.run(case["argv"])
     return result
 
