@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining import factor_config, planned, selection, validate
+from peft_pretraining import factor_config, launcher, planned, selection, validate
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
 from peft_pretraining.methods import METHODS, RULE_SETTINGS
@@ -100,7 +100,7 @@ def _derive(
     warnings: list[str],
 ) -> Config:
     """Fill in what follows from other settings, the data and torchrun's environment."""
-    world_size = int(environ.get("WORLD_SIZE", "1"))
+    world_size = launcher.world_size(environ, problems)
     if config.run.single_gpu and world_size > 1:
         problems.append(f"--single_gpu is for one process, but torchrun started {world_size}")
     max_length = config.data.max_length or (STREAMED_LENGTH if facts.shards else facts.block_length)

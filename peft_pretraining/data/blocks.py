@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from peft_pretraining import rng
 from peft_pretraining.distributed.process_group import ProcessGroup
 from peft_pretraining.loss import Batch
+from peft_pretraining.workers import die_with_parent
 
 T = TypeVar("T")
 
@@ -120,8 +121,9 @@ def as_it_is(made: T) -> T:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
+    die_with_parent()
     # A scheduler signals the whole job; the training process decides when its workers end.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
