@@ -7,8 +7,10 @@ could not be saved among it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from peft_pretraining.launcher import bad_input, check_launcher
 from peft_pretraining.signals import run_script
@@ -24,8 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = cli.load(sys.argv[1:] if argv is None else argv)
         # Heavy imports wait until the input is known to be good.
         from peft_pretraining.build import run
+        from peft_pretraining.watchdog import Watchdog
 
-        return run(launch)
+        settings = launch.config.run
+        with Watchdog(settings.step_timeout, Path(settings.save_dir or "."), int(os.environ.get("RANK", "0"))):
+            return run(launch)
     except ConfigError as error:
         return bad_input(error)
 

@@ -36,6 +36,7 @@ from peft_pretraining.checkpoint_writer import Background, NotSaved, Snapshot, W
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.distributed.gathering import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.watchdog import SAVE_FACTOR, watched
 
 log = logging.getLogger("peft_pretraining")
 
@@ -104,6 +105,7 @@ class Checkpointer:
         # For good: a thread that restored the filters would disturb those of the others.
         warnings.filterwarnings("ignore", message=_ONE_PROCESS)
 
+    @watched("a save", SAVE_FACTOR)
     def save_once(self, state: TrainState, next_save: int) -> None:
         """`save`, unless there is a checkpoint of this update already; a failure is made up for at `next_save`.
 
@@ -113,6 +115,7 @@ class Checkpointer:
         if self.saved_step != state.update_step:
             self.save(state, f"the run goes on, and saves again at update {next_save}", self.asynchronous)
 
+    @watched("the last save", SAVE_FACTOR)
     def save_last(self, state: TrainState) -> None:
         """Save what the run ends with, unless that is done. Raises `SaveFailed` if it cannot be done, tried twice."""
         self.wait()
@@ -167,6 +170,7 @@ class Checkpointer:
             except OSError as error:
                 log.warning("an old checkpoint could not be deleted (%s)", error)
 
+    @watched("reading a checkpoint", SAVE_FACTOR)
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged."""
         tensors = self._tensors()

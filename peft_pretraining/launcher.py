@@ -71,6 +71,6 @@ def _whole_number(environ: Mapping[str, str], name: str, problems: list[str]) ->
     if text.isascii() and text.isdigit() and int(text[:20]) >= smallest and len(text) < 10:
         return int(text)
     problems.append(
-        f"{name} must be a whole number of at least {smallest}, got {text!r}: torchrun sets it; unset it for one process"
+        f"{name} must be a whole number of at least {smallest}, got {text!r}: torchrun sets it, one process needs none"
     )
     return None

@@ -1,8 +1,8 @@
 """The launcher of a process, torchrun, and what becomes of the process when it is gone.
 
 A process whose parent is killed (`kill -9`, out of memory) gets no word of it. It would train on, wait for its peers
-for ever, or write into the folder of the run that is started in its place. Linux can have the kernel send a signal; that
-must be asked for before anything that takes time, so nothing here imports torch.
+for ever, or write into the folder of the run that is started in its place. Linux can have the kernel send a signal;
+that must be asked for before anything that takes time, so nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._remember)
         if _script is not None:
             _script.saves_itself = True
+            self.received = _script.asked
         processes.on_launchers_death(signal.SIGTERM)
         return self
 
@@ -123,6 +124,11 @@ def leave_at_once(code: int) -> None:
     os._exit(code)
 
 
+def is_script() -> bool:
+    """Whether this process is one of the scripts: its signals are ours to its end."""
+    return _script is not None
+
+
 _script: _Script | None = None
 """Of a process that is one of the scripts; None in tests, notebooks and other programs, whose signals are theirs."""
 
@@ -133,6 +139,8 @@ class _Script:
     def __init__(self) -> None:
         self.saves_itself = False
         """The loop has begun: a request is remembered there."""
+        self.asked = False
+        """There was a request since."""
         self._interrupted_at: float | None = None
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -140,7 +148,12 @@ class _Script:
         for number in _answered():
             signal.signal(number, _nothing)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._in_child)
+        # A signal to a child that has not come to `_in_child` yet would go into the parent's pipe.
+        os.register_at_fork(
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+            after_in_child=self._in_child,
+        )
         threading.Thread(target=self._listen, args=[reading], name="signals", daemon=True).start()
 
     def ignore_further(self, to_the_end: bool = False) -> None:
@@ -161,6 +174,7 @@ class _Script:
         os.close(self._writing)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _listen(self, pipe: int) -> None:
         while received := os.read(pipe, 1):
@@ -171,6 +185,7 @@ class _Script:
                 _say("asked to stop before there was anything to save; launch the same command again")
                 workers.kill_workers()
                 os._exit(EXIT_REQUEUE)
+            self.asked = True
             if number == signal.SIGINT and self._is_second_interrupt():
                 _abort()
             if processes.launcher_is_gone():

@@ -14,6 +14,7 @@ from torch import nn
 from peft_pretraining import run_dir
 from peft_pretraining.checkpoint import TrainState
 from peft_pretraining.config import Config
+from peft_pretraining.wandb_run import WandbRun
 
 log = logging.getLogger("peft_pretraining")
 
@@ -43,7 +44,7 @@ class Tracker:
         _forget_after(path, resumed)
         self._file = open(path, "ab", buffering=0)  # a crash loses no finished record
         if config.tracking.with_tracking or config.tracking.wandb_project:
-            self._wandb = _start_wandb(save_dir, config)
+            self._wandb = WandbRun(_start_wandb(save_dir, config))
             if config.tracking.wandb_watch:
                 self._wandb.watch(model)
 
