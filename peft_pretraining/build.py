@@ -203,7 +203,10 @@ def _starting_point(config: Config, save_dir: Path) -> StartingPoint | ConfigErr
 
 def _initial_state(config: Config, start: StartingPoint, checkpointer: Checkpointer) -> TrainState:
     if start.checkpoint is not None:
-        return checkpointer.restore(start.checkpoint)
+        try:
+            return checkpointer.restore(start.checkpoint)
+        except ValueError as error:
+            raise ConfigError([f"{start.checkpoint} cannot be loaded: {error}"]) from error
     if start.warm_start is None:
         return TrainState()
     state = starting_counters(start.warm_start)

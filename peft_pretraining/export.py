@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_pretraining import run_dir
@@ -13,6 +12,7 @@ from peft_pretraining.checkpoint import quietly
 from peft_pretraining.config import Config
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
+from peft_pretraining.safe_loading import load_tensors
 
 
 def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -36,7 +36,7 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     method = load_method(config.method.method)(config)
     model = method.convert(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"))
     with quietly():
-        dcp.load({"model": model.state_dict()}, checkpoint_id=checkpoint / run_dir.TENSORS_DIR, no_dist=True)
+        load_tensors({"model": model.state_dict()}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
     plain.to(wanted).load_state_dict(method.merged_state_dict(model))  # rounds
     plain.config.dtype = wanted
