@@ -242,7 +242,7 @@ def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callabl
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name).save_pretrained
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained
     except (OSError, ValueError) as error:
         log.warning("checkpoints will hold no tokenizer: %s cannot be loaded (%s)", name, str(error).splitlines()[0])
         return lambda folder: None

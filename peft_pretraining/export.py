@@ -31,10 +31,10 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     settings = {name: value for name, value in run_config["settings"].items() if name in known}
     config = Config.from_settings({k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
-    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    plain = load_plain(checkpoint)
     wanted = dtype or plain.dtype
     method = load_method(config.method.method)(config)
-    model = method.convert(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"))
+    model = method.convert(load_plain(checkpoint))
     with quietly():
         load_tensors({"model": model.state_dict()}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
@@ -43,10 +43,22 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     return plain
 
 
+def load_plain(checkpoint: Path) -> PreTrainedModel:
+    """The checkpoint's own export, in the dtype that it was written in."""
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype="auto", attn_implementation="sdpa", trust_remote_code=False
+    )
+
+
 def export(checkpoint: Path, out: Path, dtype: str | None) -> None:
     """Write the merged model and the checkpoint's tokenizer to the folder `out`."""
     merged_model(checkpoint, getattr(torch, dtype) if dtype else None).save_pretrained(out)
     for file in checkpoint.iterdir():
         written = out / file.name
-        if file.is_file() and not written.exists() and file.name not in (run_dir.MANIFEST_FILE, run_dir.STATE_FILE):
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and not written.exists()
+            and file.name not in (run_dir.MANIFEST_FILE, run_dir.STATE_FILE)
+        ):
             written.write_bytes(file.read_bytes())
