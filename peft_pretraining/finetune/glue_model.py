@@ -34,8 +34,10 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     """The model in float32, with the task's labels in its configuration; a head that it lacks is drawn from torch's
     random numbers. Raises `ConfigError` where model or tokenizer cannot be loaded."""
     name, where = settings.model_name_or_path, {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
-    where["trust_remote_code"] = False
-    config = _loaded(lambda: without_code(AutoConfig.from_pretrained(name, **where)), f"--model_name_or_path {name}")
+    config = _loaded(
+        lambda: without_code(AutoConfig.from_pretrained(name, trust_remote_code=False, **where)),
+        f"--model_name_or_path {name}",
+    )
     if settings.use_llama and config.model_type != "llama":
         raise ConfigError([f"--use_llama: {name} is of type {config.model_type}"])
     tokenizer = _load_tokenizer(settings, config, where)
@@ -68,8 +70,10 @@ def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dic
         log.warning("%s has no tokenizer: %s is used (--tokenizer_name)", name, DEFAULT_TOKENIZER)
         name = DEFAULT_TOKENIZER
     if name != settings.model_name_or_path:
-        where = {"cache_dir": where["cache_dir"], "trust_remote_code": False}
-    tokenizer = _loaded(lambda: AutoTokenizer.from_pretrained(name, **where), f"the tokenizer {name}")
+        where = {"cache_dir": where["cache_dir"]}
+    tokenizer = _loaded(
+        lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where), f"the tokenizer {name}"
+    )
     if tokenizer.pad_token_id is None:
         # Llama's own has none. Its unknown token, unlike the end of the sequence, hardly ever ends a text.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
