@@ -68,7 +68,8 @@ def _number(kind: type, text: str) -> Any:
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("must be finite")
     if kind is int and abs(value) > LARGEST_INTEGER:
-        raise ValueError(f"must lie within ±{LARGEST_INTEGER}")
+        bound = f"most {LARGEST_INTEGER}" if value > 0 else f"least -{LARGEST_INTEGER}"
+        raise ValueError(f"must be at {bound}")
     return value
 
 

@@ -23,7 +23,9 @@ LICENCE = "Introductions of Wikipedia articles, by their authors, under CC BY-SA
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("out", type=Path, help="file to write, one JSON object with a `text` per line")
     out = parser.parse_args().out
     try:

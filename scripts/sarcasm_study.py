@@ -82,7 +82,9 @@ class Study:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with sentence and label")
     parser.add_argument("--model", required=True, help="folder or hub name of the encoder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")

@@ -138,7 +138,9 @@ def _is_list(value: Any, is_item: Any) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--dataset_path", required=True, help="folder written by pretokenize.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")

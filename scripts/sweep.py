@@ -24,7 +24,9 @@ from peft_pretraining.flags import ConfigError, exit_with_problems
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--lrs", required=True, help="learning rates, comma-separated")
     parser.add_argument("--seeds", default="42", help="seeds, comma-separated (default: 42)")

@@ -176,7 +176,9 @@ def _smoothed(updates: Sequence[dict[str, Any]]) -> tuple[list[float], list[floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--plot", type=Path, help="write a PNG of loss over tokens to this file")
     parser.add_argument("--json", type=Path, help="write the table's rows to this file")
