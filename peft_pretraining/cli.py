@@ -119,7 +119,8 @@ def _defaults(given: dict[str, Given], chosen: selection.Selection, problems: li
             problems.append(f"--optimizer {given['optimizer'].value} and --per_layer False contradict each other")
         settings["per_layer"] = True
     if settings.get("stagger_refresh") is None:
-        settings["stagger_refresh"] = settings.get("per_layer", False)
+        updates_per_layer = chosen.method in METHODS and "per_layer" in METHODS[chosen.method].options
+        settings["stagger_refresh"] = updates_per_layer and settings.get("per_layer", False)
     return settings
 
 
