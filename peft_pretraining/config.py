@@ -27,6 +27,7 @@ from peft_pretraining.flags import (
     positive_int,
     setting,
     string,
+    text,
     token_count,
 )
 
@@ -205,9 +206,9 @@ class RunConfig:
 class TrackingConfig:
     with_tracking: bool = setting(False, boolean, "log to wandb")
     wandb_project: str | None = setting(None, string, "wandb project (default: peft_pretraining); implies tracking")
-    name: str | None = setting(None, string, "wandb run name (default: the folder's name)")
+    name: str | None = setting(None, text, "wandb run name (default: the folder's name)")
     tags: tuple[str, ...] = setting((), comma_separated, "wandb tags, comma-separated")
-    comment: str | None = setting(None, string, "wandb notes")
+    comment: str | None = setting(None, text, "wandb notes")
     wandb_watch: bool = setting(False, boolean, "let wandb record histograms of weights and gradients")
 
 
