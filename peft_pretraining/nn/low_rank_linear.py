@@ -5,8 +5,8 @@ Hu et al., arXiv 2106.09685, section 4.1. With W (m, n) frozen, A (r, n) and B (
     y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ,     effective weight W + s·B·A
 
 What happens to W, A and B over time (merge, reset, switch, new basis) is for the methods to say. They do it with
-`add_to_weight`, which computes in float32 (float64 for float64). A W of 16 bits keeps beside it what rounding takes from it
-(nn/weight_rest.py), so that any number of corrections adds up as in float32.
+`add_to_weight`, which computes in float32 (float64 for float64). A W of 16 bits keeps beside it what rounding takes
+from it (nn/weight_rest.py), so that any number of corrections adds up as in float32.
 
 W, A and B may be divided over devices (distributed/sharding.py). What is computed from them between passes is then this
 device's part of W, with rows of B and columns of A that meet it.

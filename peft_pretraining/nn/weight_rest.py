@@ -1,8 +1,8 @@
 """A weight in 16 bits that is corrected often, and what rounding takes from it: together its value in float32.
 
-A correction is mostly smaller than the weight's last digit: rounded after each one, a bfloat16 weight drifts by per cents
-of itself in some hundred corrections. So a value x is kept as W, x rounded to the model's dtype, which products read, and
-as an int16 of the same shape, its rest:
+A correction is mostly smaller than the weight's last digit: rounded after each one, a bfloat16 weight drifts by per
+cents of itself in some hundred corrections. So a value x is kept as W, x rounded to the model's dtype, which products
+read, and as an int16 of the same shape, its rest:
 
     bfloat16    bits of x − bits of W as float32: x to the last bit (at a tie, to the last but one)
     float16     the bits of 2¹¹ · (x − W) in float16: x to 22 bits
