@@ -27,6 +27,7 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
+from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.profiling import Profiler
 from peft_pretraining.tracking import Tracker, log, start_logging
 from peft_pretraining.train import Run, TrainingFailed, train
@@ -102,6 +103,8 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         config.run.keep_checkpoints,
         config.distributed.async_save,
     )
+    if group.is_main:
+        adopt_saved(model, checkpointer.save_tokenizer, launch.facts.model)
     state = _initial_state(config, start, checkpointer)
     method.prepare(model, optimizer, group.all_reduce_mean)
     parallel_model = reduced_model(config, method, group, model, optimizer)

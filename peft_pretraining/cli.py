@@ -56,12 +56,13 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     facts = validate.FileFacts()
     environ = os.environ if environ is None else environ
     try:
-        validate.read_model(config, facts, problems)
+        validate.read_model(config, facts, problems, warnings)
         validate.read_data(config, facts, problems, warnings)
         config = _derive(config, given, facts, environ, problems, warnings)
         validate.check_method(config, problems, warnings)
         check_distribution(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
+        validate.check_memory(config, facts, problems)
         validate.check_resume_from(config, facts, problems)
         if method in METHODS:
             validate.check_save_dir(config, facts, problems, warnings)

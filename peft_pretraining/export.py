@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,7 +13,10 @@ from peft_pretraining.checkpoint import quietly
 from peft_pretraining.config import Config
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
+from peft_pretraining.models.token_ids import adopt, read_tokenizer
 from peft_pretraining.safe_loading import load_tensors
+
+log = logging.getLogger("peft_pretraining")
 
 
 def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -51,8 +55,12 @@ def load_plain(checkpoint: Path) -> PreTrainedModel:
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None) -> None:
-    """Write the merged model and the checkpoint's tokenizer to the folder `out`."""
-    merged_model(checkpoint, getattr(torch, dtype) if dtype else None).save_pretrained(out)
+    """Write the merged model to the folder `out`, with its tokenizer and the ids of that one's special tokens."""
+    model = merged_model(checkpoint, getattr(torch, dtype) if dtype else None)
+    if (tokenizer := read_tokenizer(checkpoint)) is not None:
+        for line in adopt(model, tokenizer, {}):
+            log.warning(line)
+    model.save_pretrained(out)
     for file in checkpoint.iterdir():
         written = out / file.name
         if (

@@ -37,20 +37,20 @@ class FileFacts:
         return self.data.get("sequence_length")
 
 
-def read_model(config: Config, facts: FileFacts, problems: list[str]) -> None:
+def read_model(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
     """The model's shape, wherever it comes from."""
     model, run = config.model, config.run
     if model.model_config and model.model_name_or_path:
         problems.append("--model_config and --model_name_or_path contradict each other: give one of them")
     elif model.model_config:
-        facts.model = model_config.read_model_json(model.model_config, "--model_config", problems)
+        facts.model = model_config.read_model_json(model.model_config, "--model_config", problems, warnings)
     elif not model.model_name_or_path and not run.warmed_up_model:
         problems.append("--model_config is required (or --model_name_or_path)")
     elif model.model_name_or_path and Path(model.model_name_or_path).is_dir():
         path = Path(model.model_name_or_path) / "config.json"
-        facts.model = model_config.read_model_json(str(path), "--model_name_or_path", problems)
+        facts.model = model_config.read_model_json(str(path), "--model_name_or_path", problems, warnings)
     if run.warmed_up_model:
-        _check_warm_start(run.warmed_up_model, facts, problems)
+        _check_warm_start(config, facts, problems)
     if model.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         problems.append(
             "--attn_implementation flash_attention_2 needs flash-attn, which is not installed "
@@ -58,18 +58,16 @@ def read_model(config: Config, facts: FileFacts, problems: list[str]) -> None:
         )
 
 
-def _check_warm_start(folder: str, facts: FileFacts, problems: list[str]) -> None:
+def _check_warm_start(config: Config, facts: FileFacts, problems: list[str]) -> None:
+    """The weights must be those of the very model that was named, if one was: what is recorded is what is trained."""
+    folder, where = config.run.warmed_up_model, f"--warmed_up_model {config.run.warmed_up_model}"
     if not Path(folder).is_dir():
-        problems.append(f"--warmed_up_model {folder}: no such folder")
+        problems.append(f"{where}: no such folder")
         return
     saved = model_config.read_model_json(str(Path(folder) / "config.json"), "--warmed_up_model", problems)
     if saved is not None and facts.model is not None:
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if saved.get(key) != facts.model.get(key):
-                problems.append(
-                    f"--warmed_up_model {folder}: its {key} {saved.get(key)} differs from "
-                    f"{facts.model.get(key)} of --model_config"
-                )
+        other = "--model_config" if config.model.model_config else "--model_name_or_path"
+        problems += model_config.contradictions(saved, facts.model, where, other)
     facts.model = facts.model or saved
 
 
@@ -145,6 +143,16 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
             f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary "
             f"of {vocabulary}"
         )
+
+
+def check_memory(config: Config, facts: FileFacts, problems: list[str]) -> None:
+    """Whether the model is beyond the machine by its weights alone."""
+    if facts.model is None:
+        return
+    devices = config.batch.world_size if config.distributed.distributed_type == "fsdp" else 1
+    if reason := model_config.memory_problem(facts.model, _BYTES[config.model.dtype], devices):
+        source = config.model.model_config or config.model.model_name_or_path or config.run.warmed_up_model
+        problems.append(f"the model {source} is too large: {reason}")
 
 
 def check_method(config: Config, problems: list[str], warnings: list[str]) -> None:
