@@ -21,6 +21,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from peft_pretraining.data.plain_text import special_ids
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path
 from peft_pretraining.data.sources import Documents, Source, open_pieces
 from peft_pretraining.data.splits import Writers, held_out_draw, train_documents, write_splits
+from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import load_tokenizer, train_tokenizer
 from peft_pretraining.flags import ConfigError
 
@@ -90,11 +92,18 @@ def complete(
         "tokenizer": config.tokenizer_name,
         **vocabulary,
         "largest_token_id": max(writer.largest_token_id for writer in writers.values()),
+        "rows_passed_over": sum(writer.rows_passed_over for writer in writers.values()),
     }
     for split, writer in writers.items():
         counts = {"documents": writer.documents, "tokens": writer.tokens, "blocks": writer.blocks}
         arguments[split] = counts | more.get(split, {})
     (folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    for split, writer in writers.items():
+        if writer.tail:
+            print(
+                f"note: {split}: the last {writer.tail} of {writer.tokens} tokens fill no block and are not used",
+                file=sys.stderr,
+            )
 
 
 def _open(
@@ -103,7 +112,7 @@ def _open(
     """The source's splits, and the tokenizer unless it is to be trained; the problems of both together."""
     pieces, tokenizer, problems = {}, None, []
     try:
-        pieces = open_pieces(source, config.dataset_config, config.text_field)
+        pieces = open_pieces(source, config.dataset_config, config.text_field, config.max_document_mb)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -132,8 +141,8 @@ def _publish(temporary: Path, result: Path) -> None:
 
 
 def _training_text(config: PretokenizeConfig, pieces: dict[str, list[Documents]]) -> Iterator[str]:
-    """Documents of the train split, but those to be held out."""
-    documents, count = train_documents(config, pieces["train"])
+    """Documents of the train split, but those to be held out. Rows that are none are counted later, with the blocks."""
+    documents, count = train_documents(config, pieces["train"], Tally())
     progress = tqdm(documents, "reading for the tokenizer", count, unit=" documents", mininterval=1)
     if "validation" in pieces:
         return (document.text for document in progress)

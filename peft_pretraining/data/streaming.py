@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from peft_pretraining import rng
+from peft_pretraining.data.lines import is_blank
 from peft_pretraining.data.shards import DataError, Shard, log
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ def _documents(shards: Sequence[Shard], order: Sequence[int], start: Cursor) -> 
         for count, line in enumerate(lines):
             if count == 0 and place + 1 < len(order):
                 shards[order[place + 1]].fetch_ahead()
-            if not line.data.isspace():
+            if not is_blank(line.data):
                 yield _Placed(Document(order[place], line.number, line.data), place, line.offset)
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.data.plain_text import PlainText
-from peft_pretraining.data.sources import one_line
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.workers import obey_the_parent
 
