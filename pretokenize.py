@@ -1,7 +1,7 @@
 """Tokenise a corpus into blocks for pre-training: `python pretokenize.py --dataset c4 --dataset_config en ...`.
 
 The last line on stdout is the result's folder, `SAVE_DIR/{dataset}_{config}_{tokenizer}_{length}`. Exit code 2 for bad
-input: one line per problem on stderr, and nothing left behind.
+input, 1 where the result cannot be written: one line per problem on stderr, and nothing left behind.
 
 A large corpus in slices: the same with `--num_shards N --shard I`, for every I from 0 to N - 1, in any order and side
 by side; then once with `--num_shards N --merge`. What is finished is not made again.
@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from peft_pretraining.data.pretokenize import pretokenize
+from peft_pretraining.data.pretokenize import CannotWrite, pretokenize
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
 from peft_pretraining.data.slices import merge, pretokenize_slice
 from peft_pretraining.data.sources import Source, find_source
@@ -109,6 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except ConfigError as error:
         return exit_with_problems(error)
+    except (CannotWrite, MemoryError, BrokenProcessPool) as error:
+        reasons = {MemoryError: "out of memory", BrokenProcessPool: "a tokenising process died (out of memory?)"}
+        print(f"error: {reasons.get(type(error), error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing is left behind", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_pretraining import flags
 from peft_pretraining.config import DEFAULT_TOKENIZER, setting
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.data.sources import Source
@@ -17,13 +18,6 @@ MOST_PROCESSES = 64  # one process reads and writes for all of them; with many m
 def _open_fraction(text: str) -> float:
     if not 0 < (value := number(text)) < 1:
         raise ValueError("must lie between 0 and 1")
-    return value
-
-
-def block_length(text: str) -> int:
-    """A block of a single token would have nothing to predict."""
-    if (value := integer(text)) < 2:
-        raise ValueError("must be at least 2")
     return value
 
 
@@ -48,7 +42,7 @@ class PretokenizeConfig:
         "largest document in MB, unpacked; longer ones are passed over. Tokenising takes 20 to 60 times as much memory "
         "(default: 100)",
     )
-    sequence_length: int = setting(512, block_length, "tokens per block (default: 512)")
+    sequence_length: int = setting(512, flags.sequence_length, "tokens per block (default: 512)")
     validation_fraction: float = setting(
         0.005,
         _open_fraction,

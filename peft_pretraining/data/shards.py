@@ -227,9 +227,9 @@ def document_text(line: bytes) -> tuple[str | None, str]:
     return encodable(text), ""
 
 
-def find_hub_shards(problems: list[str]) -> Shards | None:
+def find_hub_shards(problems: list[str], max_document_mb: float = LONGEST_DOCUMENT) -> Shards | None:
     """C4's shards on the hub. One request says at once whether it can be reached."""
-    origin = f"{HUB_DATASET} ({HUB_CONFIG}) on the hub"
+    origin, longest = f"{HUB_DATASET} ({HUB_CONFIG}) on the hub", int(max_document_mb * MEGABYTE)
     try:
         import huggingface_hub
 
@@ -238,7 +238,7 @@ def find_hub_shards(problems: list[str]) -> Shards | None:
         revision = hub.dataset_info(HUB_DATASET, timeout=_HUB_TIMEOUT).sha
         tree = hub.list_repo_tree(HUB_DATASET, HUB_CONFIG, repo_type="dataset", revision=revision)
         shards = sorted(
-            (Shard(file.path, file.size, None, revision) for file in tree if file.path.endswith(EXTENSIONS)),
+            (Shard(file.path, file.size, None, revision, longest) for file in tree if file.path.endswith(EXTENSIONS)),
             key=lambda shard: shard.name,
         )
     except Exception as error:  # no network, no such host, offline mode, a proxy: each with exceptions of its own

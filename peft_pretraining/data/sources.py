@@ -82,7 +82,9 @@ def find_source(dataset: str, from_json: bool, problems: list[str], warnings: li
     elif glob.has_magic(dataset) and not os.path.isfile(path):
         names = sorted(glob.glob(dataset, recursive=True))
         found = files_only(map(Path, names), problems, "--dataset ")
-        missing = "no file matches this wildcard" + ("" if "**" in dataset else " (** stands for any folders)")
+        missing = "no file matches this wildcard"
+        if names:  # folders, then
+            missing += ", only folders: ** stands for any number of them"
     else:
         found = files_only([path], problems, "--dataset ") if os.path.lexists(path) else []
         missing = "file or folder not found"

@@ -6,6 +6,7 @@ it is needed: a Rust tokenizer works without it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -47,14 +48,36 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     huggingface_hub.logging.set_verbosity_error()  # its warnings for every retry would bury the one line that counts
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # unknown name, no network, missing or broken files: each with exceptions of its own
-        raise ConfigError(
-            [f"--tokenizer {name}: no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"]
-        ) from error
-    if tokenizer.eos_token_id is None:
+        # Never the code of whoever made it, and no question about it either.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        vocabulary = len(tokenizer)
+        eos = tokenizer.eos_token_id
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # unknown name, no network, damaged files: each of its own; Rust's panics of none
+        raise ConfigError([f"--tokenizer {name}: {_why_not_loadable(name, error)}"]) from error
+    if eos is None:
         raise ConfigError([f"--tokenizer {name}: has no end-of-sequence token to put between documents"])
+    if not isinstance(eos, int) or not 0 <= eos < 2**31 or vocabulary > 2**31:
+        raise ConfigError([f"--tokenizer {name}: its end-of-sequence token has no usable id"])
     return tokenizer
+
+
+def _why_not_loadable(name: str, error: BaseException) -> str:
+    folder = Path(name)
+    if os.path.isdir(folder) and not os.path.isfile(folder / "tokenizer.json"):
+        packages = {
+            "spiece.model": "sentencepiece",
+            "tokenizer.model": "sentencepiece",
+            "tekken.json": "mistral_common",
+        }
+        for file, package in packages.items():
+            if os.path.isfile(folder / file) and importlib.util.find_spec(package) is None:
+                return (
+                    f"has {file} but no tokenizer.json: reading it needs `pip install {package}` "
+                    "(AutoTokenizer.from_pretrained(...).save_pretrained(...) then writes tokenizer.json)"
+                )
+    return f"no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"
 
 
 def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> PreTrainedTokenizerBase:
