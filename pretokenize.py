@@ -20,7 +20,7 @@ from pathlib import Path
 from peft_pretraining.data.pretokenize import CannotWrite, pretokenize
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
 from peft_pretraining.data.slices import merge, pretokenize_slice
-from peft_pretraining.data.sources import Source, find_source
+from peft_pretraining.data.sources import COMPRESSED, Source, find_source
 from peft_pretraining.data.tokenizer import SMALLEST_VOCABULARY
 from peft_pretraining.flags import ConfigError, Flag, exit_with_problems, parse_command_line
 
@@ -39,6 +39,8 @@ def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:
     warnings: list[str] = []
     source = find_source(config.dataset, config.from_json, problems, warnings) if config.dataset else None
     problems += _tokenizer_problems(config)
+    if source is not None:
+        problems += _validation_problems(config, source)
     if config.save_dir:
         problems += _place_problems(config, source)
     if problems:
@@ -85,6 +87,21 @@ def _tokenizer_problems(config: PretokenizeConfig) -> list[str]:
         if config.tokenizer is not None:
             problems.append(f"--tokenizer {config.tokenizer} contradicts --train_tokenizer {config.train_tokenizer}")
     return problems
+
+
+def _validation_problems(config: PretokenizeConfig, source: Source) -> list[str]:
+    """Whether slices will hold out a block: none of them sees enough to find out, and the merge comes too late."""
+    files = source.files.get("train", [])
+    plain = files and not any(file.suffix in COMPRESSED or file.suffix == ".parquet" for file in files)
+    if not config.num_shards or config.take is not None or "validation" in source.files or not plain:
+        return []
+    size = sum(file.stat().st_size for file in files)
+    if size * config.validation_fraction >= config.sequence_length:  # a token has a byte at least
+        return []
+    return [
+        f"--validation_fraction {config.validation_fraction:g}: of {size} bytes in all, slices would hold out less "
+        f"than one block of {config.sequence_length} tokens; make it larger, or leave --num_shards out"
+    ]
 
 
 def _place_problems(config: PretokenizeConfig, source: Source | None) -> list[str]:

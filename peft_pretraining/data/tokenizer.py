@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TRAINED_EOS, TRAINED_PAD = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 260  # 256 bytes, the two special tokens, and something to learn
 
+_LARGEST_ID = 2**31 - 1
 BATCH_CHARACTERS = 2**18  # about 0.1 s of work: far above the cost of handing it over, far below that of a long wait
 BATCH_DOCUMENTS = 4096
 BATCHES_AHEAD = 4  # per worker, read before they are needed
@@ -50,16 +51,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         # Never the code of whoever made it, and no question about it either.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        vocabulary = len(tokenizer)
-        eos = tokenizer.eos_token_id
+        tokenizer("A few words.", add_special_tokens=False)  # some damage shows no sooner
+        largest, eos = max(tokenizer.get_vocab().values(), default=-1), tokenizer.eos_token_id
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # unknown name, no network, damaged files: each of its own; Rust's panics of none
         raise ConfigError([f"--tokenizer {name}: {_why_not_loadable(name, error)}"]) from error
     if eos is None:
         raise ConfigError([f"--tokenizer {name}: has no end-of-sequence token to put between documents"])
-    if not isinstance(eos, int) or not 0 <= eos < 2**31 or vocabulary > 2**31:
-        raise ConfigError([f"--tokenizer {name}: its end-of-sequence token has no usable id"])
+    if largest > _LARGEST_ID:
+        raise ConfigError([f"--tokenizer {name}: has a token of id {largest}; ids are stored in 32 bits"])
     return tokenizer
 
 
