@@ -21,7 +21,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from peft_pretraining.checkpoint_writer import Background, NotSaved, Snapshot, W
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.distributed.gathering import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.safe_loading import load_tensors
+from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.safe_loading import TensorReader, load_tensors
 
 log = logging.getLogger("peft_pretraining")
 
@@ -169,6 +170,7 @@ class Checkpointer:
 
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged; `ValueError` if it cannot be loaded still."""
+        self._take_older_forms(TensorReader(folder / run_dir.TENSORS_DIR).read_metadata().state_dict_metadata)
         tensors = self._tensors()
         load_tensors(tensors, folder / run_dir.TENSORS_DIR, distributed=self.group.world_size > 1)
         counters = run_dir.read_state(folder)
@@ -178,6 +180,12 @@ class Checkpointer:
         self.saved_step = state.update_step
         self._damaged = {step for step in self._damaged if step > state.update_step}
         return state
+
+    def _take_older_forms(self, saved: Collection[str]) -> None:
+        """Let the optimizer hold its state as the checkpoint with the keys `saved` does; torch would not compare."""
+        if isinstance(self.optimizer, LowRankOptimizer):
+            names = {param: f"optimizer.{name}" for name, param in self.model.named_parameters()}
+            self.optimizer.adopt_saved_form(saved, names)
 
     def _tensors(self) -> dict[str, Any]:
         """Training weights and optimizer state by name: tensors only, so that nothing is pickled."""
