@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining import factor_config, planned, selection, validate
+from peft_pretraining import factor_config, planned, selection, validate, validate_folders
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
 from peft_pretraining.methods import METHODS, RULE_SETTINGS
@@ -54,9 +54,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     validate.check_method(config, problems, warnings)
     check_distribution(config, facts, problems, warnings)
     validate.check_data(config, facts, problems)
-    validate.check_resume_from(config, facts, problems)
+    validate_folders.check_resume_from(config, facts, problems, warnings)
     if method in METHODS:
-        validate.check_save_dir(config, facts, problems, warnings)
+        validate_folders.check_save_dir(config, facts, problems, warnings)
     if problems:
         raise ConfigError(problems)
     return Launch(config, facts, validate.identity_of(config, facts), tuple(warnings))

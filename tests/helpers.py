@@ -84,7 +84,9 @@ def tensors(checkpoint: Path) -> dict[str, Any]:
 
 
 def counters(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "training_state.json").read_text())
+    """Those of a checkpoint, without what differs from run to run: its id and settings."""
+    found = json.loads((checkpoint / "training_state.json").read_text())
+    return {name: value for name, value in found.items() if name not in ("run", "versions")}
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:
