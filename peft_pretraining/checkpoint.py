@@ -144,9 +144,7 @@ class Checkpointer:
             return "there is no checkpoint to go back to"
         if self.saved_in.parent != self.save_dir:
             return f"the checkpoint to go back to is {self.saved_in} (the one of --resume_from)"
-        return (
-            f"the newest good checkpoint is {self.saved_in}; launched with --autoresume True, the run goes on from it"
-        )
+        return f"the newest good checkpoint is {self.saved_in}: --autoresume True goes on from it"
 
     @property
     def in_flight(self) -> bool:

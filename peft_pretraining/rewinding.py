@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint by itself, when a run is no longer finite, and on past the batches that led there.
+"""Going back to an earlier checkpoint when a run is no longer finite, and on past the batches that led there.
 
 The counters are those of the checkpoint, and with them rate, refreshes and random numbers; only the data goes on where
 it stands. The checkpoint is written anew with that place and a note of what was skipped (`rewinds`), so that a run

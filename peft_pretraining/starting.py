@@ -158,12 +158,6 @@ def restored_state(
         raise group.from_main(problem or ConfigError(_about_resume_from(start.skipped)))
     if group.is_main:
         checkpointer.retention.passed_over_since(state.update_step)
-    last = config.schedule.num_training_steps + config.schedule.num_extra_training_steps
-    if state.update_step > last:
-        raise ConfigError(
-            [f"--num_training_steps {config.schedule.num_training_steps}: {checkpointer.saved_in} has done "
-             f"{state.update_step} updates already; give at least as many"]
-        )  # fmt: skip
     return state
 
 

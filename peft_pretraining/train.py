@@ -111,9 +111,13 @@ def is_finished(run: Run) -> bool:
     state, checkpointer = run.state, run.checkpointer
     if state.update_step < run.last_step or evaluation_is_due(run) or checkpointer.saved_step != state.update_step:
         return False
-    if checkpointer.saved_in.parent != checkpointer.save_dir:
-        return False
-    log.info("already finished: all %d updates are done, nothing is left to do", state.update_step)
+    if state.update_step > run.last_step:
+        log.warning(
+            "--num_training_steps gives %d updates, but %s has done %d: nothing is left to do",
+            *(run.last_step, checkpointer.saved_in, state.update_step),
+        )
+    else:
+        log.info("already finished: %s has done all %d updates; nothing to do", checkpointer.saved_in, run.last_step)
     return True
 
 
