@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -48,6 +49,8 @@ def check_save_dir(config: Config, facts: FileFacts, problems: list[str], warnin
     """The run's folder must be new, or hold the same run; and there must be room and permission to write."""
     folder = Path(config.run.save_dir or "checkpoints")
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # unlike `exists`, it says what is wrong with a name
         if config.run.save_dir and os.path.lexists(folder):
             if not folder.is_dir():
                 problems.append(f"--save_dir {folder} is not a folder")
