@@ -30,6 +30,7 @@ from peft_pretraining.folder_lock import FolderLock
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
+from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.profiling import Profiler
 from peft_pretraining.resume import RunRecord
 from peft_pretraining.starting import begin_writing, restored_state, starting_point, take_folder
@@ -189,6 +190,8 @@ def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRec
         config.run.keep_checkpoints,
         config.distributed.async_save,
     )
+    if group.is_main:
+        adopt_saved(model, checkpointer.save_tokenizer, launch.facts.model)
     return Parts(model, method, optimizer, checkpointer)
 
 
@@ -257,7 +260,7 @@ def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callabl
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name).save_pretrained
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained
     except (OSError, ValueError) as error:
         log.warning("checkpoints will hold no tokenizer: %s cannot be loaded (%s)", name, str(error).splitlines()[0])
         return lambda folder: None

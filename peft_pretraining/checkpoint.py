@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
@@ -36,10 +35,13 @@ from peft_pretraining import resume, run_dir
 from peft_pretraining.checkpoint_writer import Background, NotSaved, Snapshot, Writer, one_line
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.distributed.gathering import gather_to_main, tied_names
+from peft_pretraining.distributed.sharding import local
 from peft_pretraining.failures import NotFinite, SaveFailed
 from peft_pretraining.finite import all_finite, leaves
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.nn.low_rank_linear import WEIGHT_REST
 from peft_pretraining.retention import Retention
+from peft_pretraining.safe_loading import TensorReader, load_tensors
 from peft_pretraining.train_state import TrainState, read_counters, state_of
 
 log = logging.getLogger("peft_pretraining")
@@ -179,12 +181,15 @@ class Checkpointer:
         Raises `NotRestored` when it is of another model or method, or cannot be loaded for any other reason. What has
         been loaded by then stays loaded: another checkpoint must follow, or the run must be built anew.
         """
-        tensors = self._tensors()
         described = self._attempt(lambda: describe(folder))
+        tensors = self._tensors()
+        tensors["model"] = without_unsaved_rests(tensors["model"], described)
         self._attempt(lambda: _compare(described, tensors, self._names_on_all_ranks(tensors)))
         counters = self._attempt(lambda: read_counters(folder))
         state = self._attempt(lambda: state_of(counters))
-        self._attempt(lambda: load(tensors, folder, self.group.world_size > 1))
+        self._attempt(
+            lambda: load_tensors(tensors, folder / run_dir.TENSORS_DIR, distributed=self.group.world_size > 1)
+        )
         self._attempt(lambda: self.method.load_state_dict(counters["method"]))
         if not all_finite(leaves(tensors), self.group):
             raise NotRestored("its weights or optimizer state are not finite")
@@ -236,18 +241,23 @@ class Checkpointer:
 
 
 def describe(folder: Path) -> Metadata:
-    """What tensors a checkpoint holds."""
-    return dcp.FileSystemReader(folder / run_dir.TENSORS_DIR).read_metadata()
-
-
-def load(tensors: dict[str, Any], folder: Path, distributed: bool) -> None:
-    """Fill tensors, in place, from a checkpoint; with several ranks all call it together."""
-    dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=not distributed)
+    """What tensors a checkpoint holds. Raises `ValueError`, `OSError`."""
+    return TensorReader(folder / run_dir.TENSORS_DIR).read_metadata()
 
 
 def _named(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors by the names that a checkpoint has for them."""
     return {f"{part}.{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
+
+
+def without_unsaved_rests(model: dict[str, Any], described: Metadata) -> dict[str, Any]:
+    """A model's tensors without the rests of 16-bit weights that an older checkpoint does not have: they become 0."""
+    new = [
+        name for name in model if name.endswith(WEIGHT_REST) and f"model.{name}" not in described.state_dict_metadata
+    ]
+    for name in new:
+        local(model[name]).zero_()
+    return {name: tensor for name, tensor in model.items() if name not in new}
 
 
 def _compare(described: Metadata, tensors: dict[str, Any], on_all_ranks: set[str]) -> None:

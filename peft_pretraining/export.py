@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_pretraining import resume, run_dir
-from peft_pretraining.checkpoint import load, quietly
+from peft_pretraining.checkpoint import describe, quietly, without_unsaved_rests
 from peft_pretraining.config import Config, config_flags
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
+from peft_pretraining.models.token_ids import adopt, read_tokenizer
+from peft_pretraining.safe_loading import load_tensors
 from peft_pretraining.train_state import read_counters
+
+log = logging.getLogger("peft_pretraining")
 
 
 def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -25,12 +30,14 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     missing, or cannot be used.
     """
     config = Config.from_settings(_settings_of(checkpoint))
-    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+
+    plain = load_plain(checkpoint)
     wanted = dtype or plain.dtype
     method = load_method(config.method.method)(config)
-    model = method.convert(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"))
+    model = method.convert(load_plain(checkpoint))
     with quietly():
-        load({"model": model.state_dict()}, checkpoint, distributed=False)
+        tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))
+        load_tensors({"model": tensors}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
     plain.to(wanted).load_state_dict(method.merged_state_dict(model))  # rounds
     plain.config.dtype = wanted
@@ -65,10 +72,26 @@ def _settings_of(checkpoint: Path) -> dict[str, Any]:
     return settings
 
 
+def load_plain(checkpoint: Path) -> PreTrainedModel:
+    """The checkpoint's own export, in the dtype that it was written in."""
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype="auto", attn_implementation="sdpa", trust_remote_code=False
+    )
+
+
 def export(checkpoint: Path, out: Path, dtype: str | None) -> None:
-    """Write the merged model and the checkpoint's tokenizer to the folder `out`."""
-    merged_model(checkpoint, getattr(torch, dtype) if dtype else None).save_pretrained(out)
+    """Write the merged model to the folder `out`, with its tokenizer and the ids of that one's special tokens."""
+    model = merged_model(checkpoint, getattr(torch, dtype) if dtype else None)
+    if (tokenizer := read_tokenizer(checkpoint)) is not None:
+        for line in adopt(model, tokenizer, {}):
+            log.warning(line)
+    model.save_pretrained(out)
     for file in checkpoint.iterdir():
         written = out / file.name
-        if file.is_file() and not written.exists() and file.name not in (run_dir.MANIFEST_FILE, run_dir.STATE_FILE):
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and not written.exists()
+            and file.name not in (run_dir.MANIFEST_FILE, run_dir.STATE_FILE)
+        ):
             written.write_bytes(file.read_bytes())

@@ -1,120 +1,102 @@
-"""`metrics.jsonl`: one JSON object per line, for each update and each evaluation of a run once. No torch here.
+"""Reading `metrics.jsonl`: every line that is a record, and one line about all that are none.
 
-Numbers that are not finite are written as null, which JSON has. A resumed run drops what it will do again. What cannot
-be read does not stop it: such lines are put aside, into `metrics.damaged.jsonl`, and what is missing is said.
+A crash may cut the file anywhere, and a full disk or another program may leave anything in it; so nothing in it stops a
+reader. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining import run_dir
-from peft_pretraining.train_state import TrainState
-
-log = logging.getLogger("peft_pretraining")
-
-DAMAGED_FILE = "metrics.damaged.jsonl"
-UNDONE_FILE = "metrics.undone.jsonl"
-"""Records of updates that `--rewind_on_nan` has undone."""
+LONGEST_LINE = 1 << 20
+"""Bytes; the records that a run writes have a few hundred."""
+_NAMED_LINES = 5
 
 
-def encode(values: dict[str, Any]) -> bytes:
-    """One record as its line."""
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+@dataclass(frozen=True)
+class Line:
+    """One line of the file."""
+
+    number: int
+    """From 1."""
+    raw: bytes
+    """As it stands in the file, with its line break; of a line above `LONGEST_LINE` the beginning."""
+    record: dict[str, Any] | None
+    """None when the line is no record."""
+    reason: str | None
+    """Why it is none."""
 
 
-@dataclass
-class Sorted:
-    """The lines of a file, by what becomes of them."""
+def read_records(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The file's records, in its order, and one line about what was passed over (an empty list if nothing was).
 
-    kept: list[bytes] = field(default_factory=list)
-    later: list[bytes] = field(default_factory=list)
-    """Of updates and evaluations after the state that the run goes on from."""
-    damaged: list[bytes] = field(default_factory=list)
-    doubled: int = 0
-    """Records that stood there more than once, in the same words."""
-    updates: set[int] = field(default_factory=set)
-    """Those that have a record, among the kept."""
-
-
-def sort_lines(lines: Iterable[bytes], state: TrainState) -> Sorted:
-    """Which records belong to a run that goes on from `state`. A last line without an end was cut off by a crash, and
-    is none."""
-    found, seen = Sorted(), {}
-    for line in lines:
-        if not line.endswith(b"\n"):
-            continue
-        record = _decode(line)
-        if record is None:
-            if line.strip():
-                found.damaged.append(line)
-            continue
-        step, evaluation = record["update_step"], "final_eval_loss" in record
-        if step > (state.evaluated_step if evaluation else state.update_step):
-            found.later.append(line)
-        elif (first := seen.setdefault((step, evaluation), line)) is line:
-            found.kept.append(line)
-            if not evaluation:
-                found.updates.add(step)
-        elif first == line:
-            found.doubled += 1
-        else:
-            found.damaged.append(line)
-    return found
-
-
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """A line's record; None for anything that is none."""
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    is_record = isinstance(record, dict) and type(record.get("update_step")) is int
-    return record if is_record and ("loss" in record or "final_eval_loss" in record) else None
-
-
-def forget_after(save_dir: Path, state: TrainState | None, first_update: int | None, keep_later: bool = False) -> None:
-    """Leave of `metrics.jsonl` the records up to `state`, and say what is damaged or missing; None begins it anew.
-
-    `first_update` is the number of updates that were done before the first record, None where nobody knows. With
-    `keep_later` what comes after `state` is appended to `metrics.undone.jsonl`.
+    A record is a JSON object with a whole number `update_step`. Numbers that are not finite, which are no JSON, but
+    which older runs wrote, are None, as `null` is. A file that is missing or cannot be opened has no records, and one
+    line saying so.
     """
-    path = save_dir / run_dir.METRICS_FILE
-    found = Sorted()
-    if state is not None and path.exists():
-        with open(path, "rb") as file:  # bytes: only a newline ends a line
-            found = sort_lines(file, state)
-    if keep_later and found.later:
-        with open(save_dir / UNDONE_FILE, "ab") as file:
-            file.writelines(found.later)
-    if state is not None:
-        _say_what_is_wrong(path, found, state, first_update)
-    if found.damaged:
-        with open(save_dir / DAMAGED_FILE, "ab") as file:
-            file.writelines(found.damaged)
-    if path.exists():
-        run_dir.write_atomically(path, b"".join(found.kept).decode())
+    records, bad = [], []
+    try:
+        for line in read_lines(path):
+            if line.record is not None:
+                records.append(line.record)
+            else:
+                bad.append(line)
+    except OSError as error:
+        return records, [f"{path}: cannot be read ({error.strerror})"]
+    return records, [_about(path, bad)] if bad else []
 
 
-def _say_what_is_wrong(path: Path, found: Sorted, state: TrainState, first_update: int | None) -> None:
-    said = []
-    if found.damaged:
-        said.append(f"{len(found.damaged)} lines cannot be read, or contradict others: moved to {DAMAGED_FILE}")
-    if found.doubled:
-        said.append(f"{found.doubled} records stood there more than once: kept once")
-    begun = first_update if first_update is not None else min(found.updates, default=1) - 1
-    missing = [step for step in range(begun + 1, state.update_step + 1) if step not in found.updates]
-    if missing:
-        said.append(
-            f"{len(missing)} of {state.update_step - begun} updates have no record (between {missing[0]} and "
-            f"{missing[-1]})"
-        )
-    if said:
-        log.warning("%s: %s", path, "; ".join(said))
+def read_lines(path: str | Path) -> Iterator[Line]:
+    """Every line that is not blank. Raises `OSError` when the file cannot be read."""
+    with open(path, "rb") as file:
+        number = 0
+        while raw := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(raw) > LONGEST_LINE and not raw.endswith(b"\n"):
+                while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                yield Line(number, raw, None, "is longer than 1 MiB")
+            elif raw.strip():
+                yield _parse(number, raw)
+
+
+def parse_record(raw: bytes) -> dict[str, Any]:
+    """The record of one line. Raises `ValueError` with the reason why it is none."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    try:
+        record = json.loads(text, parse_constant=lambda token: None, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError:
+        raise ValueError("is cut off or no JSON") from None
+    if not isinstance(record, dict):
+        raise ValueError("is no JSON object")
+    step = record.get("update_step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError("has no update_step")
+    return record
+
+
+def _parse(number: int, raw: bytes) -> Line:
+    try:
+        return Line(number, raw, parse_record(raw), None)
+    except ValueError as error:
+        return Line(number, raw, None, str(error))
+
+
+def _finite(text: str) -> float | None:
+    return value if math.isfinite(value := float(text)) else None
+
+
+def _about(path: str | Path, bad: list[Line]) -> str:
+    named = "; ".join(f"line {line.number} {line.reason}" for line in bad[:_NAMED_LINES])
+    more = f"; and {len(bad) - _NAMED_LINES} more" if len(bad) > _NAMED_LINES else ""
+    return f"{path}: passed over {len(bad)} line(s): {named}{more}"

@@ -30,8 +30,6 @@ LOCK_PREFIX = ".lock"
 """Of the names of the files by which a process holds the folder (folder_lock.py)."""
 
 _WEIGHTS_INDEX = "model.safetensors.index.json"
-_LARGEST_CONFIG = 2**20
-"""Bytes; one that is written here has a few thousand."""
 
 _CHECKPOINT_NAME = re.compile(r"model_(0|[1-9][0-9]*)")
 
@@ -188,23 +186,16 @@ def sync_folder(folder: Path) -> None:
 
 def read_run_config(save_dir: str | Path) -> dict[str, Any] | None:
     """Returns `config.yaml` of a run: `settings`, `identity`, `versions` and, unless it is old, `run`; None when there
-    is none. Raises `ValueError`, `OSError` or YAML's errors for anything else."""
-    import yaml
+    is none, or it is empty.
 
-    class PlainLoader(yaml.SafeLoader):
-        """Without aliases, which are never written here, and can make a small file grow without bounds."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it holds aliases")
-            return super().compose_node(parent, index)
+    Raises `ValueError` with the reason when the file is no mapping, or cannot be read.
+    """
+    from peft_pretraining import yaml_file
 
     path = Path(save_dir) / CONFIG_FILE
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size == 0:
         return None
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
-    return yaml.load(path.read_text(), PlainLoader)
+    return yaml_file.load_mapping(path)
 
 
 def write_run_config(

