@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining import factor_config, foreign_names, planned, selection, validate
+from peft_pretraining import factor_config, foreign_names, planned, selection, validate, validate_folders
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.effects import warn_without_effect, warn_without_effect_in_pretraining
 from peft_pretraining.flags import ConfigError, Flag, Given, one_line, parse_command_line, parse_yaml, string
@@ -63,9 +63,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
         check_distribution(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
         validate.check_memory(config, facts, problems)
-        validate.check_resume_from(config, facts, problems)
+        validate_folders.check_resume_from(config, facts, problems, warnings)
         if method in METHODS:
-            validate.check_save_dir(config, facts, problems, warnings)
+            validate_folders.check_save_dir(config, facts, problems, warnings)
         identity = {} if problems else validate.identity_of(config, facts)
     except OSError as error:  # a file or folder that cannot even be looked at
         problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -19,13 +19,13 @@ _BATCHES_BETWEEN_STOP_CHECKS = 20
 @dataclass(frozen=True)
 class Evaluation:
     loss: float
-    """Mean cross-entropy per target token, in nats."""
+    """Mean cross-entropy per target token, in nats; NaN without any."""
     tokens: int
     """Target tokens."""
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 @torch.no_grad()
