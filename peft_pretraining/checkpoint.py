@@ -44,6 +44,7 @@ from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.retention import Retention
 from peft_pretraining.safe_loading import TensorReader, load_tensors
 from peft_pretraining.train_state import TrainState, read_counters, state_of
+from peft_pretraining.watchdog import SAVE_FACTOR, watched
 
 log = logging.getLogger("peft_pretraining")
 
@@ -90,6 +91,7 @@ class Checkpointer:
         # For good: a thread that restored the filters would disturb those of the others.
         warnings.filterwarnings("ignore", message=_ONE_PROCESS)
 
+    @watched("a save", SAVE_FACTOR)
     def save_once(self, state: TrainState, next_save: int) -> None:
         """`save`, unless there is a checkpoint of this update already; a failure is made up for at `next_save`.
 
@@ -99,6 +101,7 @@ class Checkpointer:
         if self.saved_step != state.update_step:
             self.save(state, f"the run goes on, and saves again at update {next_save}", self.asynchronous)
 
+    @watched("the last save", SAVE_FACTOR)
     def save_last(self, state: TrainState) -> None:
         """Save what the run ends with, unless that is done. Raises `SaveFailed` if it cannot be done, tried twice."""
         self.wait()
@@ -176,6 +179,7 @@ class Checkpointer:
             except OSError as error:
                 log.warning("an old checkpoint could not be deleted (%s)", error)
 
+    @watched("reading a checkpoint", SAVE_FACTOR)
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged; all ranks call this together.
 
