@@ -17,52 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peft_pretraining.distributed.sharding import WHOLE, Shard
-
-
-class UpdateRule:
-    decays_first = False
-    """Whether decoupled weight decay, W <- W - lr * decay * W, comes before the update or after it."""
-    acts_in_full_space = False
-    """Whether `finish` must see the whole update, projected back."""
-    betas: tuple[float, float] | None = None
-    """What `betas` are where a group does not say."""
-    first_moment = "exp_avg"
-    """Key of the first moment in the state, where there is one."""
-    optional: frozenset[str] = frozenset()
-    """Keys of the state that settings switch on and off while training goes on."""
-    older: frozenset[str] = frozenset()
-    """Keys of the state that only those of older versions have for some parameters."""
-
-    @property
-    def name(self) -> str:
-        """What parameter groups and saved states call it."""
-        return type(self).__name__.lower()
-
-    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: Shard = WHOLE) -> None:
-        """Create the rule's tensors as older versions had them."""
-
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        """Create the rule's tensors for gradients of `like`'s shape, dtype and device."""
-
-    def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
-    ) -> tuple[Tensor, float]:
-        """D, in the shape of `grad`, and the factor (rate included) to subtract it with."""
-        raise NotImplementedError
-
-    def finish(self, update: Tensor) -> Tensor:
-        """The last step, in full space and possibly in place."""
-        return update
-
-    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
-        """The dimension of a state tensor, `value`, that is divided as the gradients are, and its whole length; None
-        if every device has the same."""
-        return None if shard.dim is None else (shard.dim, shard.shape[shard.dim])
-
-    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
-        """Put the first moment through `change`, which carries it into a new basis."""
-        if (moment := state.get(self.first_moment)) is not None:
-            moment.copy_(change(moment))
+from peft_pretraining.optim.rule import UpdateRule, mean, upright, zeros
 
 
 class AdamW(UpdateRule):
@@ -78,8 +33,8 @@ class AdamW(UpdateRule):
         self._torch_epsilon = torch_epsilon
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        state["exp_avg"] = _zeros(like)
-        state["exp_avg_sq"] = _zeros(like)
+        state["exp_avg"] = zeros(like)
+        state["exp_avg_sq"] = zeros(like)
 
     def direction(
         self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
@@ -133,7 +88,7 @@ class AdamW8bit(AdamW):
             )
         blocks = -(-like.numel() // self._BLOCK)
         for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.zeros(_upright(like, shard).shape, dtype=torch.uint8, device=like.device)
+            state[moment] = torch.zeros(upright(like, shard).shape, dtype=torch.uint8, device=like.device)
             state[f"{moment}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
 
     def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
@@ -156,14 +111,14 @@ class AdamW8bit(AdamW):
         k, (signed, unsigned) = int(state["step"]), self._quantization_maps(grad.device)
         beta1, beta2 = group["betas"] or self.betas
         dtype = grad.dtype  # the kernel does not take float64
-        grad = _upright(grad.float() if dtype == torch.float64 else grad, shard).contiguous()
+        grad = upright(grad.float() if dtype == torch.float64 else grad, shard).contiguous()
         minus_d = torch.zeros_like(grad)
         optimizer_update_8bit_blockwise(
             *("adam", grad, minus_d, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, 0.0, 0.0),
             *(self.epsilon(group["eps"], beta2, k), k, 1.0, signed, unsigned),
             *(state["exp_avg_absmax"], state["exp_avg_sq_absmax"]),
         )
-        return _upright(minus_d, shard).to(dtype), -float(group["lr"])
+        return upright(minus_d, shard).to(dtype), -float(group["lr"])
 
     def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
         if state["exp_avg"].dtype != torch.uint8:
@@ -173,7 +128,7 @@ class AdamW8bit(AdamW):
 
         code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
         dequantized = dequantize_blockwise(moment, absmax=state[absmax], code=code, blocksize=self._BLOCK)
-        changed = _upright(change(_upright(dequantized, shard)), shard).contiguous()
+        changed = upright(change(upright(dequantized, shard)), shard).contiguous()
         quantized, scales = quantize_blockwise(changed, code=code, blocksize=self._BLOCK)
         moment.copy_(quantized)
         state[absmax].copy_(scales.absmax)
@@ -204,9 +159,9 @@ class Adafactor(UpdateRule):
             state["exp_avg_sq_row"] = like.new_zeros(like.shape[:-1], dtype=wide)
             state["exp_avg_sq_col"] = like.new_zeros((*like.shape[:-2], like.shape[-1]), dtype=wide)
         else:
-            state["exp_avg_sq"] = _zeros(like, wide)
+            state["exp_avg_sq"] = zeros(like, wide)
         if group["beta1"]:
-            state["exp_avg"] = _zeros(like)
+            state["exp_avg"] = zeros(like)
 
     def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
         dim = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}.get(key)
@@ -221,9 +176,9 @@ class Adafactor(UpdateRule):
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         square = wide.square().add_(self._EPS)
         if grad.ndim >= 2:
-            row = state["exp_avg_sq_row"].lerp_(_mean(square, grad.ndim - 1, shard), 1 - decay)
-            col = state["exp_avg_sq_col"].lerp_(_mean(square, grad.ndim - 2, shard), 1 - decay)
-            row_mean = _mean(row, grad.ndim - 2, shard).unsqueeze(-1)  # (..., 1)
+            row = state["exp_avg_sq_row"].lerp_(mean(square, grad.ndim - 1, shard), 1 - decay)
+            col = state["exp_avg_sq_col"].lerp_(mean(square, grad.ndim - 2, shard), 1 - decay)
+            row_mean = mean(row, grad.ndim - 2, shard).unsqueeze(-1)  # (..., 1)
             scale = (row / row_mean).rsqrt_().unsqueeze(-1)  # (..., m, 1)
             update = wide * scale * col.rsqrt().unsqueeze(-2)  # (..., m, n)
         else:
@@ -233,7 +188,7 @@ class Adafactor(UpdateRule):
         update.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(float(group["lr"]))
         if group["beta1"]:
             if self.first_moment not in state:  # switched on since
-                state[self.first_moment] = _zeros(grad)
+                state[self.first_moment] = zeros(grad)
             update = state["exp_avg"].lerp_(update.to(grad.dtype), 1 - group["beta1"])
         return update.to(grad.dtype), 1.0
 
@@ -245,7 +200,7 @@ class Lion(UpdateRule):
     betas = (0.9, 0.99)
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        state["exp_avg"] = _zeros(like)
+        state["exp_avg"] = zeros(like)
 
     def direction(
         self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
@@ -267,7 +222,7 @@ class SGD(UpdateRule):
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         if group["momentum"]:
-            state[self.first_moment] = _zeros(like)
+            state[self.first_moment] = zeros(like)
 
     def direction(
         self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
@@ -283,23 +238,6 @@ class SGD(UpdateRule):
         else:
             buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
         return buffer, float(group["lr"])
-
-
-def _upright(matrix: Tensor, shard: Shard) -> Tensor:
-    """A matrix turned so that its rows are what devices divide: then a device has whole blocks of numbers."""
-    return matrix.T if matrix.ndim == 2 and shard.along == 1 else matrix
-
-
-def _mean(part: Tensor, dim: int, shard: Shard) -> Tensor:
-    """Mean over a dimension of a tensor, over all devices where it is divided."""
-    if shard.dim != dim:
-        return part.mean(dim)
-    return shard.sum(part.sum(dim)) / shard.shape[dim]
-
-
-def _zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros of the same shape, contiguous whatever `like` is."""
-    return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
 UPDATE_RULES: dict[str, type[UpdateRule]] = {
