@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
 
@@ -34,7 +35,8 @@ def evaluate(
     """Sum of token losses over number of tokens, over all ranks, divided once at the end.
 
     `batches` has the same length on every rank (None where this one has nothing to do). Every few batches
-    `should_stop`, which must answer alike on all ranks, may end the evaluation: None is returned.
+    `should_stop`, which must answer alike on all ranks, may end the evaluation: None is returned. `DataError` where
+    there is not a single target.
     """
     was_training = model.training
     model.eval()
@@ -54,4 +56,6 @@ def evaluate(
         free_gathered_weights(model)
         model.train(was_training)
     loss_sum, tokens = group.all_reduce_sum(totals).tolist()
+    if not tokens:
+        raise DataError("the evaluation set holds nothing to predict: no sequence of it has two tokens")
     return Evaluation(loss_sum / tokens, int(tokens))

@@ -112,11 +112,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_run_config(save_dir: str | Path) -> dict[str, Any] | None:
-    """`config.yaml` of a run: `settings`, `identity`, `versions`; None when there is none."""
-    import yaml
+    """`config.yaml` of a run: `settings`, `identity`, `versions`; None when there is none.
+
+    Raises `ValueError` with the reason when the file is no mapping, or cannot be read.
+    """
+    from peft_pretraining import yaml_file
 
     path = Path(save_dir) / CONFIG_FILE
-    return yaml.safe_load(path.read_text()) if path.is_file() else None
+    return yaml_file.load_mapping(path) if path.is_file() else None
 
 
 def write_run_config(

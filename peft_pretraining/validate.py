@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 from peft_pretraining import model_config, run_dir
 from peft_pretraining.config import DEFAULT_TOKENIZER, Config, DataConfig
+from peft_pretraining.data.folder import read_arguments
 from peft_pretraining.data.shards import Shards, find_hub_shards, find_local_shards
 from peft_pretraining.methods import METHODS
 
@@ -80,14 +82,14 @@ def read_data(config: Config, facts: FileFacts, problems: list[str], warnings: l
     if data.padding_data:
         warnings.append("--padding_data has no effect: the blocks of --dataset_path are full")
     folder = Path(data.dataset_path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         problems.append(f"--dataset_path {folder}: no such folder")
         return
     problem = _not_pretokenized(folder)
     if problem:
         problems.append(f"--dataset_path {folder} was not written by pretokenize.py: {problem}")
         return
-    facts.data = json.loads((folder / "args.json").read_text())
+    facts.data = read_arguments(folder)
 
 
 def _find_shards(data: DataConfig, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
@@ -98,30 +100,21 @@ def _find_shards(data: DataConfig, facts: FileFacts, problems: list[str], warnin
     if folder is None:
         if data.from_json_data:
             problems.append("--from_json_data needs --dataset_path")
-        facts.shards = find_hub_shards(problems)
+        facts.shards = find_hub_shards(problems, data.max_document_mb)
         return
     if data.from_json_data and _not_pretokenized(Path(folder)) is None:
         problems.append(f"--from_json_data: --dataset_path {folder} was written by pretokenize.py, leave the flag out")
         return
-    facts.shards = find_local_shards(folder, flag, problems, warnings)
-    if data.tokenizer is None and (Path(folder) / "tokenizer_config.json").is_file():
+    facts.shards = find_local_shards(folder, flag, problems, warnings, data.max_document_mb)
+    if data.tokenizer is None and os.path.isfile(Path(folder) / "tokenizer_config.json"):
         facts.tokenizer = folder
 
 
 def _not_pretokenized(folder: Path) -> str | None:
-    for name in ("dataset_dict.json", "args.json"):
-        if not (folder / name).is_file():
-            return f"{name} is missing"
     try:
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        args = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its description cannot be read ({error})"
-    missing = [split for split in ("train", "validation") if split not in splits]
-    if missing:
-        return f"split {missing[0]} is missing"
-    if not isinstance(args, dict) or not isinstance(args.get("sequence_length"), int):
-        return "args.json has no sequence_length"
+        read_arguments(folder)
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
     return None
 
 

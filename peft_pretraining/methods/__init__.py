@@ -35,7 +35,10 @@ _RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _GALORE_EPS = {"adam_eps": 1e-6}
 
 _FACTORS = ("rank", "target_modules", "lora_dropout", "lora_plus_ratio", "dense_lr_ratio", "check_rank_sync")
-_FROZEN = ("lora_alpha", "train_scaling", "force_keep_original", "lora_only", "quantize", "use_double_quant")
+_FROZEN = (
+    *("lora_alpha", "train_scaling", "force_keep_original", "lora_only", "quantize", "use_double_quant"),
+    *("init_lora_type", "zero_init_B"),
+)
 _RELORA = ("relora", "reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning")
 _SWITCHING = (
     *("lora_alpha", "init_lora_type", "zero_init_B", "force_disable_candidates", "lora_only", "quantize"),
@@ -60,7 +63,7 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "lora": MethodEntry(
         "peft_pretraining.methods.lora:LoRA",
-        (*_FACTORS, *_FROZEN, "init_lora_type", "zero_init_B", "force_disable_candidates"),
+        (*_FACTORS, *_FROZEN, "force_disable_candidates"),
     ),
     "relora": MethodEntry(
         "peft_pretraining.methods.relora:ReLoRA", (*_FACTORS, *_FROZEN, *_RELORA, "scale", "update_proj_gap")
