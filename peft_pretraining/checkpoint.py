@@ -35,7 +35,8 @@ from peft_pretraining.checkpoint_writer import Background, NotSaved, Snapshot, W
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.distributed.gathering import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.safe_loading import load_tensors
+from peft_pretraining.nn import stored_state
+from peft_pretraining.safe_loading import load_tensors, stored_names
 
 log = logging.getLogger("peft_pretraining")
 
@@ -170,6 +171,7 @@ class Checkpointer:
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged; `ValueError` if it cannot be loaded still."""
         tensors = self._tensors()
+        tensors["model"] = stored_state(tensors["model"], stored_names(folder / run_dir.TENSORS_DIR, "model"))
         load_tensors(tensors, folder / run_dir.TENSORS_DIR, distributed=self.group.world_size > 1)
         counters = run_dir.read_state(folder)
         self.method.load_state_dict(counters["method"])

@@ -14,7 +14,8 @@ from peft_pretraining.config import Config
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.models.token_ids import adopt, read_tokenizer
-from peft_pretraining.safe_loading import load_tensors
+from peft_pretraining.nn import stored_state
+from peft_pretraining.safe_loading import load_tensors, stored_names
 
 log = logging.getLogger("peft_pretraining")
 
@@ -39,8 +40,10 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     wanted = dtype or plain.dtype
     method = load_method(config.method.method)(config)
     model = method.convert(load_plain(checkpoint))
+    folder = checkpoint / run_dir.TENSORS_DIR
     with quietly():
-        load_tensors({"model": model.state_dict()}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
+        stored = stored_state(model.state_dict(), stored_names(folder, "model"))
+        load_tensors({"model": stored}, folder, distributed=False)
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
     plain.to(wanted).load_state_dict(method.merged_state_dict(model))  # rounds
     plain.config.dtype = wanted

@@ -12,11 +12,12 @@ from torch import nn
 from peft_pretraining.config import Config
 from peft_pretraining.export import merged_model
 from peft_pretraining.methods import load_method
-from peft_pretraining.nn import LowRankLinear, low_rank_layers, stored_state
+from peft_pretraining.nn import LowRankLinear, low_rank_layers, stored_state, weight_rest
 from peft_pretraining.nn.weight_rest import join, split
+from peft_pretraining.safe_loading import stored_names
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.weight_drift import METHODS, drift  # noqa: E402
+from benchmarks.weight_drift import METHODS, drift
 
 EXTREMES = [0.0, -0.0, 1e-40, -1e-40, 1.0 + 2.0**-8, -(1.0 + 2.0**-8), 1.0 + 3 * 2.0**-8, 255.9999, -3e38, 1e-30]
 
@@ -112,3 +113,18 @@ def test_a_bf16_run_resumes_to_the_bit_and_exports_its_rests(command, tmp_path):
     assert all(torch.equal(exact[name], exact_again[name]) for name in exact)
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(exact[name].bfloat16(), first[name]) and not torch.equal(exact[name], first[name].float())
+
+
+def test_a_bf16_checkpoint_without_rests_can_be_resumed_and_exported(command, tmp_path, monkeypatch):
+    flags = {"dtype": "bfloat16", "method": "relora", "rank": 4, "relora": 2, "num_training_steps": 4}
+    flags |= {"save_every": 2, "eval_every": 4, "warmup_steps": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_rest, "has_rest", lambda dtype: False)  # as older versions wrote it
+        assert helpers.run(command(**flags)) == 0
+    older = tmp_path / "run" / "model_2"
+    assert not any("weight_rest" in name for name in stored_names(older / "training_state", "model"))
+    plain, name = load_file(older / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(merged_model(older, torch.bfloat16).state_dict()[name], plain[name])
+    resumed = command(**flags, resume_from=older)
+    resumed[resumed.index("--save_dir") + 1] = str(tmp_path / "again")
+    assert helpers.run(resumed) == 0
