@@ -196,6 +196,12 @@ class RunConfig:
     keep_checkpoints: int | None = setting(None, positive_int, "newest checkpoints to keep (default: all)")
     autoresume: bool = setting(False, boolean, "continue from the newest good checkpoint in --save_dir")
     allow_restart: bool = setting(False, boolean, "with --autoresume: start over if every checkpoint is damaged")
+    rewind_on_nan: int = setting(
+        0,
+        non_negative_int,
+        "when weights or many updates in a row are not finite: go back so many checkpoints, by itself, and skip the "
+        "batches since; at most three times; 0 ends the run",
+    )
     resume_from: str | None = setting(
         None, string, "restore everything from this checkpoint folder", ("continue_from",)
     )

@@ -74,12 +74,6 @@ class _TensorsOnly(dcp.DefaultLoadPlanner):
         raise ValueError(f"{read_item.dest_index.fqn} is a pickled object: only tensors are read")
 
 
-def stored_names(folder: Path, part: str) -> set[str]:
-    """Names of the tensors under the key `part` of what `torch.distributed.checkpoint` wrote. Raises `ValueError`."""
-    named = TensorReader(folder).read_metadata().state_dict_metadata
-    return {name.removeprefix(f"{part}.") for name in named if name.startswith(f"{part}.")}
-
-
 def load_tensors(tensors: dict[str, Any], folder: Path, distributed: bool | None = None) -> None:
     """Fill nested dictionaries of tensors, in place, from a folder that `torch.distributed.checkpoint` wrote.
 

@@ -6,8 +6,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from peft_pretraining.data.folder import read_arguments
 from peft_pretraining.data.shards import Shards, find_hub_shards, find_local_shards
 from peft_pretraining.methods import METHODS
 
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "auto": 2}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "auto": 2}
 
 
 @dataclass
@@ -121,6 +119,9 @@ def _not_pretokenized(folder: Path) -> str | None:
 def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
     """Block length and token ids against the model and `--max_length`."""
     max_length, block = config.data.max_length, facts.block_length
+    if max_length == 1 or (block is not None and block < 2):
+        what = "--max_length 1" if max_length == 1 else f"--dataset_path {config.data.dataset_path}: blocks of {block}"
+        problems.append(f"{what}: a sequence needs 2 tokens at least, one to predict the other from")
     if block and max_length and (max_length > block or block % max_length):
         problems.append(
             f"--max_length {max_length}: the data's blocks of {block} tokens cannot be cut into such pieces"
@@ -143,7 +144,7 @@ def check_memory(config: Config, facts: FileFacts, problems: list[str]) -> None:
     if facts.model is None:
         return
     devices = config.batch.world_size if config.distributed.distributed_type == "fsdp" else 1
-    if reason := model_config.memory_problem(facts.model, _BYTES[config.model.dtype], devices):
+    if reason := model_config.memory_problem(facts.model, BYTES[config.model.dtype], devices):
         source = config.model.model_config or config.model.model_name_or_path or config.run.warmed_up_model
         problems.append(f"the model {source} is too large: {reason}")
 
@@ -173,20 +174,6 @@ def check_method(config: Config, problems: list[str], warnings: list[str]) -> No
             warnings.append("--clip_norm full: with per-layer updates every layer adds up its full gradient in float32")
 
 
-def check_resume_from(config: Config, facts: FileFacts, problems: list[str]) -> None:
-    folder = config.run.resume_from
-    if folder is None:
-        return
-    if config.run.warmed_up_model:
-        problems.append("--resume_from and --warmed_up_model contradict each other: give one of them")
-    if not Path(folder).is_dir():
-        problems.append(f"--resume_from {folder}: no such folder")
-    elif not (Path(folder) / run_dir.STATE_FILE).is_file() or not (Path(folder) / run_dir.TENSORS_DIR).is_dir():
-        problems.append(f"--resume_from {folder} is not a checkpoint of a run (for weights alone: --warmed_up_model)")
-    elif config.method.method in METHODS:
-        _check_same_run(config, facts, Path(folder).parent, f"--resume_from {folder}", problems, [])
-
-
 _FACTOR_IDENTITY = ("lora_alpha", "train_scaling", "lora_only", "quantize", "use_double_quant")
 
 
@@ -203,6 +190,7 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
         "proj_type": config.method.proj_type if "proj_type" in reads else None,
         "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
         **{name: getattr(config.factors, name) for name in _FACTOR_IDENTITY if name in reads},
+        **{name: getattr(config.method, name) for name in METHODS[config.method.method].identity},
         "data": _fingerprint(_streamed(facts) if facts.shards else counts),
         "max_length": config.data.max_length,
     }
@@ -217,66 +205,3 @@ def _streamed(facts: FileFacts) -> dict[str, Any]:
 
 def _fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_save_dir(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
-    """The run's folder must be new, or hold the same run; and there must be room and permission to write."""
-    folder = Path(config.run.save_dir or "checkpoints")
-    if config.run.save_dir and folder.exists():
-        if not folder.is_dir():
-            problems.append(f"--save_dir {folder} is not a folder")
-            return
-        if any(folder.iterdir()):
-            if config.run.autoresume:
-                _check_same_run(config, facts, folder, f"--save_dir {folder} holds another run", problems, warnings)
-            else:
-                problems.append(
-                    f"--save_dir {folder} is not empty: pass --autoresume True to continue the run in it, or choose "
-                    "another folder"
-                )
-    elif config.run.autoresume and config.run.save_dir is None:
-        problems.append("--autoresume True needs --save_dir")
-    _check_writable(folder, config, facts, problems)
-
-
-def _check_same_run(
-    config: Config, facts: FileFacts, folder: Path, what: str, problems: list[str], warnings: list[str]
-) -> None:
-    """Compare with the settings that the run in `folder` was begun with, if there are any."""
-    try:
-        begun = run_dir.read_run_config(folder)
-        if begun is None:
-            return
-        begun_identity, begun_settings = begun["identity"], begun["settings"]
-    except Exception as error:  # YAML's errors share no base with OSError; whatever it is, the file is unusable
-        problems.append(f"{folder / run_dir.CONFIG_FILE} cannot be read ({' '.join(str(error).split())})")
-        return
-    for name, old, new in run_dir.differences(begun_identity, identity_of(config, facts)):
-        shown = {"model": "another model", "data": "other data"}.get(name, f"{name} {old!r} instead of {new!r}")
-        problems.append(f"{what}: it was begun with {shown}")
-    for name, old, new in run_dir.differences(begun_settings, config.settings()):
-        if name in ("autoresume", "allow_restart"):
-            continue
-        warnings.append(f"resuming with another --{name}: {new!r} instead of {old!r}")
-
-
-def _check_writable(folder: Path, config: Config, facts: FileFacts, problems: list[str]) -> None:
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        # An unlinked file: tells the truth on read-only mounts and for root, where permission bits do not.
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        problems.append(f"--save_dir {folder}: no permission to write in {parent} ({error.strerror})")
-        return
-    if facts.model is not None:
-        # Exported and training weights; the optimizer's state comes on top.
-        needed = 2 * model_config.parameter_count(facts.model) * _BYTES[config.model.dtype]
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            problems.append(
-                f"--save_dir {folder}: no space, a checkpoint takes over {needed / 1e9:.1f} GB "
-                f"and {free / 1e9:.1f} are free"
-            )

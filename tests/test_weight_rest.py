@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from peft_pretraining.checkpoint import describe
 from peft_pretraining.config import Config
 from peft_pretraining.export import merged_model
 from peft_pretraining.methods import load_method
-from peft_pretraining.nn import LowRankLinear, low_rank_layers, stored_state, weight_rest
+from peft_pretraining.nn import LowRankLinear, low_rank_layers, weight_rest
 from peft_pretraining.nn.weight_rest import join, split
-from peft_pretraining.safe_loading import stored_names
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.weight_drift import METHODS, drift
@@ -81,13 +81,6 @@ def test_a_state_dict_has_the_rest_and_older_ones_have_none():
         other.load_state_dict({**state, "weight_rest": torch.zeros(2, 2, dtype=torch.int16)})
 
 
-def test_a_checkpoint_without_rests_is_one_with_rests_of_zero():
-    model = nn.ModuleDict({"mlp": corrected_layer()})
-    stored = stored_state(model.state_dict(), {"mlp.weight", "mlp.lora_A", "mlp.lora_B"})
-    assert set(stored) == {"mlp.weight", "mlp.lora_A", "mlp.lora_B"} and not model["mlp"].rest.any()
-    assert set(stored_state(model.state_dict(), {"mlp.weight_rest"})) == set(model.state_dict())
-
-
 @pytest.mark.parametrize("dtype, rests", [(torch.bfloat16, True), (torch.float32, False)])
 @pytest.mark.parametrize("name", ["lora", "relora", "switchlora", "golore_adapter"])
 def test_only_corrected_weights_of_16_bits_have_rests(name, dtype, rests):
@@ -122,7 +115,7 @@ def test_a_bf16_checkpoint_without_rests_can_be_resumed_and_exported(command, tm
         patch.setattr(weight_rest, "has_rest", lambda dtype: False)  # as older versions wrote it
         assert helpers.run(command(**flags)) == 0
     older = tmp_path / "run" / "model_2"
-    assert not any("weight_rest" in name for name in stored_names(older / "training_state", "model"))
+    assert not any("weight_rest" in name for name in describe(older).state_dict_metadata)
     plain, name = load_file(older / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(merged_model(older, torch.bfloat16).state_dict()[name], plain[name])
     resumed = command(**flags, resume_from=older)

@@ -4,8 +4,7 @@ from peft_pretraining.nn.low_rank_linear import (
     LowRankLinear,
     low_rank_layers,
     merged_state_dict,
-    stored_state,
     wrap_linears,
 )
 
-__all__ = ["LowRankLinear", "low_rank_layers", "merged_state_dict", "stored_state", "wrap_linears"]
+__all__ = ["LowRankLinear", "low_rank_layers", "merged_state_dict", "wrap_linears"]

@@ -14,7 +14,7 @@ device's part of W, with rows of B and columns of A that meet it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -252,17 +252,6 @@ def wrap_linears(
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The layers with factors by dotted name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-
-
-def stored_state(state: dict[str, Tensor], stored: Container[str]) -> dict[str, Tensor]:
-    """Those tensors of a model's state that are to be loaded from a checkpoint which holds the names `stored`.
-
-    Left out, and made zero, are the rests of weights that it lacks: in an older one W was all there was.
-    """
-    absent = [name for name in state if name.endswith(f".{WEIGHT_REST}") and name not in stored]
-    for name in absent:
-        local(state[name]).zero_()
-    return {name: tensor for name, tensor in state.items() if name not in absent}
 
 
 @torch.no_grad()
