@@ -20,7 +20,7 @@ import functools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,9 +40,11 @@ from peft_pretraining.failures import NotFinite, SaveFailed
 from peft_pretraining.finite import all_finite, leaves
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.nn.low_rank_linear import WEIGHT_REST
+from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.retention import Retention
 from peft_pretraining.safe_loading import TensorReader, load_tensors
 from peft_pretraining.train_state import TrainState, read_counters, state_of
+from peft_pretraining.watchdog import SAVE_FACTOR, watched
 
 log = logging.getLogger("peft_pretraining")
 
@@ -89,6 +91,7 @@ class Checkpointer:
         # For good: a thread that restored the filters would disturb those of the others.
         warnings.filterwarnings("ignore", message=_ONE_PROCESS)
 
+    @watched("a save", SAVE_FACTOR)
     def save_once(self, state: TrainState, next_save: int) -> None:
         """`save`, unless there is a checkpoint of this update already; a failure is made up for at `next_save`.
 
@@ -98,6 +101,7 @@ class Checkpointer:
         if self.saved_step != state.update_step:
             self.save(state, f"the run goes on, and saves again at update {next_save}", self.asynchronous)
 
+    @watched("the last save", SAVE_FACTOR)
     def save_last(self, state: TrainState) -> None:
         """Save what the run ends with, unless that is done. Raises `SaveFailed` if it cannot be done, tried twice."""
         self.wait()
@@ -175,6 +179,7 @@ class Checkpointer:
             except OSError as error:
                 log.warning("an old checkpoint could not be deleted (%s)", error)
 
+    @watched("reading a checkpoint", SAVE_FACTOR)
     def restore(self, folder: Path) -> TrainState:
         """Load everything, in place. The folder is known to be undamaged; all ranks call this together.
 
@@ -182,6 +187,7 @@ class Checkpointer:
         been loaded by then stays loaded: another checkpoint must follow, or the run must be built anew.
         """
         described = self._attempt(lambda: describe(folder))
+        self._attempt(lambda: self._take_older_forms(described.state_dict_metadata))
         tensors = self._tensors()
         tensors["model"] = without_unsaved_rests(tensors["model"], described)
         self._attempt(lambda: _compare(described, tensors, self._names_on_all_ranks(tensors)))
@@ -195,6 +201,12 @@ class Checkpointer:
             raise NotRestored("its weights or optimizer state are not finite")
         self.saved_step, self.saved_in = state.update_step, folder
         return state
+
+    def _take_older_forms(self, saved: Collection[str]) -> None:
+        """Let the optimizer hold its state as the checkpoint with the keys `saved` does; torch would not compare."""
+        if isinstance(self.optimizer, LowRankOptimizer):
+            names = {param: f"optimizer.{name}" for name, param in self.model.named_parameters()}
+            self.optimizer.adopt_saved_form(saved, names)
 
     def _attempt(self, act: Callable[[], T]) -> T:
         """Do one step of loading on all ranks; if it fails on one, all raise `NotRestored`."""

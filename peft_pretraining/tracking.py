@@ -17,6 +17,7 @@ from peft_pretraining.config import Config
 from peft_pretraining.failures import FolderLost
 from peft_pretraining.folder_lock import FolderLock
 from peft_pretraining.train_state import TrainState
+from peft_pretraining.wandb_run import WandbRun
 
 log = logging.getLogger("peft_pretraining")
 
@@ -58,8 +59,8 @@ class Tracker:
         resumed_metrics.forget_after(save_dir, resumed, first_update)
         self._open()
         if config.tracking.with_tracking or config.tracking.wandb_project:
-            self._wandb = _start_wandb(save_dir, config)
-            if self._wandb is not None and config.tracking.wandb_watch:
+            self._wandb = WandbRun(_start_wandb(save_dir, config))
+            if config.tracking.wandb_watch:
                 self._wandb.watch(model)
 
     def _open(self) -> None:
