@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining import factor_config, foreign_names, planned, selection, validate
+from peft_pretraining import factor_config, foreign_names, launcher, planned, selection, validate, validate_folders
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
 from peft_pretraining.effects import warn_without_effect, warn_without_effect_in_pretraining
 from peft_pretraining.flags import ConfigError, Flag, Given, one_line, parse_command_line, parse_yaml, string
@@ -56,15 +56,16 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     facts = validate.FileFacts()
     environ = os.environ if environ is None else environ
     try:
-        validate.read_model(config, facts, problems)
+        validate.read_model(config, facts, problems, warnings)
         validate.read_data(config, facts, problems, warnings)
         config = _derive(config, given, facts, environ, problems, warnings)
         validate.check_method(config, problems, warnings)
         check_distribution(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
-        validate.check_resume_from(config, facts, problems)
+        validate.check_memory(config, facts, problems)
+        validate_folders.check_resume_from(config, facts, problems, warnings)
         if method in METHODS:
-            validate.check_save_dir(config, facts, problems, warnings)
+            validate_folders.check_save_dir(config, facts, problems, warnings)
         identity = {} if problems else validate.identity_of(config, facts)
     except OSError as error:  # a file or folder that cannot even be looked at
         problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
@@ -91,15 +92,6 @@ def _replaced(given: Mapping[str, Given]) -> list[str]:
         for item in given.values()
         if item.replaced is not None
     ]
-
-
-def world_size_of(environ: Mapping[str, str], problems: list[str]) -> int:
-    """The number of processes that a launcher has started, 1 without one."""
-    text = environ.get("WORLD_SIZE", "1")
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
-        problems.append(f"the environment variable WORLD_SIZE must be a number of processes, got {text!r}")
-        return 1
-    return int(text)
 
 
 def _defaults(given: dict[str, Given], chosen: selection.Selection, problems: list[str]) -> dict[str, Any]:
@@ -133,7 +125,7 @@ def _derive(
     warnings: list[str],
 ) -> Config:
     """Fill in what follows from other settings, the data and torchrun's environment."""
-    world_size = world_size_of(environ, problems)
+    world_size = launcher.world_size(environ, problems)
     if config.run.single_gpu and world_size > 1:
         problems.append(f"--single_gpu is for one process, but torchrun started {world_size}")
     max_length = config.data.max_length or (STREAMED_LENGTH if facts.shards else facts.block_length)

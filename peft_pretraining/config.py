@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.distributed_config import DistributedConfig
 from peft_pretraining.factor_config import FactorConfig
 from peft_pretraining.flags import (
@@ -25,6 +26,7 @@ from peft_pretraining.flags import (
     non_negative_int,
     positive_float,
     positive_int,
+    sequence_length,
     setting,
     string,
     text,
@@ -84,7 +86,12 @@ class DataConfig:
     from_json_data: bool = setting(False, boolean, "--dataset_path is a folder of JSON shards, as --base_dir is")
     padding_data: bool | None = setting(None, boolean, "pad documents to --max_length: always so when streaming")
     tokenizer: str | None = setting(None, string, "for streamed documents and checkpoints (default: the data folder's)")
-    max_length: int | None = setting(None, positive_int, "tokens per sequence (default: a block; 256 when streaming)")
+    max_length: int | None = setting(
+        None, sequence_length, "tokens per sequence (default: a block; 256 when streaming)"
+    )
+    max_document_mb: float = setting(
+        LONGEST_DOCUMENT, positive_float, "longest line of a shard in MB, unpacked; longer ones are passed over"
+    )
     workers: int = setting(
         8,
         non_negative_int,
@@ -189,6 +196,12 @@ class RunConfig:
     keep_checkpoints: int | None = setting(None, positive_int, "newest checkpoints to keep (default: all)")
     autoresume: bool = setting(False, boolean, "continue from the newest good checkpoint in --save_dir")
     allow_restart: bool = setting(False, boolean, "with --autoresume: start over if every checkpoint is damaged")
+    rewind_on_nan: int = setting(
+        0,
+        non_negative_int,
+        "when weights or many updates in a row are not finite: go back so many checkpoints, by itself, and skip the "
+        "batches since; at most three times; 0 ends the run",
+    )
     resume_from: str | None = setting(
         None, string, "restore everything from this checkpoint folder", ("continue_from",)
     )

@@ -83,6 +83,13 @@ def positive_int(text: str) -> int:
     return value
 
 
+def sequence_length(text: str) -> int:
+    """In tokens; a single one would have nothing to predict."""
+    if (value := _number(int, text)) < 2:
+        raise ValueError("must be an integer of at least 2 (a sequence of one token has nothing to predict)")
+    return value
+
+
 def non_negative_int(text: str) -> int:
     if (value := _number(int, text)) < 0:
         raise ValueError("must be an integer of at least 0")

@@ -25,6 +25,8 @@ class MethodEntry:
     """Update rules (`--optimizer`) that it can be combined with."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults of this method that differ from `config.py`."""
+    identity: tuple[str, ...] = ()
+    """Settings, beside those that do so for any method, without which its saved tensors compute something else."""
 
 
 _PROJECTION = (
@@ -74,6 +76,7 @@ METHODS: dict[str, MethodEntry] = {
         (*_FACTORS, *_ADAPTER, "lora_only", "quantize"),
         ("adamw", "sgd"),
         _GALORE_EPS,
+        ("scale",),
     ),
 }
 

@@ -28,6 +28,18 @@ class UpdateRule:
     """What `betas` are where a group does not say."""
     first_moment = "exp_avg"
     """Key of the first moment in the state, where there is one."""
+    optional: frozenset[str] = frozenset()
+    """Keys of the state that settings switch on and off while training goes on."""
+    older: frozenset[str] = frozenset()
+    """Keys of the state that only those of older versions have for some parameters."""
+
+    @property
+    def name(self) -> str:
+        """What parameter groups and saved states call it."""
+        return type(self).__name__.lower()
+
+    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: Shard = WHOLE) -> None:
+        """Create the rule's tensors as older versions had them."""
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         """Create the rule's tensors for gradients of `like`'s shape, dtype and device."""
@@ -42,9 +54,9 @@ class UpdateRule:
         """The last step, in full space and possibly in place."""
         return update
 
-    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
-        """The dimension of a state tensor that is divided as the gradients are, and its whole length; None if every
-        device has the same."""
+    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
+        """The dimension of a state tensor, `value`, that is divided as the gradients are, and its whole length; None
+        if every device has the same."""
         return None if shard.dim is None else (shard.dim, shard.shape[shard.dim])
 
     def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
@@ -81,7 +93,7 @@ class AdamW(UpdateRule):
             **{"fused": True, "amsgrad": False, "maximize": False, "lr": 1.0, "weight_decay": 0.0},
             **{"beta1": beta1, "beta2": beta2, "eps": self.epsilon(group["eps"], beta2, k)},
         )
-        return minus_d, -group["lr"]
+        return minus_d, -float(group["lr"])
 
     def epsilon(self, eps: float, beta2: float, k: int) -> float:
         """torch's ε for the one that was set."""
@@ -91,20 +103,28 @@ class AdamW(UpdateRule):
 class AdamW8bit(AdamW):
     """AdamW with both moments in 8 bits and one float32 scale per 256 numbers, by bitsandbytes (arXiv 2110.02861).
 
-    Vectors of fewer than 4096 numbers (norms, biases) keep float32 moments, as in bitsandbytes itself.
+    Tensors of fewer than 4096 numbers (norms, biases, R of low ranks) keep float32 moments, as in bitsandbytes itself.
+    Older versions kept 8 bits for matrices of any size; such a state is used as it is.
     """
 
     _BLOCK = 256
-    _SMALLEST_VECTOR = 4096
+    _SMALLEST = 4096
+    older = frozenset({"exp_avg_absmax", "exp_avg_sq_absmax"})
 
     def __init__(self, torch_epsilon: bool = False):
         super().__init__(torch_epsilon)
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        if like.ndim < 2 and (shard.shape or like.shape).numel() < self._SMALLEST_VECTOR:
+        if (shard.shape or like.shape).numel() < self._SMALLEST:
             super().init_state(state, like.float(), group)
-            return
+        else:
+            self._init_blocks(state, like, shard)
+
+    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: Shard = WHOLE) -> None:
+        self._init_blocks(state, like, shard)
+
+    def _init_blocks(self, state: dict[str, Any], like: Tensor, shard: Shard) -> None:
         last = shard.dim is None or shard.offset + shard.size == shard.shape[shard.dim]
         if not shard.everywhere(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
             raise ValueError(
@@ -116,9 +136,11 @@ class AdamW8bit(AdamW):
             state[moment] = torch.zeros(_upright(like, shard).shape, dtype=torch.uint8, device=like.device)
             state[f"{moment}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
 
-    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
+    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
         if shard.dim is None:
             return None
+        if value.is_floating_point() and key in ("exp_avg", "exp_avg_sq"):
+            return super().divided(key, value, shard)
         if key.endswith("_absmax"):
             return 0, -(-shard.shape.numel() // self._BLOCK)
         return 0, shard.shape[shard.dim]
@@ -141,9 +163,12 @@ class AdamW8bit(AdamW):
             *(self.epsilon(group["eps"], beta2, k), k, 1.0, signed, unsigned),
             *(state["exp_avg_absmax"], state["exp_avg_sq_absmax"]),
         )
-        return _upright(minus_d, shard).to(dtype), -group["lr"]
+        return _upright(minus_d, shard).to(dtype), -float(group["lr"])
 
     def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
+        if state["exp_avg"].dtype != torch.uint8:
+            super().rotate(state, change, shard)
+            return
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
@@ -170,6 +195,7 @@ class Adafactor(UpdateRule):
     """
 
     decays_first = True
+    optional = frozenset({"exp_avg"})
     _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
@@ -182,10 +208,10 @@ class Adafactor(UpdateRule):
         if group["beta1"]:
             state["exp_avg"] = _zeros(like)
 
-    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
+    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
         dim = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}.get(key)
         if shard.dim is None or dim is None:
-            return super().divided(key, shard)
+            return super().divided(key, value, shard)
         return (0, shard.shape[dim]) if shard.dim == dim else None
 
     def direction(
@@ -204,8 +230,10 @@ class Adafactor(UpdateRule):
             update = wide * state["exp_avg_sq"].lerp_(square, 1 - decay).rsqrt()
         numbers = update.numel() if shard.dim is None else shard.shape.numel()
         rms = (shard.sum(update.square().sum()) / numbers).sqrt()
-        update.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(group["lr"])
+        update.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(float(group["lr"]))
         if group["beta1"]:
+            if self.first_moment not in state:  # switched on since
+                state[self.first_moment] = _zeros(grad)
             update = state["exp_avg"].lerp_(update.to(grad.dtype), 1 - group["beta1"])
         return update.to(grad.dtype), 1.0
 
@@ -225,7 +253,7 @@ class Lion(UpdateRule):
         beta1, beta2 = group["betas"] or self.betas
         mixture = torch.lerp(state["exp_avg"], grad, 1 - beta1)
         state["exp_avg"].lerp_(grad, 1 - beta2)
-        return mixture, group["lr"]
+        return mixture, float(group["lr"])
 
     def finish(self, update: Tensor) -> Tensor:
         return update.sign_()
@@ -235,6 +263,7 @@ class SGD(UpdateRule):
     """b = R at first, then b <- μ b + (1 - dampening) R. Without momentum there is no state."""
 
     first_moment = "momentum_buffer"
+    optional = frozenset({"momentum_buffer"})
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         if group["momentum"]:
@@ -244,13 +273,16 @@ class SGD(UpdateRule):
         self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
     ) -> tuple[Tensor, float]:
         if not group["momentum"]:
-            return grad, group["lr"]
+            return grad, float(group["lr"])
+        if self.first_moment not in state:  # switched on since
+            state[self.first_moment] = grad.clone()
+            return state[self.first_moment], float(group["lr"])
         buffer = state[self.first_moment]
         if int(state["step"]) == 1:
             buffer.copy_(grad)
         else:
             buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
-        return buffer, group["lr"]
+        return buffer, float(group["lr"])
 
 
 def _upright(matrix: Tensor, shard: Shard) -> Tensor:
