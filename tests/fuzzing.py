@@ -21,7 +21,7 @@ from peft_pretraining.flags import ConfigError
 TIMES = int(os.environ.get("FUZZ", "0"))
 MOST_BYTES = 1 << 30
 MOST_SECONDS = 20.0
-"""Of computing, for one example; far above what any takes. What waits without end is left to the time limit of tests."""
+"""Of computing, for one example; far above what any takes. Waiting without end is left to the time limit of tests."""
 
 
 def examples(count: int) -> settings:
