@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from peft_pretraining.data.block_writer import write_dataset_dict
+from peft_pretraining.data.plain_text import special_ids
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path
 from peft_pretraining.data.sources import Documents, Source, open_pieces
 from peft_pretraining.data.splits import Writers, held_out_draw, train_documents, write_splits
@@ -74,7 +75,7 @@ def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tup
     if tokenizer is None:
         tokenizer = train_tokenizer(_training_text(config, pieces), config.train_tokenizer, config.processes)
     tokenizer.save_pretrained(folder)
-    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id)
+    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id, tuple(sorted(special_ids(tokenizer))))
     return writers, {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 

@@ -63,13 +63,15 @@ def held_out_draw(seed: int, document: Document) -> float:
     return derive_seed(seed, "validation documents", document.piece, document.number) / 2**63
 
 
-def write_splits(config: PretokenizeConfig, pieces: dict[str, list[Documents]], folder: Path, eos_id: int) -> Writers:
+def write_splits(
+    config: PretokenizeConfig, pieces: dict[str, list[Documents]], folder: Path, eos_id: int, special: tuple[int, ...]
+) -> Writers:
     """Tokenise and write both splits. Of several slices the first writes the source's own validation split."""
 
     def encoded(split: str, texts: Iterator[str], total: int | None = None) -> Iterator[Encoded]:
         with tqdm(desc=f"tokenising {split}", total=total, unit=" documents", mininterval=1) as progress:
             tokens = 0
-            for batch in encode_documents(texts, folder, eos_id, config.processes):
+            for batch in encode_documents(texts, folder, eos_id, special, config.processes):
                 yield batch
                 tokens += batch.ids.size
                 progress.set_postfix(tokens=f"{tokens:,}", refresh=False)

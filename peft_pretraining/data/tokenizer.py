@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from peft_pretraining.data.plain_text import PlainText
 from peft_pretraining.data.sources import one_line
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.workers import obey_the_parent
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TRAINED_EOS, TRAINED_PAD = "<|endoftext|>", "<|padding|>"
@@ -79,48 +79,25 @@ def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> Pre
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=TRAINED_EOS, pad_token=TRAINED_PAD)
 
 
-class PlainText:
-    """Text to token ids. Text that spells a special token is ordinary text."""
-
-    def __init__(self, tokenizer: Tokenizer | PreTrainedTokenizerBase):
-        """A tokenizer of `tokenizers`, of which a copy is used, or one of `transformers`."""
-        from tokenizers import Tokenizer
-
-        rust = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
-        self._rust, self._python = None, tokenizer
-        if rust is not None:
-            self._rust = Tokenizer.from_str(rust.to_str())
-            self._rust.no_truncation()
-            self._rust.no_padding()
-            self._rust.encode_special_tokens = True
-
-    def __call__(self, texts: list[str]) -> Iterator[list[int]]:
-        """The ids of each text, without any that mark its beginning or end."""
-        if self._rust is not None:
-            # "fast": without the offsets into the text
-            return (one.ids for one in self._rust.encode_batch_fast(texts, add_special_tokens=False))
-        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
-        return (self._python(text, **options)["input_ids"] for text in texts)
-
-
 class Encoder:
     """Documents to tokens, with the tokenizer that was saved in `folder`: a document ends once, where it ends."""
 
-    def __init__(self, folder: str, eos_id: int):
+    def __init__(self, folder: str, eos_id: int, special: tuple[int, ...]):
+        """`special`: the ids that stand for no text (`special_ids`)."""
         self._eos_id = eos_id
         if (Path(folder) / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
-            self._ids = PlainText(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+            self._ids = PlainText(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), special)
         else:
             from transformers import AutoTokenizer
 
-            self._ids = PlainText(AutoTokenizer.from_pretrained(folder))
+            self._ids = PlainText(AutoTokenizer.from_pretrained(folder), special)
 
     def __call__(self, texts: list[str]) -> Encoded:
         pieces, lengths = [], []
         for ids in self._ids(texts):
-            if self._eos_id in ids:  # SentencePiece vocabularies spell EOS even where it is not a special token
+            if self._eos_id in ids:  # such as one that is a single character
                 ids = [token for token in ids if token != self._eos_id]
             pieces += ids
             pieces.append(self._eos_id)
@@ -128,7 +105,9 @@ class Encoder:
         return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64))
 
 
-def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cpu: int) -> Iterator[Encoded]:
+def encode_documents(
+    documents: Iterable[str], folder: Path, eos_id: int, special: tuple[int, ...], num_cpu: int
+) -> Iterator[Encoded]:
     """Encode `documents` in their order, in batches, with `num_cpu` processes (1: this one).
 
     Processes rather than the tokenizer's own threads: those wait for the longest document of each batch, and stand
@@ -136,9 +115,9 @@ def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cp
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers inherit it: one thread each
     if num_cpu == 1:
-        yield from map(Encoder(str(folder), eos_id), _batches(documents))
+        yield from map(Encoder(str(folder), eos_id, special), _batches(documents))
         return
-    encode = partial(_encode_in_worker, str(folder), eos_id)
+    encode = partial(_encode_in_worker, str(folder), eos_id, special)
     # Not forked: this process may have threads (Arrow, Rust, torch) whose locks a fork would copy as they stand.
     pool = ProcessPoolExecutor(num_cpu, get_context("spawn"), initializer=obey_the_parent)
     try:
@@ -156,8 +135,8 @@ def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cp
 _worker_encoder = cache(Encoder)  # read once per worker, which lives for one `encode_documents`
 
 
-def _encode_in_worker(folder: str, eos_id: int, texts: list[str]) -> Encoded:
-    return _worker_encoder(folder, eos_id)(texts)
+def _encode_in_worker(folder: str, eos_id: int, special: tuple[int, ...], texts: list[str]) -> Encoded:
+    return _worker_encoder(folder, eos_id, special)(texts)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
