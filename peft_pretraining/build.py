@@ -203,7 +203,10 @@ def _starting_point(config: Config, save_dir: Path) -> StartingPoint | ConfigErr
 
 def _initial_state(config: Config, start: StartingPoint, checkpointer: Checkpointer) -> TrainState:
     if start.checkpoint is not None:
-        return checkpointer.restore(start.checkpoint)
+        try:
+            return checkpointer.restore(start.checkpoint)
+        except ValueError as error:
+            raise ConfigError([f"{start.checkpoint} cannot be loaded: {error}"]) from error
     if start.warm_start is None:
         return TrainState()
     state = starting_counters(start.warm_start)
@@ -239,7 +242,7 @@ def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callabl
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name).save_pretrained
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained
     except (OSError, ValueError) as error:
         log.warning("checkpoints will hold no tokenizer: %s cannot be loaded (%s)", name, str(error).splitlines()[0])
         return lambda folder: None

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim import Optimizer
 
@@ -36,6 +35,7 @@ from peft_pretraining.checkpoint_writer import Background, NotSaved, Snapshot, W
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.distributed.gathering import gather_to_main
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.safe_loading import load_tensors
 
 log = logging.getLogger("peft_pretraining")
 
@@ -168,9 +168,9 @@ class Checkpointer:
                 log.warning("an old checkpoint could not be deleted (%s)", error)
 
     def restore(self, folder: Path) -> TrainState:
-        """Load everything, in place. The folder is known to be undamaged."""
+        """Load everything, in place. The folder is known to be undamaged; `ValueError` if it cannot be loaded still."""
         tensors = self._tensors()
-        dcp.load(tensors, checkpoint_id=folder / run_dir.TENSORS_DIR, no_dist=self.group.world_size == 1)
+        load_tensors(tensors, folder / run_dir.TENSORS_DIR, distributed=self.group.world_size > 1)
         counters = run_dir.read_state(folder)
         self.method.load_state_dict(counters["method"])
         known = {name for name in TrainState.__dataclass_fields__ if name in counters}  # an older run has fewer

@@ -47,7 +47,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     huggingface_hub.logging.set_verbosity_error()  # its warnings for every retry would bury the one line that counts
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # unknown name, no network, missing or broken files: each with exceptions of its own
         raise ConfigError(
             [f"--tokenizer {name}: no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"]
@@ -92,7 +92,7 @@ class Encoder:
         else:
             from transformers import AutoTokenizer
 
-            self._ids = PlainText(AutoTokenizer.from_pretrained(folder), special)
+            self._ids = PlainText(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), special)
 
     def __call__(self, texts: list[str]) -> Encoded:
         pieces, lengths = [], []

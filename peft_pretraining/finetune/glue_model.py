@@ -20,6 +20,7 @@ from peft_pretraining.config import DEFAULT_TOKENIZER
 from peft_pretraining.finetune.glue_settings import GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.safe_loading import without_code
 from peft_pretraining.tracking import log
 
 _POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
@@ -33,7 +34,8 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     """The model in float32, with the task's labels in its configuration; a head that it lacks is drawn from torch's
     random numbers. Raises `ConfigError` where model or tokenizer cannot be loaded."""
     name, where = settings.model_name_or_path, {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
-    config = _loaded(lambda: AutoConfig.from_pretrained(name, **where), f"--model_name_or_path {name}")
+    where["trust_remote_code"] = False
+    config = _loaded(lambda: without_code(AutoConfig.from_pretrained(name, **where)), f"--model_name_or_path {name}")
     if settings.use_llama and config.model_type != "llama":
         raise ConfigError([f"--use_llama: {name} is of type {config.model_type}"])
     tokenizer = _load_tokenizer(settings, config, where)
@@ -66,7 +68,7 @@ def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dic
         log.warning("%s has no tokenizer: %s is used (--tokenizer_name)", name, DEFAULT_TOKENIZER)
         name = DEFAULT_TOKENIZER
     if name != settings.model_name_or_path:
-        where = {"cache_dir": where["cache_dir"]}
+        where = {"cache_dir": where["cache_dir"], "trust_remote_code": False}
     tokenizer = _loaded(lambda: AutoTokenizer.from_pretrained(name, **where), f"the tokenizer {name}")
     if tokenizer.pad_token_id is None:
         # Llama's own has none. Its unknown token, unlike the end of the sequence, hardly ever ends a text.

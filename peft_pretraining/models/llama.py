@@ -53,6 +53,7 @@ def build_model(
             dtype=dtype,
             attn_implementation=config.attn_implementation,
             revision=config.model_revision or "main",
+            trust_remote_code=False,
         )
     else:
         model = _empty_model(config, shape, dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from peft_pretraining.data.sources import one_line
@@ -23,6 +23,7 @@ from peft_pretraining.finetune.options.trainer import OptionTrainer, by_length
 from peft_pretraining.finetune.results import RESULTS_FILE, Results, newest_checkpoint, run_seeds, write_json
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.safe_loading import without_code
 from peft_pretraining.tracking import log, start_logging
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ def load_model(settings: OptionSettings, device: torch.device) -> PreTrainedMode
             else:
                 dtype = wanted
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model_name, dtype=dtype, revision=settings.model_revision or "main"
-        )
+        where = {"revision": settings.model_revision or "main", "trust_remote_code": False}
+        config = without_code(AutoConfig.from_pretrained(settings.model_name, **where))
+        model = AutoModelForCausalLM.from_pretrained(settings.model_name, config=config, dtype=dtype, **where)
     except (OSError, ValueError) as error:
         why = one_line(error)
         raise ConfigError([f"--model_name {settings.model_name}: no causal model could be loaded ({why})"]) from error
