@@ -8,13 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from peft_pretraining.finetune.checkpoints import RunFailed
 from peft_pretraining.flags import EXIT_BAD_INPUT, ConfigError, exit_with_problems
+
+EXIT_FAILED = 1
 
 _SECONDS_TO_SPEAK = 10.0
 
 
 def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -> int:
-    """Call `run` with the command line; 0, or 2 for bad input with one line per problem on stderr."""
+    """Call `run` with the command line. The exit code: 0, 2 for bad input with one line per problem on stderr, or 1
+    with one line for a run that failed."""
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0
@@ -24,8 +28,17 @@ def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -
             return exit_with_problems(error)
         time.sleep(_SECONDS_TO_SPEAK)
         return EXIT_BAD_INPUT
+    except OSError as error:  # a full disk, a folder that is gone
+        return _failed(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except RunFailed as error:
+        return _failed(str(error))
     finally:
         leave_process_group()
+
+
+def _failed(why: str) -> int:
+    print(f"error: {' '.join(why.split())}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def leave_process_group() -> None:

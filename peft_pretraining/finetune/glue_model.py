@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from peft_pretraining.config import DEFAULT_TOKENIZER
+from peft_pretraining.data.plain_text import plain_text_tokenizer
 from peft_pretraining.finetune.glue_settings import GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask
+from peft_pretraining.finetune.loading import checked_weights, loaded
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.safe_loading import without_code
 from peft_pretraining.tracking import log
@@ -35,7 +37,7 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     random numbers. Raises `ConfigError` where model or tokenizer cannot be loaded."""
     name, where = settings.model_name_or_path, {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
     where["trust_remote_code"] = False
-    config = _loaded(lambda: without_code(AutoConfig.from_pretrained(name, **where)), f"--model_name_or_path {name}")
+    config = loaded(lambda: without_code(AutoConfig.from_pretrained(name, **where)), f"--model_name_or_path {name}")
     if settings.use_llama and config.model_type != "llama":
         raise ConfigError([f"--use_llama: {name} is of type {config.model_type}"])
     tokenizer = _load_tokenizer(settings, config, where)
@@ -47,18 +49,13 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     # Before the model is made, whose embedding would otherwise never train a wrong row. Models of one direction look
     # for the last token that is not this one.
     config.pad_token_id = tokenizer.pad_token_id
-    model = _loaded(
-        lambda: AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **where),
-        f"--model_name_or_path {name}",
-    )
+    flag = f"--model_name_or_path {name}"
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True, **where}
+    model, info = loaded(lambda: AutoModelForSequenceClassification.from_pretrained(name, **options), flag)
+    # The head may be new, and one of pre-training is left aside: what lies within the model itself must be whole.
+    within = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    checked_weights(model, info, flag, within, but=("pooler",))
     return model, tokenizer
-
-
-def _loaded(load: Callable[[], Any], what: str) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError([f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}"]) from error
 
 
 def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -69,7 +66,7 @@ def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dic
         name = DEFAULT_TOKENIZER
     if name != settings.model_name_or_path:
         where = {"cache_dir": where["cache_dir"], "trust_remote_code": False}
-    tokenizer = _loaded(lambda: AutoTokenizer.from_pretrained(name, **where), f"the tokenizer {name}")
+    tokenizer = loaded(lambda: AutoTokenizer.from_pretrained(name, **where), f"the tokenizer {name}")
     if tokenizer.pad_token_id is None:
         # Llama's own has none. Its unknown token, unlike the end of the sequence, hardly ever ends a text.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -96,12 +93,14 @@ def encoder(
 ) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
     """A function for `Dataset.map(batched=True)`: texts to token ids, at most `length` of them.
 
-    Raises `ConfigError` at a token that the model's table (`vocabulary` rows) does not have.
+    A text that spells a special token is ordinary text, as in pre-training. Raises `ConfigError` at a token that the model's table (`vocabulary` rows) does not have.
     """
+
+    plain = plain_text_tokenizer(tokenizer)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [rows[name] for name in task.columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=length, padding="max_length" if pad else False)
+        encoded = plain(*texts, truncation=True, max_length=length, padding="max_length" if pad else False)
         largest = max((max(ids, default=0) for ids in encoded["input_ids"]), default=0)
         if largest >= vocabulary:
             raise ConfigError(

@@ -242,7 +242,7 @@ def _world_size(problems: list[str]) -> int:
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         if int(text) > 1:
             problems.append(
-                f"the environment variable WORLD_SIZE is {text}, but {', '.join(missing)} is not set: start with torchrun"
+                f"the environment variable WORLD_SIZE is {text} without {', '.join(missing)}: start with torchrun"
             )
     return int(text)
 

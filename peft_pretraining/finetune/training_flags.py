@@ -186,9 +186,7 @@ def _is_default(field: Field, text: str) -> bool:
     return text.lower() == str(field.default).lower()
 
 
-def _tracking(
-    given: Mapping[str, Given], values: dict[str, Any], problems: list[str], warnings: list[str]
-) -> None:
+def _tracking(given: Mapping[str, Given], values: dict[str, Any], problems: list[str], warnings: list[str]) -> None:
     if "with_tracking" in given and given["with_tracking"].value:
         if values.get("report_to", ["wandb"]) not in (["wandb"], ["all"]):
             problems.append(f"--with_tracking logs to wandb, but --report_to is {','.join(values['report_to'])}")
