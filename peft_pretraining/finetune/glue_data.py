@@ -54,7 +54,8 @@ def load_rows(settings: GlueSettings) -> tuple[GlueTask, Splits]:
         task = _infer_task(settings, source, label, inferred)
     elif settings.text_columns:
         task = replace(task, columns=settings.text_columns)
-    lines = inferred.lines()
+    if lines := inferred.lines():
+        raise ConfigError(lines)
     checked = {name: _checked(split, task, label, name, lines) for name, split in splits.items()}
     if not lines and task.labels and "train" in checked and len(set(checked["train"][LABEL])) < 2:
         only = task.labels[checked["train"][LABEL][0]]

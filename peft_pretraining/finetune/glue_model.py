@@ -93,9 +93,9 @@ def encoder(
 ) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
     """A function for `Dataset.map(batched=True)`: texts to token ids, at most `length` of them.
 
-    A text that spells a special token is ordinary text, as in pre-training. Raises `ConfigError` at a token that the model's table (`vocabulary` rows) does not have.
+    A text that spells a special token is ordinary text, as in pre-training. Raises `ConfigError` at a token that the
+    model's table (`vocabulary` rows) does not have.
     """
-
     plain = plain_text_tokenizer(tokenizer)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:

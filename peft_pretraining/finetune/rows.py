@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,24 +33,34 @@ class Problems:
     """What is wrong with the rows of one file, by reason; each reason becomes one line with the rows' numbers."""
 
     origin: str
+    names_all: bool = True
+    """Name the first rows of each reason, or only the first one and how many more there are."""
     by_reason: dict[str, list[int]] = field(default_factory=dict)
+    unreadable: dict[str, list[int]] = field(default_factory=dict)
+    """Numbers of lines that are no rows at all, by reason."""
 
     def add(self, number: int, reason: str) -> None:
         """Note what is wrong with a row; rows are counted from 1, without a header."""
         self.by_reason.setdefault(reason, []).append(number)
 
     def lines(self) -> list[str]:
-        shown = [f"{self.origin}: {name_rows(rows)}: {why}" for why, rows in list(self.by_reason.items())[:_SHOWN]]
-        if len(self.by_reason) > _SHOWN:
-            shown.append(f"{self.origin}: {len(self.by_reason) - _SHOWN} further problems of the same kinds")
-        return shown
+        named = name_rows if self.names_all else _name_first
+        told = [f"cannot be read ({name_rows(lines, 'line')} {why})" for why, lines in self.unreadable.items()]
+        told += [f"{named(rows)}: {why}" for why, rows in self.by_reason.items()]
+        if len(told) > _SHOWN:
+            told[_SHOWN:] = [f"{len(told) - _SHOWN} further problems of the same kinds"]
+        return [f"{self.origin}: {line}" for line in told]
 
 
-def name_rows(numbers: Sequence[int]) -> str:
+def name_rows(numbers: Sequence[int], kind: str = "row") -> str:
     """`row 3`, `rows 3, 5, 8`, `rows 3, 5, 8, 9, 12 and 40 more`."""
     shown = ", ".join(map(str, numbers[:_SHOWN]))
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
+    return f"{kind}{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+def _name_first(numbers: Sequence[int]) -> str:
+    return f"row {numbers[0]}" + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
 
 
 def show(value: Any) -> str:
@@ -75,13 +86,15 @@ def read_rows(path: str | Path) -> list[Row]:
             rows = list(_table_rows(file, _suffix(path), problems) if table else _json_rows(file, problems))
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: {_encoding_problem(error)}"]) from None
-    except (OSError, EOFError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (OSError, EOFError, ValueError, ImportError) as error:
         why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
         raise ConfigError([f"{path}: cannot be read ({why})"]) from None
-    if problems.by_reason:
+    if problems.by_reason or problems.unreadable:
         raise ConfigError(problems.lines())
     if not rows:
-        raise ConfigError([f"{path}: it has no rows"])
+        raise ConfigError([f"{path}: holds no rows"])
     return rows
 
 
@@ -159,28 +172,24 @@ def _json_rows(file: TextIO, problems: Problems) -> Iterator[Row]:
 
 def _objects(file: TextIO, problems: Problems) -> Iterator[tuple[int, Any]]:
     """(number, value) of each line that is not blank, or of each item of an array."""
-    lines = (line for line in file if line.strip())
+    lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     first = next(lines, None)
     if first is None:
         return
-    if first.lstrip().startswith("["):
-        content = _parsed(first + file.read())
+    if first[1].lstrip().startswith("["):
+        content = _parsed(first[1] + file.read())
         if isinstance(content, _Unreadable):
-            raise ConfigError([f"{problems.origin}: {content.why}"])
-        yield from enumerate(content if isinstance(content, list) else [content], start=1)
+            raise ConfigError([f"{problems.origin}: cannot be read (it is {content.why})"])
+        yield from enumerate(content, start=1)
         return
-    number = 0
-    for number, line in enumerate(_chain(first, lines), start=1):
+    row = 0
+    for number, line in itertools.chain([first], lines):
         value = _parsed(line)
         if isinstance(value, _Unreadable):
-            problems.add(number, value.why)
+            problems.unreadable.setdefault(f"is {value.why}", []).append(number)
         else:
-            yield number, value
-
-
-def _chain(first: str, others: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from others
+            row += 1
+            yield row, value
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        return _Unreadable("it is nested too deeply")
+        return _Unreadable("nested too deeply")
     except json.JSONDecodeError as error:
         return _Unreadable(f"not valid JSON ({error.msg})")
     except ValueError as error:  # a key twice, or a number of thousands of digits

@@ -112,7 +112,7 @@ def _hub_rows(task: OptionTask) -> dict[str, tuple[str, list[Row]]]:
 
 def _groups(task: OptionTask, settings: OptionSettings, origin: str, rows: list[Row], problems: list[str]) -> Groups:
     """The examples of checked rows, divided as `--split_by` says; each kind of problem is one line."""
-    wrong = Problems(origin)
+    wrong = Problems(origin, names_all=False)
     for number, row in enumerate(rows, start=1):
         if problem := task.row_problem(row):
             wrong.add(number, problem)
