@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +153,10 @@ def reading() -> Iterator[None]:
     except (ConfigError, CheckpointUnusable):
         raise
     except Exception as error:  # files of others: torch, safetensors, json and the optimizers raise all kinds
-        raise CheckpointUnusable(f"{one_line(error)} ({type(error).__name__})") from error
+        why, kind = one_line(error), type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's text recommends to load it without care
+            why = "a file holds more than tensors, or is damaged"
+        raise CheckpointUnusable(why if why == kind else f"{why} ({kind})") from error
 
 
 def _remove(path: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining import run_dir
-from peft_pretraining.finetune.identity import RUN_FILE, Settings, differences, read_settings
+from peft_pretraining.finetune.identity import RUN_FILE, Settings, differences, noted_as_older, read_settings
 from peft_pretraining.flags import ConfigError
 
 log = logging.getLogger("peft_pretraining")
@@ -55,6 +55,12 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def update_of(checkpoint: Path) -> int:
+    """How many updates were done, by a checkpoint's name; 0 for a folder of another name."""
+    number = checkpoint.name.removeprefix(PREFIX)
+    return int(number) if number.isdecimal() else 0
+
+
 def seal(folder: Path, names: Iterable[str] | None = None) -> None:
     """Write the manifest of all files of a checkpoint, or of those named. What it lists is on disk afterwards."""
     files = {name: run_dir.file_digest(folder / name) for name in names or run_dir.checkpoint_files(folder)}
@@ -70,6 +76,13 @@ def before_manifests(folder: Path) -> bool:
     """Whether a run's folder was written before there were manifests: there is none, and no `run.json`."""
     parts = [folder, *(path for _, path in numbered(folder))]
     return not any(is_sealed(part) or (part / RUN_FILE).exists() for part in parts)
+
+
+def older_checkpoints(folder: Path) -> set[str]:
+    """Names of the checkpoints in a run's folder that were written before there were manifests."""
+    if before_manifests(folder):
+        return {path.name for _, path in numbered(folder)}
+    return {path.name for _, path in numbered(folder) if not is_sealed(path)} & set(noted_as_older(folder))
 
 
 def unusable(checkpoint: Path, has_factors: bool, sealed: bool = True) -> str | None:
@@ -122,12 +135,13 @@ def newest_good(
     needs_best: the checkpoint of the best model must be whole, too. without: what could not be loaded.
     Says in a line each why one is skipped. Raises `ConfigError` where there are complete ones, but none is good.
     """
-    old = before_manifests(folder)
+    older = older_checkpoints(folder)
     skipped, damaged = [], False
     for _, path in numbered(folder):
         if path in without:
             damaged = True
             continue
+        old = path.name in older
         if not old and not is_sealed(path):
             skipped.append(f"skipped checkpoint {path}: it was never completed ({run_dir.MANIFEST_FILE} is missing)")
         elif reason := _reason(path, settings, has_factors, needs_best, sealed=not old):

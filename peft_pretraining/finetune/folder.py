@@ -41,7 +41,7 @@ RunOne = Callable[[FineTuning, str | None], Results]
 Described = Callable[[FineTuning], Results]
 """What a run's results say of its settings."""
 
-_FINAL = ("*.safetensors", "*.safetensors.index.json", "config.json", RESULTS_FILE, "predict*")
+_FINAL = ("*.safetensors", "*.safetensors.index.json", "config.json", RUN_FILE, RESULTS_FILE, "predict*")
 
 
 def agree(training: TrainingArguments, decide: Callable[[], T]) -> T:
@@ -113,12 +113,15 @@ def run_in_folder(finetuning: FineTuning, run_one: RunOne, described: Described)
             return results
 
 
-def begin(finetuning: FineTuning) -> None:
-    """The first writing of a run: its settings. It is no longer finished, if it was."""
+def begin(finetuning: FineTuning, start: str | None) -> None:
+    """The first writing of a run that goes on from `start`: its settings. It is no longer finished, if it was."""
     if finetuning.training.process_index == 0:
         folder = Path(finetuning.training.output_dir)
+        older = checkpoints.older_checkpoints(folder)
+        done = checkpoints.update_of(Path(start)) if start is not None else 0
+        older = {name for name in older if checkpoints.update_of(Path(name)) <= done}  # what follows is made again
         (folder / run_dir.MANIFEST_FILE).unlink(missing_ok=True)
-        write_settings(folder, settings_of(finetuning))
+        write_settings(folder, settings_of(finetuning), older)
 
 
 def _finished(finetuning: FineTuning, folder: Path, settings: Settings, described: Described) -> Results | None:
@@ -129,7 +132,11 @@ def _finished(finetuning: FineTuning, folder: Path, settings: Settings, describe
     holds_something = (folder / RESULTS_FILE).exists() or bool(checkpoints.numbered(folder))
     if not holds_something:
         return None
-    begun = read_settings(folder)
+    try:
+        begun = read_settings(folder)
+    except ConfigError as error:  # each checkpoint has its own copy, and is compared by it
+        log.warning("%s", error)
+        begun = None
     if begun is not None and (found := list(differences(begun, settings))):
         raise ConfigError([_other_settings(folder, found)])
     if not (folder / RESULTS_FILE).exists():
@@ -143,9 +150,7 @@ def _finished(finetuning: FineTuning, folder: Path, settings: Settings, describe
         log.warning("%s was finished, but %s: it is finished again", folder, reason)
         return None
     if "seeds" in results:
-        raise ConfigError(
-            [f"--output_dir {folder} holds runs of several --seeds: choose another folder"]
-        )
+        raise ConfigError([f"--output_dir {folder} holds runs of several --seeds: choose another folder"])
     if old:
         now = described(finetuning)
         if found := [

@@ -65,7 +65,7 @@ def run_one(
         data_collator=default_data_collator if pad else _padding_collator(tokenizer, finetuning),
         compute_metrics=lambda prediction: compute_metrics(task, _logits(prediction), prediction.label_ids),
     )
-    begin(finetuning)
+    begin(finetuning, resume_from)
     results: Results = _described(finetuning)
     if training.do_train:
         results |= _train(trainer, resume_from)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ log = logging.getLogger("peft_pretraining")
 RUN_FILE = "run.json"
 
 _MODELS = ("model_name_or_path", "model_name", "tokenizer_name", "tokenizer")
+_OLDER = "checkpoints_without_manifest"
 _SAMPLE = 2**20
 _OPTIMIZER = ("optimizer", "adam_eps", "beta1", "momentum", "dampening")
 _LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
@@ -81,9 +82,10 @@ def _fingerprint(folder: Path) -> str | None:
 _TOKENS_AND_SHAPE = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
+def write_settings(folder: Path, settings: Settings, older_checkpoints: Iterable[str] = ()) -> None:
+    """Write `run.json`. older_checkpoints: names of those that the run goes on from, but that have no manifest."""
     versions = {name: metadata.version(name) for name in _LIBRARIES}
-    content = {"settings": settings, "versions": versions}
+    content = {"settings": settings, "versions": versions, _OLDER: sorted(older_checkpoints)}
     run_dir.write_atomically(folder / RUN_FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -100,11 +102,17 @@ def read_settings(folder: Path) -> Settings | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            [f"{path} cannot be read ({type(error).__name__}: {why}), so nobody can tell what the run in "
-             f"{folder} was begun with: --overwrite_output_dir starts over"]
-        ) from None  # fmt: skip
+        raise ConfigError([f"{path} cannot be read ({type(error).__name__}: {why})"]) from None
     return found
+
+
+def noted_as_older(folder: Path) -> list[str]:
+    """The `older_checkpoints` that `write_settings` noted; none where that cannot be read."""
+    try:
+        found = json.loads((folder / RUN_FILE).read_text())[_OLDER]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

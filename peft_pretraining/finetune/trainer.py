@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.finetune.checkpointing import CheckpointingTrainer, reading
-from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINING_WEIGHTS, RunFailed
+from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINER_STATE, TRAINING_WEIGHTS, RunFailed
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
@@ -89,6 +89,9 @@ class MethodTrainer(CheckpointingTrainer):
     def train_to_the_end(self, resume_from: str | None) -> dict[str, Any]:
         """Train, from a checkpoint or from the beginning; `Trainer`'s numbers. Raises `RunFailed` where the weights are
         not finite in the end."""
+        if resume_from is not None:
+            with reading():
+                TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE))
         metrics = self.train(resume_from_checkpoint=resume_from).metrics
         self.check_finite()
         if self.state.global_step == self._initial_global_step:  # nothing was left to do, and nothing is known of it

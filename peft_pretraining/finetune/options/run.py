@@ -74,7 +74,7 @@ def run_one(finetuning: FineTuning[OptionSettings], splits: Splits, resume_from:
     log.info("%s, %d for dev, %d for the test", first, len(dev), len(test))
     trains = settings.trainer == "regular" and training.do_train
     trainer = OptionTrainer(finetuning, model, tokenizer, train if trains else None, dev)
-    begin(finetuning)
+    begin(finetuning, resume_from)
     results: Results = _described(finetuning, splits)
     if trains:
         results |= _train(trainer, finetuning, resume_from)
