@@ -189,6 +189,8 @@ def _training_arguments(values: dict[str, Any], problems: list[str], warnings: l
         values["use_cpu"] = True  # accelerate divides the work of processes on CPUs only when told so
         values.setdefault("dataloader_pin_memory", False)
     values.setdefault("ddp_broadcast_buffers", False)  # every process has the same; factors' pools must not travel
+    if os.environ.get("WORLD_SIZE", "1") == "1" and values.pop("ddp_backend", None) is not None:
+        warnings.append("--ddp_backend has no effect without torchrun")
     try:
         training = TrainingArguments(**values)
     except Exception as error:  # its checks, accelerate's and the files that values name: each has its own exceptions

@@ -63,8 +63,10 @@ def training_fields() -> Mapping[str, Field]:
 def _field(node: ast.AnnAssign) -> Field:
     keywords = {word.arg: word.value for word in node.value.keywords} if isinstance(node.value, ast.Call) else {}
     default = _literal(keywords.get("default", node.value))
-    metadata = _literal(keywords.get("metadata")) or {}
-    return Field(node.target.id, ast.unparse(node.annotation), default, " ".join(metadata.get("help", "").split()))
+    metadata = keywords.get("metadata")
+    entries = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
+    help = next((_literal(value) for key, value in entries if key is not None and _literal(key) == "help"), None)
+    return Field(node.target.id, ast.unparse(node.annotation), default, " ".join((help or "").split()))
 
 
 def _literal(node: ast.expr | None) -> Any:
