@@ -1,7 +1,8 @@
 """Fine-tune a causal language model on an option task, or test it in context: `python run_tasks.py ...` or torchrun.
 
 The same command again goes on from the newest checkpoint in --output_dir.
-Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 1 anything else.
+Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 75 stopped by SIGTERM, SIGUSR1,
+SIGHUP or Ctrl-C after saving, to be launched again; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from peft_pretraining.finetune.entry import run_entry
 from peft_pretraining.finetune.options.settings import ENTRY, hub_names
 from peft_pretraining.finetune.settings import check
 from peft_pretraining.hub import work_offline_if_unreachable
+from peft_pretraining.signals import run_script
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -29,4 +31,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ _EMPTY = "holds no text"
 _DOCUMENTS_PER_AGREEMENT = 2048
 _CHARACTERS_PER_TOKEN, _MARGIN = 6, 16
 """English has 4.4 characters per token of T5; the margin is in tokens."""
+_WORD_END, _LONGEST_WORD = re.compile("(?<=[^ \\t\\n])[ \\t\\n]"), 10**6
+"""What lies more than so many characters into a word changes no token before it."""
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -95,15 +98,24 @@ class SampleMaker(Dataset):
         """
         self._ids = self._ids or PlainText(self._tokenizer)
         characters = _CHARACTERS_PER_TOKEN * (self._max_length + _MARGIN)
-        found = list(self._ids([text[:characters] for text in texts]))
+        beginnings = [_beginning(text, characters) for text in texts]
+        found = list(self._ids(beginnings))
         short = [
             index
             for index, text in enumerate(texts)
-            if len(text) > characters and len(found[index]) < self._max_length + _MARGIN
+            if len(beginnings[index]) < len(text) and len(found[index]) < self._max_length + _MARGIN
         ]
         for index, ids in zip(short, self._ids([texts[index] for index in short]), strict=True):
             found[index] = ids
         return found
+
+
+def _beginning(text: str, characters: int) -> str:
+    """At least so many characters of the text, up to the end of a word: of half a word, tokens are others."""
+    if len(text) <= characters:
+        return text
+    end = _WORD_END.search(text, characters, _LONGEST_WORD + characters)
+    return text[: end.start() if end else _LONGEST_WORD + characters]
 
 
 class Complaints:

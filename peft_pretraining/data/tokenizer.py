@@ -6,6 +6,7 @@ it is needed: a Rust tokenizer works without it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.data.plain_text import PlainText
-from peft_pretraining.data.sources import one_line
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.workers import obey_the_parent
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 TRAINED_EOS, TRAINED_PAD = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 260  # 256 bytes, the two special tokens, and something to learn
 
+_LARGEST_ID = 2**31 - 1
 BATCH_CHARACTERS = 2**18  # about 0.1 s of work: far above the cost of handing it over, far below that of a long wait
 BATCH_DOCUMENTS = 4096
 BATCHES_AHEAD = 4  # per worker, read before they are needed
@@ -47,14 +49,36 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     huggingface_hub.logging.set_verbosity_error()  # its warnings for every retry would bury the one line that counts
     try:
+        # Never the code of whoever made it, and no question about it either.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # unknown name, no network, missing or broken files: each with exceptions of its own
-        raise ConfigError(
-            [f"--tokenizer {name}: no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"]
-        ) from error
-    if tokenizer.eos_token_id is None:
+        tokenizer("A few words.", add_special_tokens=False)  # some damage shows no sooner
+        largest, eos = max(tokenizer.get_vocab().values(), default=-1), tokenizer.eos_token_id
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # unknown name, no network, damaged files: each of its own; Rust's panics of none
+        raise ConfigError([f"--tokenizer {name}: {_why_not_loadable(name, error)}"]) from error
+    if eos is None:
         raise ConfigError([f"--tokenizer {name}: has no end-of-sequence token to put between documents"])
+    if largest > _LARGEST_ID:
+        raise ConfigError([f"--tokenizer {name}: has a token of id {largest}; ids are stored in 32 bits"])
     return tokenizer
+
+
+def _why_not_loadable(name: str, error: BaseException) -> str:
+    folder = Path(name)
+    if os.path.isdir(folder) and not os.path.isfile(folder / "tokenizer.json"):
+        packages = {
+            "spiece.model": "sentencepiece",
+            "tokenizer.model": "sentencepiece",
+            "tekken.json": "mistral_common",
+        }
+        for file, package in packages.items():
+            if os.path.isfile(folder / file) and importlib.util.find_spec(package) is None:
+                return (
+                    f"has {file} but no tokenizer.json: reading it needs `pip install {package}` "
+                    "(AutoTokenizer.from_pretrained(...).save_pretrained(...) then writes tokenizer.json)"
+                )
+    return f"no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"
 
 
 def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> PreTrainedTokenizerBase:

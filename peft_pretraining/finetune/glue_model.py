@@ -20,8 +20,9 @@ from peft_pretraining.config import DEFAULT_TOKENIZER
 from peft_pretraining.data.plain_text import plain_text_tokenizer
 from peft_pretraining.finetune.glue_settings import GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask
-from peft_pretraining.finetune.loading import checked_weights, loaded
+from peft_pretraining.finetune.loading import check_finite, loaded
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.loading import load_pretrained
 from peft_pretraining.safe_loading import without_code
 from peft_pretraining.tracking import log
 
@@ -36,8 +37,10 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     """The model in float32, with the task's labels in its configuration; a head that it lacks is drawn from torch's
     random numbers. Raises `ConfigError` where model or tokenizer cannot be loaded."""
     name, where = settings.model_name_or_path, {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
-    where["trust_remote_code"] = False
-    config = loaded(lambda: without_code(AutoConfig.from_pretrained(name, **where)), f"--model_name_or_path {name}")
+    config = loaded(
+        lambda: without_code(AutoConfig.from_pretrained(name, trust_remote_code=False, **where)),
+        f"--model_name_or_path {name}",
+    )
     if settings.use_llama and config.model_type != "llama":
         raise ConfigError([f"--use_llama: {name} is of type {config.model_type}"])
     tokenizer = _load_tokenizer(settings, config, where)
@@ -50,11 +53,9 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     # for the last token that is not this one.
     config.pad_token_id = tokenizer.pad_token_id
     flag = f"--model_name_or_path {name}"
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True, **where}
-    model, info = loaded(lambda: AutoModelForSequenceClassification.from_pretrained(name, **options), flag)
-    # The head may be new, and one of pre-training is left aside: what lies within the model itself must be whole.
-    within = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    checked_weights(model, info, flag, within, but=("pooler",))
+    options = {"new_head": True, "config": config, "dtype": torch.float32, **where}
+    model = load_pretrained(AutoModelForSequenceClassification, name, flag, **options)
+    check_finite(model, flag)
     return model, tokenizer
 
 
@@ -65,8 +66,10 @@ def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dic
         log.warning("%s has no tokenizer: %s is used (--tokenizer_name)", name, DEFAULT_TOKENIZER)
         name = DEFAULT_TOKENIZER
     if name != settings.model_name_or_path:
-        where = {"cache_dir": where["cache_dir"], "trust_remote_code": False}
-    tokenizer = loaded(lambda: AutoTokenizer.from_pretrained(name, **where), f"the tokenizer {name}")
+        where = {"cache_dir": where["cache_dir"]}
+    tokenizer = loaded(
+        lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where), f"the tokenizer {name}"
+    )
     if tokenizer.pad_token_id is None:
         # Llama's own has none. Its unknown token, unlike the end of the sequence, hardly ever ends a text.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

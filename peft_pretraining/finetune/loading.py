@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from peft_pretraining.flags import ConfigError
 
 T = TypeVar("T")
-
-_SHOWN = 4
 
 
 def loaded(load: Callable[[], T], what: str) -> T:
@@ -25,19 +23,8 @@ def loaded(load: Callable[[], T], what: str) -> T:
         raise ConfigError([f"{what} cannot be loaded: {why}"]) from error
 
 
-def checked_weights(
-    model: PreTrainedModel, info: Mapping[str, Any], what: str, within: str = "", but: tuple[str, ...] = ()
-) -> None:
-    """Raise `ConfigError` where a folder lacks weights of the model, has more of them, or has some that are not finite.
-
-    info: what `from_pretrained(output_loading_info=True)` says. Only names that begin with `within` count, without
-    those that have one of `but` among their parts.
-    """
-    for kind, told in (("missing_keys", "lacks"), ("unexpected_keys", "has, beside the model's weights,")):
-        names = sorted(name for name in info[kind] if name.startswith(within) and not set(but) & set(name.split(".")))
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            raise ConfigError([f"{what} {told} {', '.join(names[:_SHOWN])}{more}"])
+def check_finite(model: PreTrainedModel, what: str) -> None:
+    """Raise `ConfigError` where a model that was loaded has weights that are not finite."""
     if name := not_finite(model):
         raise ConfigError([f"{what}: the weights of {name} are not finite"])
 

@@ -28,6 +28,7 @@ from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.finetune.checkpointing import CheckpointingTrainer, reading
 from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINER_STATE, TRAINING_WEIGHTS, RunFailed
 from peft_pretraining.finetune.settings import FineTuning
+from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
@@ -52,6 +53,7 @@ class MethodTrainer(CheckpointingTrainer):
         # divides by the whole batch's targets itself; classifiers do not, and gradients would be too large.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_AroundTheStep(self))
+        self.add_callback(StopOnRequest())
         self._micro_batch = 0
         self._skipped = False
         self._skips_in_a_row = 0
@@ -97,6 +99,9 @@ class MethodTrainer(CheckpointingTrainer):
         if self.state.global_step == self._initial_global_step:  # nothing was left to do, and nothing is known of it
             metrics = {name: value for name, value in metrics.items() if name in ("epoch", "total_flos")}
         return metrics
+
+    def _get_dataloader(self, *arguments: Any, **keywords: Any) -> Any:
+        return shielded(super()._get_dataloader(*arguments, **keywords))
 
     # The method's calls, in the order of train.py's `train_step`.
 

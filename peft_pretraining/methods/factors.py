@@ -12,6 +12,7 @@ from peft_pretraining import rng
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.full_rank import create_adam_state
 from peft_pretraining.methods.rank_sync import assert_equal_on_all_ranks
+from peft_pretraining.methods.targets import named_by_flag
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict, wrap_linears
 from peft_pretraining.nn.initialization import draw_factors, draw_factors_alone
 
@@ -23,11 +24,14 @@ class FactorMethod(TrainingMethod):
     that the method sees, and is saved.
     """
 
+    corrects_weights: bool = True
+    """Whether frozen weights are changed again and again."""
     start: int | None = None
     _reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
 
     def convert(self, model: nn.Module) -> nn.Module:
-        wrap_linears(model, self.config.method.target_modules, self.wrap)
+        with named_by_flag(self.config):
+            wrap_linears(model, self.config.method.target_modules, self.wrap)
         return model
 
     def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
@@ -39,6 +43,7 @@ class FactorMethod(TrainingMethod):
             self.scale,
             dropout=factors.lora_dropout,
             train_scaling=factors.train_scaling,
+            corrected=self.corrects_weights,
             lora_only=factors.lora_only,
             quantize=factors.quantize,
             double_quant=factors.use_double_quant,

@@ -38,7 +38,8 @@ class GoLoreAdapter(FactorMethod):
 
     def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
         """Both factors are zero: the first refresh makes the basis."""
-        return LowRankLinear(linear, self.config.method.rank, self.scale, dropout=self.config.factors.lora_dropout)
+        rank, dropout = self.config.method.rank, self.config.factors.lora_dropout
+        return LowRankLinear(linear, rank, self.scale, dropout=dropout, corrected=True)
 
     def convert(self, model: nn.Module) -> nn.Module:
         model, peers, settings = super().convert(model), [], projection_settings(self.config)

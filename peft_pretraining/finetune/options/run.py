@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.finetune import settings as finetune_settings
 from peft_pretraining.finetune.folder import begin
-from peft_pretraining.finetune.loading import checked_weights, loaded
+from peft_pretraining.finetune.loading import check_finite
 from peft_pretraining.finetune.options.encoding import EncodedExample, OptionEncoder
 from peft_pretraining.finetune.options.examples import Splits, load_splits
 from peft_pretraining.finetune.options.settings import ENTRY, OptionSettings
@@ -25,7 +25,7 @@ from peft_pretraining.finetune.output import RESULTS_FILE, Results, check_losses
 from peft_pretraining.finetune.results import run_seeds
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.safe_loading import without_code
+from peft_pretraining.models.loading import load_pretrained
 from peft_pretraining.tracking import log, start_logging
 
 if TYPE_CHECKING:
@@ -108,12 +108,10 @@ def load_model(settings: OptionSettings, device: torch.device) -> PreTrainedMode
                 log.warning("--%s: there is no accelerator; float32 is used", name)
             else:
                 dtype = wanted
-    flag = f"--model_name {settings.model_name}: as a causal model it"
-    where = {"revision": settings.model_revision or "main", "trust_remote_code": False}
-    config = loaded(lambda: without_code(AutoConfig.from_pretrained(settings.model_name, **where)), flag)
-    options = {"config": config, "dtype": dtype, "output_loading_info": True, **where}
-    model, info = loaded(lambda: AutoModelForCausalLM.from_pretrained(settings.model_name, **options), flag)
-    checked_weights(model, info, flag)
+    name = settings.model_name
+    revision = settings.model_revision or "main"
+    model = load_pretrained(AutoModelForCausalLM, name, f"--model_name {name}", dtype=dtype, revision=revision)
+    check_finite(model, f"--model_name {name}")
     # Rows are padded with any token, and masked; the padding token's own weights are to be trained like others.
     model.get_input_embeddings().padding_idx = None
     return model
