@@ -121,7 +121,7 @@ def gradients(shape: dict, rank: int, blocks: Tensor, training: Training, work: 
             return layers
         work.mkdir(parents=True, exist_ok=True)
         torch.save([vars(layer) for layer in layers], kept)
-    return [Layer(**layer) for layer in torch.load(kept)]
+    return [Layer(**layer) for layer in torch.load(kept, weights_only=True)]
 
 
 def _train(shape: dict, rank: int, blocks: Tensor, training: Training) -> list[Layer]:

@@ -29,6 +29,7 @@ from peft_pretraining.flags import (
     sequence_length,
     setting,
     string,
+    text,
     token_count,
 )
 
@@ -195,6 +196,12 @@ class RunConfig:
     keep_checkpoints: int | None = setting(None, positive_int, "newest checkpoints to keep (default: all)")
     autoresume: bool = setting(False, boolean, "continue from the newest good checkpoint in --save_dir")
     allow_restart: bool = setting(False, boolean, "with --autoresume: start over if every checkpoint is damaged")
+    rewind_on_nan: int = setting(
+        0,
+        non_negative_int,
+        "when weights or many updates in a row are not finite: go back so many checkpoints, by itself, and skip the "
+        "batches since; at most three times; 0 ends the run",
+    )
     resume_from: str | None = setting(
         None, string, "restore everything from this checkpoint folder", ("continue_from",)
     )
@@ -212,9 +219,9 @@ class RunConfig:
 class TrackingConfig:
     with_tracking: bool = setting(False, boolean, "log to wandb")
     wandb_project: str | None = setting(None, string, "wandb project (default: peft_pretraining); implies tracking")
-    name: str | None = setting(None, string, "wandb run name (default: the folder's name)")
+    name: str | None = setting(None, text, "wandb run name (default: the folder's name)")
     tags: tuple[str, ...] = setting((), comma_separated, "wandb tags, comma-separated")
-    comment: str | None = setting(None, string, "wandb notes")
+    comment: str | None = setting(None, text, "wandb notes")
     wandb_watch: bool = setting(False, boolean, "let wandb record histograms of weights and gradients")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
+from peft_pretraining.watchdog import FIRST_UPDATE_FACTOR, goes_on, watched
 
 _BATCHES_BETWEEN_STOP_CHECKS = 20
 
@@ -19,15 +20,16 @@ _BATCHES_BETWEEN_STOP_CHECKS = 20
 @dataclass(frozen=True)
 class Evaluation:
     loss: float
-    """Mean cross-entropy per target token, in nats."""
+    """Mean cross-entropy per target token, in nats; NaN without any."""
     tokens: int
     """Target tokens."""
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
+@watched("an evaluation's batch", FIRST_UPDATE_FACTOR)
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch | None], group: ProcessGroup, should_stop: Callable[[], bool]
@@ -43,6 +45,7 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=group.device)  # loss sum, tokens
     try:
         for index, batch in enumerate(batches):
+            goes_on()
             if index % _BATCHES_BETWEEN_STOP_CHECKS == 0 and should_stop():
                 return None
             if batch is None:  # a divided model gathers its weights on all ranks at once

@@ -24,6 +24,7 @@ from peft_pretraining.data.folder import read_arguments, read_column
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed.process_group import ProcessGroup
 from peft_pretraining.loss import Batch
+from peft_pretraining.workers import die_with_parent
 
 T = TypeVar("T")
 
@@ -135,8 +136,9 @@ def as_it_is(made: T) -> T:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
+    die_with_parent()
     # A scheduler signals the whole job; the training process decides when its workers end.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -116,7 +116,7 @@ class Encoder:
         else:
             from transformers import AutoTokenizer
 
-            self._ids = PlainText(AutoTokenizer.from_pretrained(folder), special)
+            self._ids = PlainText(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), special)
 
     def __call__(self, texts: list[str]) -> Encoded:
         pieces, lengths = [], []

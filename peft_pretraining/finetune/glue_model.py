@@ -20,6 +20,8 @@ from peft_pretraining.config import DEFAULT_TOKENIZER
 from peft_pretraining.finetune.glue_settings import GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.loading import load_pretrained
+from peft_pretraining.safe_loading import without_code
 from peft_pretraining.tracking import log
 
 _POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
@@ -33,7 +35,10 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     """The model in float32, with the task's labels in its configuration; a head that it lacks is drawn from torch's
     random numbers. Raises `ConfigError` where model or tokenizer cannot be loaded."""
     name, where = settings.model_name_or_path, {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
-    config = _loaded(lambda: AutoConfig.from_pretrained(name, **where), f"--model_name_or_path {name}")
+    config = _loaded(
+        lambda: without_code(AutoConfig.from_pretrained(name, trust_remote_code=False, **where)),
+        f"--model_name_or_path {name}",
+    )
     if settings.use_llama and config.model_type != "llama":
         raise ConfigError([f"--use_llama: {name} is of type {config.model_type}"])
     tokenizer = _load_tokenizer(settings, config, where)
@@ -45,9 +50,14 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     # Before the model is made, whose embedding would otherwise never train a wrong row. Models of one direction look
     # for the last token that is not this one.
     config.pad_token_id = tokenizer.pad_token_id
-    model = _loaded(
-        lambda: AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **where),
+    model = load_pretrained(
+        AutoModelForSequenceClassification,
+        name,
         f"--model_name_or_path {name}",
+        new_head=True,
+        config=config,
+        dtype=torch.float32,
+        **where,
     )
     return model, tokenizer
 
@@ -67,7 +77,9 @@ def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dic
         name = DEFAULT_TOKENIZER
     if name != settings.model_name_or_path:
         where = {"cache_dir": where["cache_dir"]}
-    tokenizer = _loaded(lambda: AutoTokenizer.from_pretrained(name, **where), f"the tokenizer {name}")
+    tokenizer = _loaded(
+        lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where), f"the tokenizer {name}"
+    )
     if tokenizer.pad_token_id is None:
         # Llama's own has none. Its unknown token, unlike the end of the sequence, hardly ever ends a text.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
