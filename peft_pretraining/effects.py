@@ -60,7 +60,7 @@ METHOD_CONDITIONS = (
     Condition(("init_lora_type", "zero_init_B"), lambda c: not c.factors.lora_only, "with --lora_only"),
     Condition(
         ("zero_init_B",),
-        lambda c: c.factors.init_lora_type != "origin_lora",
+        lambda c: c.factors.init_lora_type != "origin_lora" or c.method.method == "switchlora",  # which switches no B
         "with --init_lora_type origin_lora, whose B is zero",
     ),
     Condition(
@@ -72,6 +72,9 @@ METHOD_CONDITIONS = (
         ("lora_alpha", "scale"),
         lambda c: not (c.factors.train_scaling and c.method.method in ("lora", "relora")),
         "with --train_scaling, whose scale is tanh(1) at first",
+    ),
+    Condition(
+        ("remain_switch_step_state",), lambda c: not c.factors.remain_switch_state, "beside --remain_switch_state"
     ),
     Condition(("refresh_accumulation",), _reads_gradients, "for random bases"),
     Condition(  # the older `--proj_type random` takes singular vectors of random matrices
