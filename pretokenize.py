@@ -1,7 +1,7 @@
 """Tokenise a corpus into blocks for pre-training: `python pretokenize.py --dataset c4 --dataset_config en ...`.
 
 The last line on stdout is the result's folder, `SAVE_DIR/{dataset}_{config}_{tokenizer}_{length}`. Exit code 2 for bad
-input: one line per problem on stderr, and nothing left behind.
+input, 1 where the result cannot be written: one line per problem on stderr, and nothing left behind.
 
 A large corpus in slices: the same with `--num_shards N --shard I`, for every I from 0 to N - 1, in any order and side
 by side; then once with `--num_shards N --merge`. What is finished is not made again.
@@ -14,12 +14,13 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from peft_pretraining.data.pretokenize import pretokenize
+from peft_pretraining.data.pretokenize import CannotWrite, pretokenize
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
 from peft_pretraining.data.slices import merge, pretokenize_slice
-from peft_pretraining.data.sources import Source, find_source
+from peft_pretraining.data.sources import COMPRESSED, Source, find_source
 from peft_pretraining.data.tokenizer import SMALLEST_VOCABULARY
 from peft_pretraining.flags import ConfigError, Flag, exit_with_problems, parse_command_line
 
@@ -38,6 +39,8 @@ def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:
     warnings: list[str] = []
     source = find_source(config.dataset, config.from_json, problems, warnings) if config.dataset else None
     problems += _tokenizer_problems(config)
+    if source is not None:
+        problems += _validation_problems(config, source)
     if config.save_dir:
         problems += _place_problems(config, source)
     if problems:
@@ -86,6 +89,21 @@ def _tokenizer_problems(config: PretokenizeConfig) -> list[str]:
     return problems
 
 
+def _validation_problems(config: PretokenizeConfig, source: Source) -> list[str]:
+    """Whether slices will hold out a block: none of them sees enough to find out, and the merge comes too late."""
+    files = source.files.get("train", [])
+    plain = files and not any(file.suffix in COMPRESSED or file.suffix == ".parquet" for file in files)
+    if not config.num_shards or config.take is not None or "validation" in source.files or not plain:
+        return []
+    size = sum(file.stat().st_size for file in files)
+    if size * config.validation_fraction >= config.sequence_length:  # a token has a byte at least
+        return []
+    return [
+        f"--validation_fraction {config.validation_fraction:g}: of {size} bytes in all, slices would hold out less "
+        f"than one block of {config.sequence_length} tokens; make it larger, or leave --num_shards out"
+    ]
+
+
 def _place_problems(config: PretokenizeConfig, source: Source | None) -> list[str]:
     """Whether the result may be written where it is to go."""
     if source is not None and not config.overwrite and os.path.exists(wanted := result_path(config, source)):
@@ -109,6 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except ConfigError as error:
         return exit_with_problems(error)
+    except (CannotWrite, MemoryError, BrokenProcessPool) as error:
+        reasons = {MemoryError: "out of memory", BrokenProcessPool: "a tokenising process died (out of memory?)"}
+        print(f"error: {reasons.get(type(error), error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing is left behind", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fine-tune on GLUE, or on CSV or JSON files: `python run_glue.py ...`, or `torchrun ... run_glue.py ...`.
 
-Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 1 anything else.
+Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 75 stopped by SIGTERM, SIGUSR1,
+SIGHUP or Ctrl-C after saving, to be launched again; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from peft_pretraining.finetune.entry import run_entry
+from peft_pretraining.signals import run_script
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -22,4 +24,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

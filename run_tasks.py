@@ -1,7 +1,8 @@
 """Fine-tune a causal language model on an option task, or test it in context: `python run_tasks.py ...` or torchrun.
 
 The same command again goes on from the newest checkpoint in --output_dir.
-Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 1 anything else.
+Exit codes: 0 finished; 2 bad input (one line per problem on stderr); 75 stopped by SIGTERM, SIGUSR1,
+SIGHUP or Ctrl-C after saving, to be launched again; 130 aborted by a second Ctrl-C; 1 anything else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from peft_pretraining.finetune.entry import run_entry
+from peft_pretraining.signals import run_script
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -23,4 +25,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

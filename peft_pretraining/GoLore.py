@@ -63,7 +63,9 @@ class ReLoRaModel(nn.Module):
         self.wrapped_model = model
         self._config = SimpleNamespace(forward_type=False, r=r, scale=scale, target_modules=tuple(target_modules))
         layers = wrap_linears(
-            model, target_modules, lambda linear, index: ReLoRaLinear(linear, r, -scale, dropout=lora_dropout)
+            model,
+            target_modules,
+            lambda linear, index: ReLoRaLinear(linear, r, -scale, dropout=lora_dropout, corrected=True),
         )
         settings = {"rank": r, "proj_type": "std", "update_proj_gap": 1, "stagger_refresh": False, "seed": seed}
         settings |= {"svd_method": svd_method, "rand_ratio": 0.0, "num_training_steps": 1}

@@ -7,30 +7,39 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining import run_dir
 from peft_pretraining.build_data import open_data
-from peft_pretraining.checkpoint import Checkpointer, SaveFailed, TrainState, starting_counters, versions
+from peft_pretraining.checkpoint import Checkpointer, versions
 from peft_pretraining.cli import Launch
-from peft_pretraining.config import DEFAULT_TOKENIZER, Config, schedule_problems
+from peft_pretraining.config import DEFAULT_TOKENIZER, Config
 from peft_pretraining.data.blocks import end_workers
 from peft_pretraining.data.data import Data
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.failures import TrainingFailed
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.folder_lock import FolderLock
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
+from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.profiling import Profiler
+from peft_pretraining.resume import RunRecord
+from peft_pretraining.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.tracking import Tracker, log, start_logging
-from peft_pretraining.train import Run, TrainingFailed, train
+from peft_pretraining.train import Run, train
+from peft_pretraining.train_state import TrainState
 from peft_pretraining.validate import FileFacts
+
+T = TypeVar("T")
 
 _SECONDS_TO_FINISH = 60.0
 """How long a run that fails waits for a checkpoint that is being written."""
@@ -46,36 +55,31 @@ def run(launch: Launch) -> int:
     group = ProcessGroup.start(launch.config.run.single_gpu)
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours
-    run = build(launch, group)
-    atexit.register(end_workers)  # after the workers were started: what is registered last is called first
-    exit_code = 1
-    try:
-        exit_code = train(run)
-    except (TrainingFailed, DataError) as error:
-        log.error("%s", error)
-    except SaveFailed as error:
-        if group.is_main:  # it fails on all ranks alike
+    with ExitStack() as stack:
+        run = build(launch, group, stack)
+        atexit.register(end_workers)  # after the workers were started: what is registered last is called first
+        exit_code = 1
+        try:
+            exit_code = train(run)
+        except DataError as error:
             log.error("%s", error)
-    finally:
-        run.checkpointer.wait(_SECONDS_TO_FINISH)  # the other ranks' threads write on, whatever their training does
-        run.profiler.stop()
-        run.tracker.close(exit_code)
+        except TrainingFailed as error:
+            if group.is_main:  # it fails on all ranks alike, or on the main process alone
+                log.error("%s", error)
+        finally:
+            run.checkpointer.wait(_SECONDS_TO_FINISH)  # the other ranks' threads write on, whatever their training does
+            run.profiler.stop()
+            run.tracker.close(exit_code)
     group.stop()  # only after success: with a rank that failed, leaving the group could wait for ever
     return exit_code
 
 
-@dataclass(frozen=True)
-class StartingPoint:
-    """Where the run's weights and counters come from."""
+def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
+    """Put the run together; `stack` gives its folder back at the end.
 
-    checkpoint: Path | None = None
-    """Restore everything from here."""
-    warm_start: Path | None = None
-    """Take weights and counters only."""
-
-
-def build(launch: Launch, group: ProcessGroup) -> Run:
-    """Put the run together. Nothing is written before everything that can fail on bad input has succeeded."""
+    Nothing is written before everything that can fail on bad input has succeeded, but for the mark of who holds a
+    folder that is there already.
+    """
     config = launch.config
     for warning in launch.warnings:
         log.warning(warning)
@@ -83,30 +87,28 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     save_dir = Path(group.from_main(config.run.save_dir or _default_save_dir(config)))
-    start = group.from_main(_starting_point(config, save_dir) if group.is_main else None)
-    if isinstance(start, ConfigError):
-        raise start
+    exists = group.from_main(save_dir.is_dir())
+    lock = _hold(save_dir, group, stack) if exists else None
+    start = starting_point(config, launch.identity, save_dir, group)
+    record = replace(start.record, identity=launch.identity, settings=config.settings())
 
     data = open_data(launch, group)
-    method = load_method(config.method.method)(config)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
-    model = distributed_model(config, launch.facts.model, method, group, weights_from)
-    optimizer = method.build_optimizer(model)
-    checkpointer = Checkpointer(
-        save_dir,
-        group,
-        model,
-        optimizer,
-        method,
-        _tokenizer_saver(config, launch.facts, group.is_main),
-        config.run.keep_checkpoints,
-        config.distributed.async_save,
-    )
-    state = _initial_state(config, start, checkpointer)
+    parts = assemble(launch, group, save_dir, record, weights_from)
+    state = restored_state(config, start, parts.checkpointer, group)
+    resumed = state if start.in_own_folder else None
+    if state is None:
+        record = replace(record, id=group.from_main(RunRecord.begin().id))
+        parts, state = assemble(launch, group, save_dir, record, weights_from), TrainState()
+    if resumed is None:
+        record = parts.checkpointer.record = replace(record, first_update=state.update_step)
+    model, method, optimizer = parts.model, parts.method, parts.optimizer
     method.prepare(model, optimizer, group.all_reduce_mean)
     parallel_model = reduced_model(config, method, group, model, optimizer)
+    if not exists:
+        lock = _begin_folder(save_dir, group, stack)
     if group.is_main:
-        _prepare_save_dir(save_dir, launch)
+        begin_writing(save_dir, record, versions())
     group.barrier()
     _describe(config, save_dir, model, data, group)
     return Run(
@@ -119,10 +121,80 @@ def build(launch: Launch, group: ProcessGroup) -> Run:
         state=state,
         data=data,
         batches=data.training(state.data_position, state.data_state),
-        checkpointer=checkpointer,
-        tracker=Tracker(save_dir, config, state if start.checkpoint else None, model, group.is_main),
+        checkpointer=parts.checkpointer,
+        tracker=Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock),
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
+
+
+def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:
+    """Let the main process alone do something; all raise the problem that it may return."""
+    found = act() if group.is_main else None
+    if (problem := group.from_main(found if isinstance(found, ConfigError) else None)) is not None:
+        raise problem
+    return found
+
+
+def _hold(save_dir: Path, group: ProcessGroup, stack: ExitStack) -> FolderLock | None:
+    """Take the run's folder, on the main process alone, until `stack` ends."""
+    lock = _on_main(group, lambda: take_folder(save_dir))
+    if lock is not None:
+        stack.callback(lock.release)
+    return lock
+
+
+def _begin_folder(save_dir: Path, group: ProcessGroup, stack: ExitStack) -> FolderLock | None:
+    """Make the folder of a new run, and take it; another run may have been quicker."""
+
+    def make() -> ConfigError | None:
+        try:
+            save_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return ConfigError([f"--save_dir {save_dir}: cannot be made ({error.strerror or error})"])
+        return None
+
+    _on_main(group, make)
+    lock = _hold(save_dir, group, stack)
+
+    def check() -> ConfigError | None:
+        if (save_dir / run_dir.CONFIG_FILE).exists() or run_dir.completed_checkpoints(save_dir):
+            return ConfigError([f"--save_dir {save_dir}: another run has begun there meanwhile; choose another folder"])
+        return None
+
+    _on_main(group, check)
+    return lock
+
+
+@dataclass
+class Parts:
+    """What a checkpoint is loaded into."""
+
+    model: torch.nn.Module
+    method: TrainingMethod
+    optimizer: torch.optim.Optimizer
+    checkpointer: Checkpointer
+
+
+def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRecord, weights_from: str | None) -> Parts:
+    """The parts of a run as they are before its first update."""
+    config = launch.config
+    method = load_method(config.method.method)(config)
+    model = distributed_model(config, launch.facts.model, method, group, weights_from)
+    optimizer = method.build_optimizer(model)
+    checkpointer = Checkpointer(
+        save_dir,
+        group,
+        model,
+        optimizer,
+        method,
+        _tokenizer_saver(config, launch.facts, group.is_main),
+        record,
+        config.run.keep_checkpoints,
+        config.distributed.async_save,
+    )
+    if group.is_main:
+        adopt_saved(model, checkpointer.save_tokenizer, launch.facts.model)
+    return Parts(model, method, optimizer, checkpointer)
 
 
 def distributed_model(
@@ -176,58 +248,6 @@ def reduced_model(
 def _default_save_dir(config: Config) -> str:
     model = Path(config.model.model_config or config.model.model_name_or_path or "model").stem
     return f"checkpoints/{model}-{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _starting_point(config: Config, save_dir: Path) -> StartingPoint | ConfigError:
-    """On the main process: which checkpoint to continue from. A problem is returned, for all ranks to raise."""
-    run = config.run
-    if run.autoresume:
-        folder, skipped = run_dir.newest_good_checkpoint(save_dir)
-        for line in skipped:
-            log.warning(line)
-        if folder is not None:
-            log.info("resuming from %s", folder)
-            return StartingPoint(checkpoint=folder)
-        if skipped and not run.allow_restart:
-            return ConfigError(
-                [*skipped, f"--save_dir {save_dir}: every checkpoint is damaged; --allow_restart True starts over"]
-            )
-    if run.resume_from:
-        folder = Path(run.resume_from)
-        if reason := run_dir.damage(folder):
-            return ConfigError([f"--resume_from {folder}: {reason}"])
-        log.info("restoring everything from %s", folder)
-        return StartingPoint(checkpoint=folder)
-    return StartingPoint(warm_start=Path(run.warmed_up_model) if run.warmed_up_model else None)
-
-
-def _initial_state(config: Config, start: StartingPoint, checkpointer: Checkpointer) -> TrainState:
-    if start.checkpoint is not None:
-        try:
-            return checkpointer.restore(start.checkpoint)
-        except ValueError as error:
-            raise ConfigError([f"{start.checkpoint} cannot be loaded: {error}"]) from error
-    if start.warm_start is None:
-        return TrainState()
-    state = starting_counters(start.warm_start)
-    remaining = config.schedule.num_training_steps - state.update_step
-    if remaining <= 0:
-        raise ConfigError(
-            [f"--num_training_steps {config.schedule.num_training_steps} ends before update {state.update_step} of "
-             f"--warmed_up_model {start.warm_start}"]
-        )  # fmt: skip
-    if problems := schedule_problems(config.schedule, remaining):
-        raise ConfigError(problems)
-    log.info("weights of %s; updates are counted from %d", start.warm_start, state.update_step)
-    return state
-
-
-def _prepare_save_dir(save_dir: Path, launch: Launch) -> None:
-    """The first writing of a run: its folder and its settings."""
-    save_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in (*save_dir.glob("model_*.tmp"), *save_dir.glob("model_*.replaced")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    run_dir.write_run_config(save_dir, launch.config.settings(), launch.identity, versions())
 
 
 def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], None]:

@@ -30,16 +30,26 @@ def open_data(launch: Launch, group: ProcessGroup) -> Data:
     """ConfigError for what only reading the data, or the tokenizer, shows."""
     if launch.facts.shards is not None:
         return StreamedData(launch, group)
-    return BlockData(launch.config, *_open_blocks(launch), group)
+    model = launch.facts.model
+    vocabulary = None if model is None else vocabulary_size(model)
+    return BlockData(launch.config, *_open_blocks(launch), group, vocabulary)
 
 
 class BlockData:
     """Blocks of tokens in random access: a position is all the state there is."""
 
-    def __init__(self, config: Config, train: blocks.TokenBlocks, validation: blocks.TokenBlocks, group: ProcessGroup):
-        self._config, self._train, self._group = config, train, group
+    def __init__(
+        self,
+        config: Config,
+        train: blocks.TokenBlocks,
+        validation: blocks.TokenBlocks,
+        group: ProcessGroup,
+        vocabulary: int | None = None,
+    ):
+        """`vocabulary`: size of the model's table of embeddings, where it is known."""
+        self._config, self._train, self._group, self._vocabulary = config, train, group, vocabulary
         self.description = f"{len(train)} samples"
-        self.evaluation = _BlockEvaluation(config, validation, group)
+        self.evaluation = _BlockEvaluation(config, validation, group, vocabulary)
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
@@ -51,6 +61,7 @@ class BlockData:
             accumulation=config.batch.gradient_accumulation,
             workers=config.data.workers,
             group=self._group,
+            vocabulary=self._vocabulary,
         )
 
     def epoch_at(self, position: int) -> int:
@@ -67,11 +78,16 @@ class _BlockEvaluation:
     config: Config
     blocks: blocks.TokenBlocks
     group: ProcessGroup
+    vocabulary: int | None
 
     def __iter__(self) -> Iterator[Batch | None]:
         max_samples = max(1, self.config.data.eval_tokens // self.config.data.max_length)
         return blocks.evaluation_batches(
-            self.blocks, max_samples=max_samples, batch_size=self.config.batch.batch_size, group=self.group
+            self.blocks,
+            max_samples=max_samples,
+            batch_size=self.config.batch.batch_size,
+            group=self.group,
+            vocabulary=self.vocabulary,
         )
 
 

@@ -6,9 +6,9 @@ name, when it sees the files of all. They talk over a group of their own, so tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from peft_pretraining import run_dir
 from peft_pretraining.distributed import Companion
+from peft_pretraining.train_state import TrainState, write_counters
 
 T = TypeVar("T")
 
@@ -41,7 +42,9 @@ class Snapshot:
     """Training state as torch.distributed.checkpoint takes it: this rank's parts."""
     exported: dict[str, Tensor]
     """Whole weights of the plain LLaMA on the main process, nothing on the others."""
-    counters: dict[str, Any]
+    state: TrainState
+    more: dict[str, Any]
+    """What else belongs into `training_state.json`."""
 
     def copied(self) -> Snapshot:
         """One that training does not change: on the CPU, and memory that tensors share is shared by their copies."""
@@ -55,7 +58,7 @@ class Snapshot:
         )
         copy = stager.stage({"tensors": self.tensors, "exported": self.exported})
         stager.close()
-        return Snapshot(copy["tensors"], copy["exported"], self.counters)
+        return Snapshot(copy["tensors"], copy["exported"], self.state, self.more)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Writer:
             self._together(lambda: self.ranks.is_main and complete(temporary, final, files))
         except NotSaved:
             if self.ranks.is_main:  # by now no rank writes
-                shutil.rmtree(temporary, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    run_dir.remove(temporary)
             raise
 
     def _write_share(self, snapshot: Snapshot, folder: Path) -> dict[str, Any]:
@@ -93,7 +97,7 @@ class Writer:
         if not self.ranks.is_main:
             return seal(folder, _tensor_files(folder, self.ranks.rank))
         self.export(folder, snapshot.exported)
-        (folder / run_dir.STATE_FILE).write_text(json.dumps(snapshot.counters, indent=2) + "\n")
+        write_counters(folder, snapshot.state, snapshot.more)
         others = {name for rank in range(1, self.ranks.size) for name in _tensor_files(folder, rank)}
         return seal(folder, [name for name in run_dir.checkpoint_files(folder) if name not in others])
 
@@ -115,8 +119,8 @@ class Writer:
 
 
 def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    run_dir.remove(folder)  # of whatever type; a link is not followed
+    folder.mkdir()  # not its parents: a run's folder that is gone is not made anew
 
 
 def _tensor_files(folder: Path, rank: int) -> list[str]:
@@ -125,13 +129,19 @@ def _tensor_files(folder: Path, rank: int) -> list[str]:
 
 
 def _reason(rank: int, error: BaseException) -> str:
-    """A rank's error on one line. What went wrong in writing tensors comes as one error with all ranks' stacks."""
+    """A rank's error on one line."""
     if isinstance(error, CheckpointException) and error.failures:
-        rank, (error, _) = next(iter(error.failures.items()))
+        rank = next(iter(error.failures))
+    return f"rank {rank}: {one_line(error)}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's reason. What goes wrong with tensors comes as one error with all ranks' stacks."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
     text = " ".join(str(error).split())
-    if not (isinstance(error, OSError | NotSaved) and text):  # whose texts speak for themselves
-        text = f"{type(error).__name__}: {text}"
-    return f"rank {rank}: {text}"
+    # Those whose texts speak for themselves.
+    return text if isinstance(error, OSError | ValueError | NotSaved) and text else f"{type(error).__name__}: {text}"
 
 
 def seal(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -162,12 +172,12 @@ def complete(temporary: Path, final: Path, files: dict[str, dict[str, Any]]) -> 
     for folder in (temporary / run_dir.TENSORS_DIR, temporary):
         run_dir.sync_folder(folder)
     replaced = final.with_name(final.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # damaged, or the run would have been resumed from it
-        final.rename(replaced)
+    run_dir.remove(replaced)
+    if os.path.lexists(final):  # damaged or not this run's, or the run has gone back to it
+        final.rename(replaced)  # which `run_dir.remove_leftovers` undoes, should the process die here
     temporary.rename(final)
     run_dir.sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    run_dir.remove(replaced)
 
 
 def _wait_for(folder: Path, files: dict[str, dict[str, Any]]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining import factor_config, planned, selection, validate
+from peft_pretraining import factor_config, foreign_names, launcher, planned, selection, validate, validate_folders
 from peft_pretraining.config import Config, config_flags, derive_batch, schedule_problems
-from peft_pretraining.flags import ConfigError, Flag, Given, parse_command_line, parse_yaml, string
-from peft_pretraining.methods import METHODS, RULE_SETTINGS
+from peft_pretraining.effects import warn_without_effect, warn_without_effect_in_pretraining
+from peft_pretraining.flags import ConfigError, Flag, Given, one_line, parse_command_line, parse_yaml, string
+from peft_pretraining.methods import METHODS
 from peft_pretraining.validate_distribution import check_distribution
 
 STREAMED_LENGTH = 256
@@ -31,7 +33,9 @@ class Launch:
 
 def all_flags() -> list[Flag]:
     training_config = Flag("training_config", string, "YAML file with any of these settings; the command line wins")
-    return [training_config, *config_flags(), *selection.SELECTORS, *planned.planned_flags()]
+    own = [training_config, *config_flags(), *selection.SELECTORS]
+    own = [dataclasses.replace(flag, foreign=foreign_names.of(flag.name)) for flag in own]
+    return [*own, *planned.planned_flags()]
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launch:
@@ -45,29 +49,49 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     config = Config.from_settings({**_defaults(given, chosen, problems), "method": method, "optimizer": chosen.rule})
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
+    warnings += _replaced(given)
     warn_without_effect(given, config, warnings)
+    warn_without_effect_in_pretraining(given, config, warnings)
 
     facts = validate.FileFacts()
-    validate.read_model(config, facts, problems)
-    validate.read_data(config, facts, problems, warnings)
-    config = _derive(config, given, facts, environ if environ is not None else os.environ, problems, warnings)
-    validate.check_method(config, problems, warnings)
-    check_distribution(config, facts, problems, warnings)
-    validate.check_data(config, facts, problems)
-    validate.check_resume_from(config, facts, problems)
-    if method in METHODS:
-        validate.check_save_dir(config, facts, problems, warnings)
+    environ = os.environ if environ is None else environ
+    try:
+        validate.read_model(config, facts, problems, warnings)
+        validate.read_data(config, facts, problems, warnings)
+        config = _derive(config, given, facts, environ, problems, warnings)
+        validate.check_method(config, problems, warnings)
+        check_distribution(config, facts, problems, warnings)
+        validate.check_data(config, facts, problems)
+        validate.check_memory(config, facts, problems)
+        validate_folders.check_resume_from(config, facts, problems, warnings)
+        if method in METHODS:
+            validate_folders.check_save_dir(config, facts, problems, warnings)
+        identity = {} if problems else validate.identity_of(config, facts)
+    except OSError as error:  # a file or folder that cannot even be looked at
+        problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     if problems:
         raise ConfigError(problems)
-    return Launch(config, facts, validate.identity_of(config, facts), tuple(warnings))
+    return Launch(config, facts, identity, tuple(map(one_line, warnings)))
 
 
 def _parse(argv: Sequence[str], problems: list[str]) -> dict[str, Given]:
     flags = all_flags()
-    given = parse_command_line(flags, argv, prog="torchrun_main.py", description=DESCRIPTION, problems=problems)
+    hints = foreign_names.HINTS
+    given = parse_command_line(
+        flags, argv, prog="torchrun_main.py", description=DESCRIPTION, problems=problems, hints=hints
+    )
     if "training_config" in given:
-        given = {**parse_yaml(flags, given["training_config"].value, problems), **given}
+        given = {**parse_yaml(flags, given["training_config"].value, problems, hints), **given}
     return given
+
+
+def _replaced(given: Mapping[str, Given]) -> list[str]:
+    """Settings that were given under two names, with different values."""
+    return [
+        f"{item.replaced} has no effect: --{item.spelling}, which is the same setting, was given after it"
+        for item in given.values()
+        if item.replaced is not None
+    ]
 
 
 def _defaults(given: dict[str, Given], chosen: selection.Selection, problems: list[str]) -> dict[str, Any]:
@@ -87,7 +111,8 @@ def _defaults(given: dict[str, Given], chosen: selection.Selection, problems: li
             problems.append(f"--optimizer {given['optimizer'].value} and --per_layer False contradict each other")
         settings["per_layer"] = True
     if settings.get("stagger_refresh") is None:
-        settings["stagger_refresh"] = settings.get("per_layer", False)
+        updates_per_layer = chosen.method in METHODS and "per_layer" in METHODS[chosen.method].options
+        settings["stagger_refresh"] = updates_per_layer and settings.get("per_layer", False)
     return settings
 
 
@@ -100,7 +125,7 @@ def _derive(
     warnings: list[str],
 ) -> Config:
     """Fill in what follows from other settings, the data and torchrun's environment."""
-    world_size = int(environ.get("WORLD_SIZE", "1"))
+    world_size = launcher.world_size(environ, problems)
     if config.run.single_gpu and world_size > 1:
         problems.append(f"--single_gpu is for one process, but torchrun started {world_size}")
     max_length = config.data.max_length or (STREAMED_LENGTH if facts.shards else facts.block_length)
@@ -129,30 +154,3 @@ def _derive(
             problems += schedule_is_wrong
             warnings += factor_config.warnings(config) if not schedule_is_wrong else []
     return config
-
-
-def warn_without_effect(given: dict[str, Given], config: Config, warnings: list[str]) -> None:
-    """One warning for all settings that the chosen method does not read."""
-    entry = METHODS.get(config.method.method)
-    if entry is None:
-        return
-    method_settings = (set(vars(config.method)) | set(vars(config.factors))) - {"method"}
-    rule_settings = {name for names in RULE_SETTINGS.values() for name in names}
-    options = set(entry.options) - factor_config.unread(given, config.method.method)
-    read = {*options, *RULE_SETTINGS.get(config.optimizer.optimizer, rule_settings)}
-    if config.method.method != "full_rank" and config.optimizer.optimizer == "sgd":
-        read.discard("beta1")
-    if config.optimizer.optimizer == "lion":
-        read.discard("scale")  # it moves every weight by the sign of the update
-    if config.method.proj_type.startswith("continuous"):
-        read.discard("stagger_refresh")  # there is nothing but a first basis
-    unread = [
-        f"--{item.spelling}"
-        for name, item in given.items()
-        if (name in method_settings | rule_settings and name not in read and item.value is not False)
-    ]
-    if unread:
-        how = f"method {config.method.method} with {config.optimizer.optimizer}"
-        warnings.append(f"without effect for {how}: {', '.join(sorted(unread))}")
-    if "model_revision" in given and not config.model.model_name_or_path:
-        warnings.append("--model_revision has no effect without --model_name_or_path")

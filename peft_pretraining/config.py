@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.distributed_config import DistributedConfig
 from peft_pretraining.factor_config import FactorConfig
 from peft_pretraining.flags import (
@@ -25,8 +26,10 @@ from peft_pretraining.flags import (
     non_negative_int,
     positive_float,
     positive_int,
+    sequence_length,
     setting,
     string,
+    text,
     token_count,
 )
 
@@ -83,7 +86,12 @@ class DataConfig:
     from_json_data: bool = setting(False, boolean, "--dataset_path is a folder of JSON shards, as --base_dir is")
     padding_data: bool | None = setting(None, boolean, "pad documents to --max_length: always so when streaming")
     tokenizer: str | None = setting(None, string, "for streamed documents and checkpoints (default: the data folder's)")
-    max_length: int | None = setting(None, positive_int, "tokens per sequence (default: a block; 256 when streaming)")
+    max_length: int | None = setting(
+        None, sequence_length, "tokens per sequence (default: a block; 256 when streaming)"
+    )
+    max_document_mb: float = setting(
+        LONGEST_DOCUMENT, positive_float, "longest line of a shard in MB, unpacked; longer ones are passed over"
+    )
     workers: int = setting(
         8,
         non_negative_int,
@@ -188,6 +196,12 @@ class RunConfig:
     keep_checkpoints: int | None = setting(None, positive_int, "newest checkpoints to keep (default: all)")
     autoresume: bool = setting(False, boolean, "continue from the newest good checkpoint in --save_dir")
     allow_restart: bool = setting(False, boolean, "with --autoresume: start over if every checkpoint is damaged")
+    rewind_on_nan: int = setting(
+        0,
+        non_negative_int,
+        "when weights or many updates in a row are not finite: go back so many checkpoints, by itself, and skip the "
+        "batches since; at most three times; 0 ends the run",
+    )
     resume_from: str | None = setting(
         None, string, "restore everything from this checkpoint folder", ("continue_from",)
     )
@@ -205,9 +219,9 @@ class RunConfig:
 class TrackingConfig:
     with_tracking: bool = setting(False, boolean, "log to wandb")
     wandb_project: str | None = setting(None, string, "wandb project (default: peft_pretraining); implies tracking")
-    name: str | None = setting(None, string, "wandb run name (default: the folder's name)")
+    name: str | None = setting(None, text, "wandb run name (default: the folder's name)")
     tags: tuple[str, ...] = setting((), comma_separated, "wandb tags, comma-separated")
-    comment: str | None = setting(None, string, "wandb notes")
+    comment: str | None = setting(None, text, "wandb notes")
     wandb_watch: bool = setting(False, boolean, "let wandb record histograms of weights and gradients")
 
 

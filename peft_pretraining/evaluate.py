@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
+from peft_pretraining.watchdog import FIRST_UPDATE_FACTOR, goes_on, watched
 
 _BATCHES_BETWEEN_STOP_CHECKS = 20
 
@@ -18,15 +20,16 @@ _BATCHES_BETWEEN_STOP_CHECKS = 20
 @dataclass(frozen=True)
 class Evaluation:
     loss: float
-    """Mean cross-entropy per target token, in nats."""
+    """Mean cross-entropy per target token, in nats; NaN without any."""
     tokens: int
     """Target tokens."""
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
+@watched("an evaluation's batch", FIRST_UPDATE_FACTOR)
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch | None], group: ProcessGroup, should_stop: Callable[[], bool]
@@ -34,13 +37,15 @@ def evaluate(
     """Sum of token losses over number of tokens, over all ranks, divided once at the end.
 
     `batches` has the same length on every rank (None where this one has nothing to do). Every few batches
-    `should_stop`, which must answer alike on all ranks, may end the evaluation: None is returned.
+    `should_stop`, which must answer alike on all ranks, may end the evaluation: None is returned. `DataError` where
+    there is not a single target.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=group.device)  # loss sum, tokens
     try:
         for index, batch in enumerate(batches):
+            goes_on()
             if index % _BATCHES_BETWEEN_STOP_CHECKS == 0 and should_stop():
                 return None
             if batch is None:  # a divided model gathers its weights on all ranks at once
@@ -54,4 +59,6 @@ def evaluate(
         free_gathered_weights(model)
         model.train(was_training)
     loss_sum, tokens = group.all_reduce_sum(totals).tolist()
+    if not tokens:
+        raise DataError("the evaluation set holds nothing to predict: no sequence of it has two tokens")
     return Evaluation(loss_sum / tokens, int(tokens))

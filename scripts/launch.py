@@ -1,13 +1,13 @@
 """Run a recipe: what `scripts/pretrain.sh` starts. Prints the torchrun command, runs it, passes signals on.
 
-SIGUSR1 means "finish the update, save and exit". It must not go through torchrun: that either dies of it or, told to
-handle it, kills the training processes a grace period later, maybe in the middle of a large checkpoint. So torchrun
-ignores it here and the training processes, its children, get it directly. SIGTERM, SIGINT and SIGHUP go to torchrun,
-which passes them on but does kill the training processes when the grace period is over.
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C mean "finish the update, save and exit". They must not go through torchrun: it
+either dies of them or kills the training processes a grace period later, maybe in the middle of a large checkpoint. So
+the training processes, its children, get a SIGUSR1 directly, which torchrun ignores here. Further signals change
+nothing, but a second Ctrl-C aborts: it kills all of them.
 
 With `--max_restarts`, torchrun starts the processes again when one of them ends in any way but success; they go on from
 the last checkpoint. Two kinds of ends must not be repeated: bad input is therefore refused here, before torchrun, and
-after SIGUSR1 torchrun stands still until the training processes have ended, and is then ended.
+after a signal torchrun stands still until the training processes have ended, and is then ended.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import recipe
 
 from peft_pretraining import cli
 from peft_pretraining.flags import ConfigError, exit_with_problems, non_negative_int, positive_int
+from peft_pretraining.processes import set_death_signal
+from peft_pretraining.signals import EXIT_ABORTED, EXIT_REQUEUE, SIGNALS
 
 GRACE_SECONDS = "120"  # torchrun's own 30 s are short for a checkpoint of several billion weights
-EXIT_REQUEUE = 75  # as of `peft_pretraining.signals`, which imports torch
+SECONDS_TO_START = 2.0  # that a request to stop waits for torchrun to have training processes
 SECONDS_TO_END = 5.0  # that torchrun may take to end by itself when all training processes have
 
 
@@ -107,37 +110,63 @@ def visible_gpus() -> int:
 def run(command: Sequence[str], processes: int) -> int:
     """Run torchrun to its end, passing signals on; its exit code (128 + n if signal n killed it).
 
-    75 if SIGUSR1 came and the run is not finished. `processes` is how many torchrun starts on this node.
+    75 if a signal came and the run is not finished, 130 after a second Ctrl-C. `processes` is how many torchrun starts
+    on this node.
     """
     if shutil.which(command[0]) is None:
         return exit_with_problems(ConfigError([f"{command[0]} not found: install torch for {sys.executable}"]))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
     # A store that torchrun keeps for all starts has addresses of dead processes in it.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by torchrun, until the training processes handle it
-    # In a session of its own: a signal to this process's group (Ctrl-C, Slurm) reaches torchrun once, from here.
-    torchrun = subprocess.Popen(command, start_new_session=True)
+    begun = threading.Event()
+    interrupts: list[int] = []
 
-    stopping = threading.Thread(target=_save_and_stop, args=[torchrun, processes], daemon=True)
-    signal.signal(signal.SIGUSR1, lambda *_: None if stopping.ident else stopping.start())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
-            signal.signal(number, lambda received, _: _send(torchrun.pid, received))
+    def answer(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            interrupts.append(number)
+        if len(interrupts) > 1 and begun.is_set():
+            for pid in (*children(torchrun.pid), torchrun.pid):
+                _send(pid, signal.SIGKILL)
+        asked.set()
+
+    asked = threading.Event()
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
+            signal.signal(number, answer)
+    # In a session of its own: a signal to this process's group (Ctrl-C, Slurm) does not reach it.
+    torchrun = subprocess.Popen(command, start_new_session=True, preexec_fn=_begin_torchrun)
+    begun.set()
+    threading.Thread(target=_save_and_stop, args=[torchrun, processes, asked], daemon=True).start()
     code = torchrun.wait()
-    if code and stopping.ident:
+    if len(interrupts) > 1:
+        print("aborted: Ctrl-C came again; the newest complete checkpoint is as it was", file=sys.stderr)
+        return EXIT_ABORTED
+    if code and asked.is_set():
         return EXIT_REQUEUE
     return code if code >= 0 else 128 - code
 
 
-def _save_and_stop(torchrun: subprocess.Popen, processes: int) -> None:
-    """SIGUSR1 to the training processes; when they have ended, SIGTERM to torchrun.
+def _begin_torchrun() -> None:
+    """Before the program: it ends, and ends its processes, when this one is killed. SIGUSR1, which it would die of, is
+    ignored until the training processes answer it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_death_signal(signal.SIGTERM)
+
+
+def _save_and_stop(torchrun: subprocess.Popen, processes: int, asked: threading.Event) -> None:
+    """Once asked: SIGUSR1 to the training processes; when they have ended, SIGTERM to torchrun.
 
     Meanwhile torchrun is stopped: it would start new ones as soon as they have ended.
     """
+    asked.wait()
+    end = time.monotonic() + SECONDS_TO_START
     while torchrun.poll() is None and not _stop_with(torchrun.pid, processes):
-        time.sleep(0.1)  # it is starting them
+        if time.monotonic() > end and not children(torchrun.pid):
+            break  # it has not come to starting any, or waits for other nodes
+        time.sleep(0.1)
     while living := [pid for pid, code in children(torchrun.pid).items() if code is None]:
-        for pid in living:  # again and again: one that is still starting ignores it
+        for pid in living:  # again and again: one that has just begun ignores it
             _send(pid, signal.SIGUSR1)
         time.sleep(0.2)
     if any(children(torchrun.pid).values()):

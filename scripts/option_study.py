@@ -12,7 +12,6 @@ runs are not made again and interrupted ones go on, so that the command may be s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -22,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
+import study_folder
+from study_folder import PROJECT, RunFailed, distinct_numbers
+
+from peft_pretraining.flags import ConfigError, exit_with_problems
 
 _PROJECTION = {"rank": 32, "update_proj_gap": 50}
 _SGD = {"momentum": 0.9, "dampening": 0.0}
@@ -47,9 +49,12 @@ class Study:
     def run(self, optimizer: str, lr: float) -> dict[str, Any]:
         """One run, unless it is finished; its results."""
         folder = self.out / optimizer / f"lr{lr:g}"
-        if not (folder / "all_results.json").is_file():
+        results = _results(folder)
+        if results is None:
             self._train(folder, optimizer, lr)
-        results = json.loads((folder / "all_results.json").read_text())
+            results = _results(folder)
+        if results is None:
+            raise RunFailed(f"{folder} holds no results, though its run has ended: see {folder / 'log.txt'}")
         first, last = ends(results["losses"])
         print(
             f"{optimizer:<13} lr {lr:<7g} loss {first:.4f} -> {last:.4f}, dev {results['eval_accuracy']:.4f}, "
@@ -69,13 +74,24 @@ class Study:
             subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
 
 
+def _results(folder: Path) -> dict[str, Any] | None:
+    """The results of a finished run."""
+    numbers = ("eval_accuracy", "test_accuracy", "train_runtime", "optimizer_state_bytes")
+    found = study_folder.read_results(folder / "all_results.json", numbers)
+    losses = found.get("losses") if found else None
+    usable = isinstance(losses, list) and losses and all(map(study_folder.is_number, losses))
+    return found if usable else None
+
+
 def ends(losses: list[float]) -> tuple[float, float]:
     """The first logged loss, and the mean of the last tenth of them: single batches differ much."""
     return losses[0], statistics.fmean(losses[-max(1, len(losses) // 10) :])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--model", required=True, help="folder or hub name of the causal model that all runs start from"
     )
@@ -94,7 +110,8 @@ def main() -> int:
     names = arguments.optimizers.split(",")
     if unknown := [name for name in names if name not in OPTIMIZERS]:
         parser.error(f"--optimizers: {', '.join(unknown)} is unknown; there is {', '.join(OPTIMIZERS)}")
-    given = tuple(map(float, arguments.lrs.split(","))) if arguments.lrs else None
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be a positive number, got {arguments.jobs}")
     every = arguments.eval_steps
     common = {
         **{"model_name": arguments.model, "task_name": arguments.task, "data_file": arguments.data},
@@ -103,15 +120,23 @@ def main() -> int:
         **{"lr_scheduler_type": "constant", "load_best_model_at_end": True, "save_total_limit": 1},
         **{"eval_strategy": "steps", "eval_steps": every, "save_strategy": "steps", "save_steps": every},
     }
-    study = Study(common, arguments.out.resolve(), arguments.jobs, arguments.more[1:])
-    study.out.mkdir(parents=True, exist_ok=True)
+    more = arguments.more[1:] if arguments.more[:1] == ["--"] else arguments.more
+    study = Study(common, arguments.out.resolve(), arguments.jobs, more)
+    in_common = {name: str(value) for name, value in common.items()} | {"flags": more}
+    in_common |= {f"optimizer {name}": OPTIMIZERS[name][0] for name in names}
     try:
-        rows = compare(study, {name: given or OPTIMIZERS[name][1] for name in names})
+        given = distinct_numbers(arguments.lrs, "--lrs") if arguments.lrs else None
+        with study_folder.opened(study.out, in_common):
+            rows = compare(study, {name: given or OPTIMIZERS[name][1] for name in names})
+            study_folder.write_results(study.out, rows, table(rows))
+    except ConfigError as error:
+        return exit_with_problems(error)
     except subprocess.CalledProcessError as error:
         print(f"error: a run failed, see log.txt in its folder: {' '.join(map(str, error.cmd))}", file=sys.stderr)
         return 1
-    (study.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (study.out / "table.md").write_text(table(rows) + "\n")
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(table(rows))
     return 0
 

@@ -6,17 +6,17 @@ imports torch.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))  # works from any folder, without installation
 
+from peft_pretraining import cli, yaml_file  # noqa: E402
 from peft_pretraining.flags import ConfigError  # noqa: E402
 from peft_pretraining.methods import METHODS  # noqa: E402
 
@@ -82,7 +82,7 @@ def _files(method: str) -> Iterator[dict[str, Any]]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    return yaml_file.load_mapping(RECIPES / f"{name}.yaml")
 
 
 def largest_batch_size(total: int, limit: int, world_size: int) -> int:
@@ -104,7 +104,7 @@ def command(size: str, method: str, devices: Devices, overrides: Sequence[str] =
         del recipe["batch_size"]  # follows from the other two
     elif "batch_size" not in given:
         total = given.get("total_batch_size", recipe["total_batch_size"])
-        if total.isdecimal():  # anything else is for torchrun_main.py to refuse
+        if re.fullmatch("[0-9]{1,18}", total):  # anything else is for torchrun_main.py to refuse
             limit = int(recipe["batch_size"])
             recipe["batch_size"] = str(largest_batch_size(int(total), limit, devices.world_size))
     flags = {
@@ -133,11 +133,12 @@ def torchrun(devices: Devices) -> list[str]:
 
 
 def _flags(words: Sequence[str]) -> dict[str, str]:
-    """`["--lr", "0.1", "--autoresume"]` -> {"lr": "0.1", "autoresume": ""}."""
+    """`["--lr", "0.1", "--autoresume"]` -> {"lr": "0.1", "autoresume": ""}; aliases by the flag's own name."""
     found: dict[str, str] = {}
+    names = {spelling: flag.name for flag in cli.all_flags() for spelling in flag.accepted}
     for position, word in enumerate(words):
         following = words[position + 1] if position + 1 < len(words) else "--"
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
-            found[name] = value or ("" if following.startswith("--") else following)
+            found[names.get(name, name)] = value or ("" if following.startswith("--") else following)
     return found

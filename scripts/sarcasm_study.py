@@ -11,7 +11,6 @@ Finished runs are not made again, so that the command may be stopped and given a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -22,7 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
+import study_folder
+from study_folder import PROJECT, RunFailed, distinct_numbers
+
+from peft_pretraining.flags import ConfigError, exit_with_problems
 
 EVALUATION_ROWS = 2000
 COMMON = {
@@ -39,6 +41,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "golore_adapter": ({"method": "golore_adapter", **_PROJECTION, "rand_ratio": 0.8}, (1e-4, 2e-4, 4e-4)),
 }
 """Flags and learning rates by name."""
+_RESULTS = ("eval_accuracy", "train_runtime", "optimizer_state_bytes", "trainable_parameters")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,12 @@ class Study:
         """One fine-tuning run, unless it is finished; its results."""
         folder = self.out / method / f"lr{lr:g}_seed{seed}"
         file = folder / "all_results.json"
-        if not file.is_file():
+        results = study_folder.read_results(file, _RESULTS)
+        if results is None:
             self._train(folder, METHODS[method][0], lr, seed)
-        results = json.loads(file.read_text())
+            results = study_folder.read_results(file, _RESULTS)
+        if results is None:
+            raise RunFailed(f"{folder} holds no results, though its run has ended: see {folder / 'log.txt'}")
         accuracy, seconds = results["eval_accuracy"], results["train_runtime"]
         print(f"{method:<16} lr {lr:<8g} seed {seed:<4} accuracy {accuracy:.4f}, {seconds:.0f} s", flush=True)
         return results
@@ -76,7 +82,9 @@ class Study:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with sentence and label")
     parser.add_argument("--model", required=True, help="folder or hub name of the encoder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
@@ -90,25 +98,39 @@ def main() -> int:
     names = arguments.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         parser.error(f"--methods: {', '.join(unknown)} is unknown; there is {', '.join(METHODS)}")
-    rates = {name: METHODS[name][1] for name in names}
-    if arguments.rates:
-        rates = {name: tuple(map(float, arguments.rates.split(","))) for name in names}
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be a positive number, got {arguments.jobs}")
     study = Study(arguments.model, arguments.out.resolve(), arguments.jobs, arguments.max_steps, arguments.keep_models)
-    split(arguments.data, study.out)
+    in_common = {"model": study.model, "data": str(arguments.data.resolve()), "max_steps": study.max_steps}
+    in_common |= {"flags": COMMON, **{f"method {name}": METHODS[name][0] for name in names}}
     try:
-        rows = compare(study, rates, [int(seed) for seed in arguments.seeds.split(",")])
+        given = distinct_numbers(arguments.rates, "--rates") if arguments.rates else None
+        rates = {name: given or METHODS[name][1] for name in names}
+        seeds = list(distinct_numbers(arguments.seeds, "--seeds", int))
+        with study_folder.opened(study.out, in_common):
+            split(arguments.data, study.out)
+            rows = compare(study, rates, seeds)
+            study_folder.write_results(study.out, rows, table(rows))
+    except ConfigError as error:
+        return exit_with_problems(error)
     except subprocess.CalledProcessError as error:
         print(f"error: a run failed, see log.txt in its folder: {' '.join(map(str, error.cmd))}", file=sys.stderr)
         return 1
-    (study.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (study.out / "table.md").write_text(table(rows) + "\n")
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(table(rows))
     return 0
 
 
 def split(data: Path, out: Path) -> None:
     """Shuffle the rows once, the same on every machine, and keep the last 2,000 for evaluation."""
-    lines = data.read_text().strip().split("\n")
+    try:
+        lines = data.read_text().strip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--data {data}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from None
+    if len(lines) <= EVALUATION_ROWS:
+        raise ConfigError([f"--data {data}: {len(lines)} rows, and {EVALUATION_ROWS} are kept for evaluation"])
     random.Random(0).shuffle(lines)
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.jsonl").write_text("\n".join(lines[:-EVALUATION_ROWS]) + "\n")

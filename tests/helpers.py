@@ -84,7 +84,9 @@ def tensors(checkpoint: Path) -> dict[str, Any]:
 
 
 def counters(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "training_state.json").read_text())
+    """Those of a checkpoint, without what differs from run to run: its id and settings."""
+    found = json.loads((checkpoint / "training_state.json").read_text())
+    return {name: value for name, value in found.items() if name not in ("run", "versions")}
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:
@@ -190,6 +192,34 @@ def signal_before_evaluation(number: int) -> Iterator[None]:
     finally:
         train.evaluate = evaluate
     assert len(begun) == number, f"{len(begun)} evaluations instead of {number}"
+
+
+@contextlib.contextmanager
+def spoil_weights(step: int, times: int = 1) -> Iterator[None]:
+    """NaN in the first weight from the beginning of 0-based update `step` on, as a flipped bit may leave it.
+
+    Each time that the run gets there, at most so many times.
+    """
+    import torch
+
+    from peft_pretraining import train
+    from peft_pretraining.distributed.sharding import local
+
+    train_step, left = train.train_step, [times]
+
+    def wrapped(run, micro_batches, stop):
+        if run.state.update_step == step and left[0]:
+            left[0] -= 1
+            with torch.no_grad():
+                local(next(iter(run.model.parameters()))).fill_(float("nan"))
+        return train_step(run, micro_batches, stop)
+
+    train.train_step = wrapped
+    try:
+        yield
+    finally:
+        train.train_step = train_step
+    assert left[0] < times, f"there was no update {step}"
 
 
 def refreshes(checkpoint: Path) -> set[int]:

@@ -10,7 +10,7 @@ import pytest
 from conftest import BLOCK, write_blocks, write_model
 
 import torchrun_main
-from peft_pretraining import run_dir
+from peft_pretraining import launcher, run_dir
 
 
 @pytest.fixture
@@ -239,6 +239,10 @@ def test_many_problems_are_reported_together(refused, tmp_path):
 
 
 def test_one_rank_per_machine_speaks(command, monkeypatch, capsys):
+    """The others wait for torchrun to end them, and speak if it does not: then only they see the problem."""
+    waited = []
+    monkeypatch.setattr(launcher.time, "sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert torchrun_main.main(command(lr=0)) == 2
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.count("error: ") == 1 and waited[0] >= 10

@@ -78,6 +78,7 @@ def test_it_holds_tensors_and_json_only(command, undisturbed, method):
         **{"skipped_spikes": 0, "spikes_in_a_row": 0, "data_state": {}},
         **{"update_step": 20, "tokens_seen": 20 * 8 * BLOCK, "data_position": 160, "skipped_updates": 0},
         **{"schedule_start": 0, "evaluated_step": 20, "world_size": 1, "method": {}},
+        **{"format": 1, "nonfinite_in_a_row": 0, "empty_updates": 0, "rewinds": []},
     }
 
 
@@ -242,7 +243,8 @@ def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path, bit):
     """Nor does one stop the search for a good checkpoint with an exception."""
     temporary, folder = tmp_path / "model_7.tmp", tmp_path / "model_7"
     (temporary / "training_state").mkdir(parents=True)
-    for name in ("training_state.json", "training_state/.metadata", "training_state/__0_0.distcp"):
+    tensors = ("training_state/.metadata", "training_state/__0_0.distcp", "model.safetensors")
+    for name in ("training_state.json", "config.json", *tensors):
         (temporary / name).write_bytes(name.encode() * 7)
     checkpoint_writer.complete(
         temporary, folder, checkpoint_writer.seal(temporary, run_dir.checkpoint_files(temporary))

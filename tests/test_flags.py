@@ -9,38 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from flag_helpers import FLAGS, parse
 
 from peft_pretraining import cli, flags
-from peft_pretraining.flags import ConfigError, Flag
+from peft_pretraining.flags import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[1]
-
-FLAGS = [
-    Flag("training_config", flags.string, "a file"),
-    Flag("rank", flags.positive_int, "a number with aliases, in 100% of cases", ("lora_r", "lora_rank")),
-    Flag("lr", flags.number, "a number"),
-    Flag("seed", flags.integer, "an integer"),
-    Flag("autoresume", flags.boolean, "a switch"),
-    Flag("tokens", flags.token_count, "tokens"),
-    Flag("tags", flags.comma_separated, "a list"),
-    Flag("save_dir", flags.string, "a path"),
-    Flag("scheduler", flags.choice("linear", "cosine"), "one of two"),
-]
-
-
-def parse(*argv):
-    """Values by name, the spellings used, and the problems."""
-    problems = []
-    given = flags.parse_command_line(FLAGS, argv, prog="test", description="", problems=problems)
-    return {name: item.value for name, item in given.items()}, problems
-
-
-def parse_file(tmp_path, text):
-    path = tmp_path / "settings.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    problems = []
-    given = flags.parse_yaml(FLAGS, str(path), problems)
-    return {name: item.value for name, item in given.items()}, [each.replace(str(path), "FILE") for each in problems]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +83,27 @@ def test_the_last_of_repeated_flags_wins():
 
 
 @pytest.mark.parametrize(
+    ("words", "replaced"),
+    [
+        ("--rank 4 --lora_r 8", "--rank 4"),
+        ("--lora_r 4 --rank=8", "--lora_r 4"),
+        ("--rank 8 --lora_r 8", None),
+        ("--rank 4 --rank 8", None),
+    ],
+)
+def test_a_value_that_is_replaced_under_another_name_is_remembered(words, replaced):
+    given = flags.parse_command_line(FLAGS, words.split(), prog="", description="", problems=[])
+    assert (given["rank"].value, given["rank"].replaced) == (8, replaced)
+
+
+def test_a_value_that_is_replaced_under_another_name_is_named(command):
+    launch = cli.load([*command(workers=0), "--num_workers", "1"])
+    assert launch.config.data.workers == 1
+    warning = "--workers 0 has no effect: --num_workers, which is the same setting, was given after it"
+    assert launch.warnings == (warning,)
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         *[("-3", -3.0), ("-0.5", -0.5), ("-.5", -0.5), ("-4e-4", -4e-4), ("-1E+3", -1000.0), ("-2.5e-1", -0.25)],
@@ -145,53 +140,6 @@ def test_bad_numbers(text, message):
 @pytest.mark.parametrize("text", ["1.0", "1e3", "x", ""])
 def test_integers_are_not_rounded(text):
     assert parse(f"--seed={text}") == ({}, [f"--seed must be an integer, got {text!r}"])
-
-
-@pytest.mark.parametrize(
-    ("convert", "good", "bad"),
-    [
-        (flags.positive_int, {"1": 1, "20": 20}, ["0", "-1", "1.5"]),
-        (flags.non_negative_int, {"0": 0, "7": 7}, ["-1", "0.5"]),
-        (flags.positive_float, {"1e-9": 1e-9, "2": 2.0}, ["0", "-1e-3", "0.0"]),
-        (flags.non_negative_float, {"0": 0.0, "0.": 0.0, "3": 3.0}, ["-1e-3"]),
-        (flags.fraction_below_one, {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "1.5"]),
-        (flags.choice("a", "b"), {"a": "a", "b": "b"}, ["c", "A", ""]),
-        (flags.string, {"a b": "a b", "0": "0"}, [""]),
-    ],
-)
-def test_ranges(convert, good, bad):
-    assert {text: convert(text) for text in good} == good
-    for text in bad:
-        with pytest.raises(ValueError, match="must "):
-            convert(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        *[("1000000", 10**6), ("1e6", 10**6), ("20K", 20_000), ("100M", 10**8), ("100m", 10**8), ("2B", 2 * 10**9)],
-        *[("1.5b", 1_500_000_000), ("0.1M", 100_000), ("1.1B", 1_100_000_000)],
-    ],
-)
-def test_token_counts(text, value):
-    assert parse("--tokens", text) == ({"tokens": value}, [])
-
-
-@pytest.mark.parametrize("text", ["M", "10G", "1MB", "x", "", "nan", "inf", "1e400M"])
-def test_bad_token_counts(text):
-    assert parse(f"--tokens={text}")[1] == [
-        f"--tokens must be a number of tokens such as 100M or 2B, got {text!r}",
-    ]
-
-
-@pytest.mark.parametrize("text", ["0", "-5M", "0.0000001K"])
-def test_token_counts_are_positive(text):
-    assert parse("--tokens", text)[1] == [f"--tokens must be a positive number of tokens, got {text!r}"]
-
-
-def test_comma_separated():
-    assert parse("--tags", "a, b,,c ")[0] == {"tags": ("a", "b", "c")}
-    assert parse("--tags=")[0] == {"tags": ()}
 
 
 @pytest.mark.parametrize("words", ["--lr", "--lr --autoresume", "--autoresume --lr --lr"])
@@ -240,104 +188,6 @@ def test_help_explains_every_flag(capsys):
         assert all(f"--{spelling} " in printed for spelling in flag.spellings), flag.name
         # argparse breaks lines at hyphens, too.
         assert "".join(flag.help.split()) in "".join(printed.split()), flag.name
-
-
-# YAML files
-
-
-def test_yaml_values_go_through_the_flags_type(tmp_path):
-    text = """
-        lr: 4e-4            # a string to YAML
-        lora_r: 16
-        seed: -3
-        autoresume: yes     # a bool to YAML
-        tokens: 1.5B
-        tags: [a, b]
-        save_dir: 2024
-        scheduler: "linear"
-    """
-    values, problems = parse_file(tmp_path, text)
-    assert problems == []
-    assert values == {
-        **{"lr": 4e-4, "rank": 16, "seed": -3, "autoresume": True, "tokens": 1_500_000_000},
-        **{"tags": ("a", "b"), "save_dir": "2024", "scheduler": "linear"},
-    }
-    assert type(values["lr"]) is float
-
-
-@pytest.mark.parametrize("text", ["true", "True", "on", "'true'"])
-def test_yaml_true(tmp_path, text):
-    assert parse_file(tmp_path, f"autoresume: {text}") == ({"autoresume": True}, [])
-
-
-@pytest.mark.parametrize("text", ["false", "False", "off", "no", "'False'"])
-def test_yaml_false(tmp_path, text):
-    assert parse_file(tmp_path, f"autoresume: {text}") == ({"autoresume": False}, [])
-
-
-@pytest.mark.parametrize("text", ["null", "~", ""])
-def test_yaml_null_leaves_the_default(tmp_path, text):
-    assert parse_file(tmp_path, f"lr: {text}\nrank: 2") == ({"rank": 2}, [])
-
-
-def test_yaml_list_of_another_style(tmp_path):
-    assert parse_file(tmp_path, "tags:\n- a\n- 1\n") == ({"tags": ("a", "1")}, [])
-    assert parse_file(tmp_path, "tags: a,b") == ({"tags": ("a", "b")}, [])
-    assert parse_file(tmp_path, "tags: []") == ({"tags": ()}, [])
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("lrr: 1", "--training_config FILE: unknown key 'lrr' (did you mean lr?)"),
-        ("3: 1", "--training_config FILE: unknown key 3"),
-        ("training_config: other.yaml", "--training_config FILE: unknown key 'training_config'"),
-        ("lr: {base: 1}", "--training_config FILE: lr must be a single value, got a mapping"),
-        ("lr: [1, 2]", "--lr must be a number, got '1,2' (in FILE)"),
-        ("rank: 1.5", "--rank must be an integer, got '1.5' (in FILE)"),
-        ("lora_r: true", "--lora_r must be an integer, got 'True' (in FILE)"),
-        ("autoresume: 1", "--autoresume must be True or False (or nothing, for True), got '1' (in FILE)"),
-        ("- lr", "--training_config FILE: must be a mapping of flag names to values"),
-        ("just text", "--training_config FILE: must be a mapping of flag names to values"),
-        ("", "--training_config FILE: must be a mapping of flag names to values"),
-    ],
-)
-def test_bad_yaml(tmp_path, text, problem):
-    assert parse_file(tmp_path, text) == ({}, [problem])
-
-
-@pytest.mark.parametrize("content", ["lr: [1", "a: b: c", "\tlr: 1", "lr: !!python/name:os.system", b"\xff\xfe\x00l"])
-def test_what_is_no_yaml_at_all(tmp_path, content):
-    values, (problem,) = parse_file(tmp_path, content)
-    assert values == {}
-    assert problem.startswith("--training_config FILE: not valid YAML (")
-    assert "\n" not in problem
-
-
-def test_yaml_file_that_cannot_be_read(tmp_path):
-    for path, reason in ((tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
-        problems = []
-        assert flags.parse_yaml(FLAGS, str(path), problems) == {}
-        assert problems == [f"--training_config {path}: cannot be read ({reason})"]
-
-
-def test_all_problems_of_a_yaml_file_are_collected(tmp_path):
-    values, problems = parse_file(tmp_path, "lr: x\nrnk: 3\nrank: 0\nseed: 5\n")
-    assert values == {"seed": 5}
-    assert len(problems) == 3
-
-
-def test_the_command_line_wins_over_yaml(tmp_path, command):
-    path = tmp_path / "settings.yaml"
-    path.write_text("lora_r: 4\nlr: 3e-3\nmethod: galore\ngalore_scale: 0.25\n")
-    argv = command(lr=None, training_config=path)
-    config = cli.load(argv).config
-    assert (config.method.rank, config.optimizer.lr, config.method.scale) == (4, 3e-3, 0.25)
-    assert config.optimizer.clip_grad_norm == 0  # what the spelling galore_scale means holds in a file, too
-    # Given under another name, and before the file.
-    config = cli.load(["--rank", "8", "--scale", "0.5", *argv]).config
-    assert (config.method.rank, config.optimizer.lr, config.method.scale) == (8, 3e-3, 0.5)
-    assert config.optimizer.clip_grad_norm == 1
 
 
 # Problems as a whole

@@ -116,7 +116,7 @@ def test_target_layers_are_attention_and_mlp(model_json):
     layers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     layers += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     assert names == {f"model.layers.{layer}.{name}" for layer in range(2) for name in layers}
-    with pytest.raises(ConfigError, match="no linear layer"):
+    with pytest.raises(ValueError, match="no linear layer"):
         target_linears(build(model_json), ("convolution",))
 
 

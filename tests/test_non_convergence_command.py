@@ -167,6 +167,48 @@ def test_a_claim_that_fails_is_named():
     assert report.table(rows).splitlines()[-1].endswith("| stalls | stalls (1), falls (1), NOT as claimed |")
 
 
+def test_only_a_claim_s_own_settings_can_fail_it():
+    row = {"optimizer": "sgd", "method": "galore", "gap_start": 20.0, "gap_late": 2.0, "claim": "stalls"}
+    row |= {"gap_end": 1.0, "seen": "falls", "covered": False}
+    line = report.table([row]).splitlines()[-1]
+    assert line.endswith("| stalls | falls, which the claim does not cover: other settings |")
+    assert "NOT as claimed" in report.table([{**row, "covered": True}])
+
+
+@pytest.mark.parametrize(
+    ("flags", "covered"),
+    [
+        ("", True),
+        ("--seeds 3 --sample_every 10 --T 100 --epoch 200000", True),
+        *[(flags, False) for flags in ("--steps 4000", "--lr 1e-3", "--T 50", "--n 12", "--rank 3", "--sigma 2")],
+        ("--type 2 --rand_ratio 0.5 --optimizer SGD", False),
+        ("--type 3 --grad_accumulation 10", False),
+    ],
+)
+def test_what_a_claim_covers(flags, covered):
+    assert all(report.is_covered(run) == covered for run in runs(*flags.split()))
+
+
+def test_a_run_that_diverged_has_a_line():
+    row = {"optimizer": "sgd", "method": "galore", "gap_start": 20.0, "gap_late": 1e308, "claim": "stalls"}
+    rows = [{**row, "gap_end": gap, "seen": "diverges"} for gap in (math.inf, math.nan)]
+    assert "| 20.0000 ± 0.0000 | 1e+308 | inf (inf, nan) |" in report.table(rows)
+
+
+@pytest.mark.parametrize(
+    "files", ["[", "[]", '{"files": 3}', '{"files": [3, "../kept", "/kept", "notes.txt", "kept"]}']
+)
+def test_nothing_but_results_is_removed(tmp_path, files):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    kept = [tmp_path / "kept", folder / "kept", folder / "notes.txt"]
+    for path in kept:
+        path.write_text("kept")
+    (folder / "settings.json").write_text(files)
+    report.start(load("--type", "1", "--output_dir", str(folder))[0])
+    assert all(path.exists() for path in kept)
+
+
 def test_a_failed_run_ends_the_call(tmp_path, monkeypatch):
     settings, _ = load("--type", "1", "--optimizer", "SGD", "--output_dir", str(tmp_path))
     monkeypatch.setattr(non_convergence, "_follow", math.sqrt)  # which no run goes through
@@ -180,8 +222,7 @@ def test_a_failed_run_ends_the_call(tmp_path, monkeypatch):
 def test_command_refuses_bad_input_with_exit_code_2(tmp_path):
     script = helpers.PROJECT / "experiments" / "non_convergence.py"
     command = [sys.executable, str(script), "--rank", "12", "--T", "-1"]
-    environment = helpers.child_environment(PYTHONPATH=str(helpers.PROJECT))
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines() == [
         "error: --T must be an integer of at least 0, got '-1'",

@@ -168,8 +168,8 @@ def test_missing_text_fields_of_other_sources(refused, tmp_path):
 def test_too_little_text_for_a_block(refused, corpus, tmp_path):
     lines = refused(corpus, length=10_000)
     assert [" split's " in line and "not one block" in line for line in lines] == [True, True]
-    (tmp_path / "one.txt").write_text("a single long document " * 50)  # which goes to validation as a whole
-    assert "the train split's 0 documents have only 0 tokens" in refused(tmp_path / "one.txt")[0]
+    (tmp_path / "one.txt").write_text("a single short document")  # of one block and a half
+    assert "split's 0 documents have only 0 tokens" in refused(tmp_path / "one.txt")[0]
     (tmp_path / "train.json").write_text(json.dumps({"text": "long enough " * 50}))
     (tmp_path / "validation.json").write_text(json.dumps({"text": "short"}))
     assert "the validation split's 1 documents have only 6 tokens" in refused(tmp_path / "*.json")[0]

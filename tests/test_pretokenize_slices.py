@@ -321,9 +321,16 @@ def test_a_slice_made_with_other_flags_is_not_taken_for_this_one(argv, capsys, t
     make(argv("--num_shards", 3, "--shard", 1, "--seed", 5), capsys)
 
 
-def test_validation_smaller_than_a_block_is_refused_by_the_merge(argv, capsys):
-    flags = ("--num_shards", 2, "--validation_fraction", 1e-9)
+def test_validation_smaller_than_a_block_is_refused_before_any_work(argv, capsys, tmp_path):
+    (line,) = refused(argv("--num_shards", 2, "--validation_fraction", 1e-9, "--shard", 0), capsys)
+    assert line.startswith("--validation_fraction 1e-09: of ") and "less than one block of 16 tokens" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_that_turns_out_smaller_than_a_block_is_refused_before_anything_is_linked(argv, capsys, monkeypatch):
+    flags = ("--num_shards", 2, "--validation_fraction", 0.0006)  # by chance of none of the documents
     for shard in range(2):
         make(argv(*flags, "--shard", shard), capsys)
+    monkeypatch.setattr(block_writer.BlockWriter, "adopt", None)
     (line,) = refused(argv(*flags, "--merge"), capsys)
     assert "the validation split's 0 documents have only 0 tokens, not one block" in line

@@ -156,7 +156,7 @@ def test_what_is_honoured(load, text, settings):
     "text, named",
     [
         ("--use_lora --relora 0 --switch_lora_interval 9", ["--relora", "--switch_lora_interval"]),
-        ("--use_peft --relora 9 --init_lora_type switchlora", ["--init_lora_type"]),
+        ("--use_peft --relora 9 --init_lora_type switchlora --zero_init_B", []),
         ("--use_peft --relora 9 --scale 2 --update_proj_gap 8", ["--scale", "--update_proj_gap"]),
         ("--use_peft --Golore --lora_alpha 3 --train_scaling", ["--lora_alpha", "--train_scaling"]),
         ("--switch_lora --train_scaling --rand_ratio 0.5", ["--rand_ratio", "--train_scaling"]),

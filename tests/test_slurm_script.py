@@ -173,18 +173,26 @@ def test_wrong_folder_and_missing_slurm_are_said(submit, tmp_path):
     assert "run this under Slurm: sbatch" in output
 
 
-def test_sigterm_goes_to_torchrun_and_its_exit_code_comes_back(tmp_path):
-    torchrun = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(9)); print('up', flush=True); time.sleep(60)"
-    )
-    for number, expected in ((signal.SIGTERM, 9), (signal.SIGHUP, 128 + signal.SIGHUP)):
-        run = f"import sys, launch; sys.exit(launch.run([sys.executable, '-c', {torchrun!r}], 1))"
-        process = subprocess.Popen(
-            [sys.executable, "-c", run], cwd=PROJECT / "scripts", stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert process.stdout.readline() == b"up\n"
-        process.send_signal(number)
-        assert process.wait(timeout=20) == expected
+def test_a_signal_before_training_processes_are_there_ends_torchrun(tmp_path):
+    torchrun = "import time; print('up', flush=True); time.sleep(60)"
+    run = f"import sys, launch; sys.exit(launch.run([sys.executable, '-c', {torchrun!r}], 1))"
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        with subprocess.Popen(
+            [sys.executable, "-c", "import launch; launch.SECONDS_TO_START = launch.SECONDS_TO_END = 0.1; " + run],
+            **{"cwd": PROJECT / "scripts", "stdout": subprocess.PIPE, "start_new_session": True},
+        ) as process:
+            assert process.stdout.readline() == b"up\n"
+            process.send_signal(number)
+            assert process.wait(timeout=20) == 75
+
+
+def test_torchrun_does_not_outlive_a_script_that_is_killed():
+    torchrun = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    run = f"import sys, launch; sys.exit(launch.run([sys.executable, '-c', {torchrun!r}], 1))"
+    with subprocess.Popen([sys.executable, "-c", run], cwd=PROJECT / "scripts", stdout=subprocess.PIPE) as process:
+        child = int(process.stdout.readline())
+        process.kill()
+        wait_for(lambda: not Path(f"/proc/{child}").exists(), 20)
 
 
 def test_sbatch_options():

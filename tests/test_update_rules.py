@@ -80,8 +80,8 @@ def test_adafactor_is_transformers(beta1, weight_decay, dtype):
 
 
 def test_8_bit_adamw_is_bitsandbytes():
-    """Which keeps 8-bit moments from 4096 numbers on; ours has them for every matrix."""
-    params = pairs((80, 60), (5000,), (300,), dtype=torch.float32)
+    """Which keeps 8-bit moments from 4096 numbers on, of matrices and vectors alike."""
+    params = pairs((80, 60), (5000,), (300,), (60, 40), dtype=torch.float32)
     ours = LowRankOptimizer(params[::2], rule=AdamW8bit(torch_epsilon=True), lr=0.01, eps=1e-8)
     theirs = bitsandbytes.optim.AdamW8bit(params[1::2], lr=0.01, eps=1e-8, weight_decay=0.0)
     for mine, other in alongside(ours, theirs, params):
@@ -89,15 +89,21 @@ def test_8_bit_adamw_is_bitsandbytes():
     for mine, other in zip(params[:4:2], params[1:4:2], strict=True):
         assert torch.equal(ours.state[mine]["exp_avg"], theirs.state[other]["state1"])
         assert torch.equal(ours.state[mine]["exp_avg_sq"], theirs.state[other]["state2"])
+    for mine, other in zip(params[4::2], params[5::2], strict=True):
+        for key, name in (("exp_avg", "state1"), ("exp_avg_sq", "state2")):
+            assert ours.state[mine][key].dtype == theirs.state[other][name].dtype == torch.float32
+            assert key + "_absmax" not in ours.state[mine]
 
 
 @pytest.mark.parametrize("proj_type", ["std", "full", "continuous"])
 def test_8_bit_adamw_stays_near_adamw(proj_type):
     """Where second moments are not rounded to zero: gradients of similar size."""
-    weights = [parameter((40, 30), dtype=torch.float32) for _ in range(2)]
+    weights = [parameter((80, 72), dtype=torch.float32) for _ in range(2)]
     start = weights[0].detach().clone()
     for weight, rule in zip(weights, ("adamw", "adamw8bit"), strict=True):
-        train(build(weight, rule=rule, rank=8, proj_type=proj_type, weight_decay=0.0), [weight], 0, 12)
+        optimizer = build(weight, rule=rule, rank=64, proj_type=proj_type, weight_decay=0.0)
+        train(optimizer, [weight], 0, 12)
+    assert optimizer.state[weights[1]]["exp_avg"].dtype == torch.uint8
     moved = (weights[0] - start).norm()
     assert (weights[0] - weights[1]).norm() < 0.1 * moved
 
@@ -158,7 +164,7 @@ def test_projected_updates_are_the_formulas(name, proj_type, shape):
         torch.testing.assert_close(weight.detach(), reference.weight, atol=1e-12, rtol=0)
 
 
-MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor with beta1": 1}
+MOMENTS = {"adamw": 2, "adamw8bit": 2, "lion": 1, "sgd": 1, "adafactor with beta1": 1}
 
 
 @rules
@@ -167,6 +173,19 @@ MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1, "adafactor with beta1": 1}
 def test_states_have_exactly_the_size_of_the_formula(name, proj_type, shape):
     """The basis, m r or r n numbers; first and second moments in R's shape; three counters of 8 bytes (one for an
     unprojected weight); what the basis's own optimizer keeps. In 8 bits 1 byte a number and 4 bytes for 256."""
+    assert_size_of_states(name, proj_type, shape)
+
+
+@pytest.mark.parametrize(
+    "name, proj_type", [*(("adamw8bit", kind) for kind in (None, *PROJECTION_TYPES)), ("lion", "continuous_adam8bit")]
+)
+@pytest.mark.parametrize("shape", [(700, 690), (690, 700)])
+def test_8_bit_states_have_the_size_of_the_formula(name, proj_type, shape):
+    """From 4096 numbers on, those of R (700 x 6) and of the basis among them."""
+    assert_size_of_states(name, proj_type, shape)
+
+
+def assert_size_of_states(name, proj_type, shape):
     (m, n), r = shape, 6
     sides = {None: "", "full": "lr", "left": "l", "right": "r", "reverse_std": "l" if m >= n else "r"}.get(
         proj_type, "r" if m >= n else "l"
@@ -176,7 +195,7 @@ def test_states_have_exactly_the_size_of_the_formula(name, proj_type, shape):
 
     def moments(rule, rows, columns):
         number = rows * columns
-        if rule == "adamw8bit":
+        if rule == "adamw8bit" and number >= 4096:
             return 2 * (number + 4 * math.ceil(number / 256))
         factored = 4 * (rows + columns) if rule.startswith("adafactor") else 0
         return 4 * number * MOMENTS.get(rule, 0) + factored
@@ -192,7 +211,8 @@ def test_states_have_exactly_the_size_of_the_formula(name, proj_type, shape):
         assert sum(value.numel() * value.element_size() for value in optimizer.state[weight].values()) == expected
         train(optimizer, [weight], 0, 2)
     if name == "adamw8bit":
-        assert optimizer.state[weight]["exp_avg"].dtype == optimizer.state[weight]["exp_avg_sq"].dtype == torch.uint8
+        expected = torch.uint8 if math.prod(low_rank) >= 4096 else torch.float32
+        assert optimizer.state[weight]["exp_avg"].dtype == optimizer.state[weight]["exp_avg_sq"].dtype == expected
 
 
 def moved(name, proj_type, dtype, golore):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class BlockWriter:
         """Tokens of all documents, EOS included, also those that fill no block."""
         self.blocks = 0
         self.largest_token_id = -1
+        self.rows_passed_over = 0
+        """Rows of the source that are no documents."""
         self._folder, self._length = folder, length
         self._features = Features({"input_ids": List(Value("int32"), length=length)})
         # Written only when full, so that files do not depend on the sizes in which tokens arrive.
@@ -70,6 +73,7 @@ class BlockWriter:
         self.documents += description["documents"]
         self.tokens += description["tokens"] - len(description["remainder"])
         self.blocks += description["blocks"]
+        self.rows_passed_over += description.get("rows_passed_over", 0)  # older slices refused them
         self.largest_token_id = max(self.largest_token_id, description["largest_token_id"])
         self._digest.update(description["fingerprint"].encode())
         return hard
@@ -80,6 +84,7 @@ class BlockWriter:
         return {
             **{"documents": self.documents, "tokens": self.tokens, "blocks": self.blocks},
             "largest_token_id": self.largest_token_id,
+            "rows_passed_over": self.rows_passed_over,
             "fingerprint": self._digest.hexdigest(),
             "files": {name: (self._folder / name).stat().st_size for name in self._file_names},
             "remainder": self._buffer[used : self._filled].tolist(),
@@ -102,6 +107,16 @@ class BlockWriter:
         }
         (self._folder / config.DATASET_STATE_JSON_FILENAME).write_text(json.dumps(state, indent=2))
         DatasetInfo(features=self._features).write_to_directory(str(self._folder))
+
+    @property
+    def tail(self) -> int:
+        """Tokens at the end that fill no block."""
+        return self._filled % self._length
+
+    def discard(self) -> None:
+        """Remove everything that was written."""
+        self._close_file()
+        shutil.rmtree(self._folder)
 
     def _write(self, tokens: np.ndarray) -> None:
         """Append whole blocks as one record batch, in a new file where the last is full."""

@@ -7,7 +7,6 @@ of devices sees the samples it would have seen.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -21,8 +20,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from peft_pretraining import rng
+from peft_pretraining.data.folder import read_arguments, read_column
+from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed.process_group import ProcessGroup
 from peft_pretraining.loss import Batch
+from peft_pretraining.workers import die_with_parent
 
 T = TypeVar("T")
 
@@ -30,20 +32,27 @@ T = TypeVar("T")
 class TokenBlocks(Dataset):
     """Samples of `max_length` tokens out of one split of a folder that `pretokenize.py` wrote.
 
-    The Arrow files stay memory-mapped; a block longer than `max_length` is cut into pieces of it.
+    The Arrow files stay memory-mapped; a block longer than `max_length` is cut into pieces of it. ValueError or OSError
+    where the folder is damaged, or is not what it says.
     """
 
     def __init__(self, folder: str | Path, split: str, max_length: int):
-        import datasets
-
         self.split = split
         self._origin = (folder, split, max_length)
-        column = datasets.load_from_disk(str(folder))[split].data.column("input_ids")
-        block_length = json.loads((Path(folder) / "args.json").read_text())["sequence_length"]
-        self._chunks = [_rows(chunk, block_length, max_length) for chunk in column.chunks if len(chunk)]
+        arguments = read_arguments(folder)
+        self._block_length = arguments["sequence_length"]
+        column = read_column(folder, split)
+        expected = arguments.get(split, {}).get("blocks")
+        if expected is not None and len(column) != expected:
+            raise ValueError(f"split {split} has {len(column)} blocks instead of {expected}, as args.json says")
+        self._chunks = [_rows(chunk, self._block_length, max_length) for chunk in column.chunks if len(chunk)]
         sizes = [len(chunk) for chunk in self._chunks]
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
+
+    @property
+    def folder(self) -> str | Path:
+        return self._origin[0]
 
     def __reduce__(self):
         return TokenBlocks, self._origin  # a worker that does not fork maps the files again instead of copying them
@@ -60,6 +69,10 @@ class TokenBlocks(Dataset):
         rows = [self._chunks[chunk][index - self._starts[chunk]] for chunk, index in zip(chunks, indices, strict=True)]
         return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64))}
 
+    def row_of(self, index: int) -> int:
+        """The block, counted from 0, that the sample is cut from."""
+        return index * self._origin[2] // self._block_length
+
     def largest_token_id(self, first_tokens: int) -> int:
         """Largest id among about the first `first_tokens` tokens."""
         largest, seen = -1, 0
@@ -73,7 +86,10 @@ class TokenBlocks(Dataset):
 
 def _rows(chunk, block_length: int, max_length: int) -> np.ndarray:
     """One Arrow chunk of token lists as (rows, max_length), without a copy."""
-    values = chunk.flatten().to_numpy(zero_copy_only=True)
+    values = chunk.flatten()
+    if values.null_count:
+        raise ValueError("token ids are missing")
+    values = values.to_numpy(zero_copy_only=True)
     if values.size != len(chunk) * block_length:
         raise ValueError(f"blocks are not all of {block_length} tokens, as args.json says")
     return values.reshape(-1, max_length)
@@ -120,8 +136,9 @@ def as_it_is(made: T) -> T:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
+    die_with_parent()
     # A scheduler signals the whole job; the training process decides when its workers end.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -142,12 +159,16 @@ def useful_workers(requested: int, group: ProcessGroup) -> int:
 
 
 def training_batches(
-    blocks: TokenBlocks, *, seed: int, start: int, batch_size: int, accumulation: int, workers: int, group: ProcessGroup
-) -> Iterator[Batch]:
-    """Endless micro-batches of this rank, from position `start` of the stream, read ahead by worker processes."""
+    blocks: TokenBlocks, *, seed: int, start: int, batch_size: int, accumulation: int, workers: int,
+    group: ProcessGroup, vocabulary: int | None = None,
+) -> Iterator[Batch]:  # fmt: skip
+    """Endless micro-batches of this rank, from position `start` of the stream, read ahead by worker processes.
+
+    `DataError` at a token id that is not below `vocabulary`, where that is given.
+    """
     sampler = MicroBatchSampler(SampleOrder(len(blocks), seed), start, batch_size, accumulation, group)
     workers = useful_workers(workers, group)
-    return iter(
+    batches = iter(
         DataLoader(
             blocks,
             batch_sampler=sampler,
@@ -158,20 +179,40 @@ def training_batches(
             worker_init_fn=leave_signals_to_the_parent,
         )
     )
+    # In this process: an exception in a worker comes back with its traceback.
+    return (
+        checked_ids(batch, blocks, indices, vocabulary) for batch, indices in zip(batches, iter(sampler), strict=False)
+    )
+
+
+def checked_ids(batch: Batch, blocks: TokenBlocks, indices: list[int], vocabulary: int | None) -> Batch:
+    """The batch of the samples `indices`, if all of its ids are in the vocabulary; the folder may say so wrongly.
+
+    Otherwise an embedding would fail in the middle of a step: on CUDA with nothing that names the data.
+    """
+    ids = batch["input_ids"]
+    least, largest = (int(value) for value in torch.aminmax(ids))
+    if least < 0 or (vocabulary is not None and largest >= vocabulary):
+        wrong = least if least < 0 else largest
+        row = blocks.row_of(indices[int((ids == wrong).any(1).nonzero()[0])])
+        what = "is negative" if least < 0 else f"is beyond the model's vocabulary of {vocabulary}"
+        raise DataError(f"{blocks.folder}: split {blocks.split}, row {row}: token id {wrong} {what}")
+    return batch
 
 
 def evaluation_batches(
-    blocks: TokenBlocks, *, max_samples: int, batch_size: int, group: ProcessGroup
+    blocks: TokenBlocks, *, max_samples: int, batch_size: int, group: ProcessGroup, vocabulary: int | None = None
 ) -> Iterator[Batch | None]:
     """The first `max_samples` samples, split over the ranks; None where a rank has no batch left but another has.
 
-    Every rank gets the same number of items, so that they can agree on something after each.
+    Every rank gets the same number of items, so that they can agree on something after each. `DataError` as above.
     """
     samples = min(len(blocks), max_samples)
     starts = list(range(0, samples, batch_size))
     for first in range(0, len(starts), group.world_size):
         mine = first + group.rank
         if mine < len(starts):
-            yield blocks.__getitems__(list(range(starts[mine], min(starts[mine] + batch_size, samples))))
+            indices = list(range(starts[mine], min(starts[mine] + batch_size, samples)))
+            yield checked_ids(blocks.__getitems__(indices), blocks, indices, vocabulary)
         else:
             yield None

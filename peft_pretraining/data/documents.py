@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from peft_pretraining.data.blocks import as_it_is, end_workers, leave_signals_to_the_parent, useful_workers
+from peft_pretraining.data.plain_text import PlainText, special_ids
 from peft_pretraining.data.shards import DataError, Shard, document_text, log
 from peft_pretraining.data.streaming import Document, DocumentStream, in_order_of_files
-from peft_pretraining.data.tokenizer import PlainText
 from peft_pretraining.distributed.process_group import ProcessGroup
 from peft_pretraining.loss import IGNORED, Batch
 
@@ -32,11 +33,8 @@ _EMPTY = "holds no text"
 _DOCUMENTS_PER_AGREEMENT = 2048
 _CHARACTERS_PER_TOKEN, _MARGIN = 6, 16
 """English has 4.4 characters per token of T5; the margin is in tokens."""
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that stand for no text: they never come out of a document, even where it spells them."""
-    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+_WORD_END, _LONGEST_WORD = re.compile("(?<=[^ \\t\\n])[ \\t\\n]"), 10**6
+"""What lies more than so many characters into a word changes no token before it."""
 
 
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -66,11 +64,10 @@ class SampleMaker(Dataset):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         self._tokenizer, self._max_length = tokenizer, max_length
-        self._special = special_ids(tokenizer)
         self._ids: PlainText | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ids": None}  # its settings do not survive pickling
+        return {**self.__dict__, "_ids": None}  # made anew sooner than sent
 
     def __getitems__(self, documents: list[Document]) -> dict[str, Any]:
         """A `Batch`, and under `complaints` [shard, line, reason] of every document that became an empty sample."""
@@ -101,18 +98,24 @@ class SampleMaker(Dataset):
         """
         self._ids = self._ids or PlainText(self._tokenizer)
         characters = _CHARACTERS_PER_TOKEN * (self._max_length + _MARGIN)
-        found = [self._without_special(ids) for ids in self._ids([text[:characters] for text in texts])]
+        beginnings = [_beginning(text, characters) for text in texts]
+        found = list(self._ids(beginnings))
         short = [
             index
             for index, text in enumerate(texts)
-            if len(text) > characters and len(found[index]) < self._max_length + _MARGIN
+            if len(beginnings[index]) < len(text) and len(found[index]) < self._max_length + _MARGIN
         ]
         for index, ids in zip(short, self._ids([texts[index] for index in short]), strict=True):
-            found[index] = self._without_special(ids)
+            found[index] = ids
         return found
 
-    def _without_special(self, ids: list[int]) -> list[int]:
-        return ids if self._special.isdisjoint(ids) else [token for token in ids if token not in self._special]
+
+def _beginning(text: str, characters: int) -> str:
+    """At least so many characters of the text, up to the end of a word: of half a word, tokens are others."""
+    if len(text) <= characters:
+        return text
+    end = _WORD_END.search(text, characters, _LONGEST_WORD + characters)
+    return text[: end.start() if end else _LONGEST_WORD + characters]
 
 
 class Complaints:

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from peft_pretraining.data.block_writer import write_dataset_dict
+from peft_pretraining.data.json_rows import one_line
+from peft_pretraining.data.plain_text import special_ids
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path
 from peft_pretraining.data.sources import Documents, Source, open_pieces
 from peft_pretraining.data.splits import Writers, held_out_draw, train_documents, write_splits
+from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import load_tokenizer, train_tokenizer
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.folder_lock import FolderInUse, FolderLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,25 +52,74 @@ def pretokenize(config: PretokenizeConfig, source: Source) -> Path:
     return result
 
 
+class CannotWrite(RuntimeError):
+    """The result cannot be written, in one line, such as for want of space. Nothing of it is left."""
+
+
 @contextlib.contextmanager
 def building(result: Path, config: PretokenizeConfig) -> Iterator[Path]:
-    """A new folder that becomes `result` when all went well; otherwise it goes, with the folders made for it."""
+    """A new folder that becomes `result` when all went well; otherwise it goes, with the folders made for it.
+
+    Meanwhile nobody else builds the same: ConfigError that says who does.
+    """
     temporary = result.with_name(result.name + ".tmp")
     new_folders = [folder for folder in temporary.parents if not os.path.exists(folder)]  # deepest first
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError([f"--save_dir {config.save_dir}: cannot be written to ({error.strerror})"]) from error
-        yield temporary
-        _publish(temporary, result)
+        with _held(result, config):
+            _recover(result)
+            if result.exists() and not config.overwrite:  # made by somebody else meanwhile
+                raise ConfigError([f"{result} exists already (--overwrite replaces it)"])
+            _remove(temporary)  # of a run that was killed
+            try:
+                temporary.mkdir()
+            except OSError as error:
+                raise _not_writable(config, error) from error
+            try:
+                yield temporary
+                _publish(temporary, result)
+            except OSError as error:
+                raise CannotWrite(
+                    f"{result}: cannot be written ({error.strerror or one_line(error)}); nothing of it is kept"
+                ) from error
+            finally:
+                _remove(temporary)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
         for folder in new_folders:
             with contextlib.suppress(OSError):  # it has something else in it by now, such as another slice
                 folder.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _held(result: Path, config: PretokenizeConfig) -> Iterator[None]:
+    """The right to build `result`: a lock in a folder beside it, which has to outlive the renaming of both."""
+    folder = result.with_name(result.name + ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder).acquire()
+    except FolderInUse as error:
+        raise ConfigError([f"{result} is being made: {error}"]) from error
+    except OSError as error:
+        raise _not_writable(config, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # the next one is in it already
+            folder.rmdir()
+
+
+def _not_writable(config: PretokenizeConfig, error: OSError) -> ConfigError:
+    return ConfigError([f"--save_dir {config.save_dir}: cannot be written to ({error.strerror or one_line(error)})"])
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there: folder, file or link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tuple[Writers, dict[str, Any]]:
@@ -73,8 +127,11 @@ def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tup
     pieces, tokenizer = _open(config, source)
     if tokenizer is None:
         tokenizer = train_tokenizer(_training_text(config, pieces), config.train_tokenizer, config.processes)
-    tokenizer.save_pretrained(folder)
-    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # from Rust: without a type of its own
+        raise OSError(one_line(error)) from error
+    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id, tuple(sorted(special_ids(tokenizer))))
     return writers, {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 
@@ -82,18 +139,25 @@ def complete(
     config: PretokenizeConfig, writers: Writers, vocabulary: dict[str, Any], folder: Path, **more: dict[str, Any]
 ) -> None:
     """Check that there are blocks, and make the folder a dataset with its `args.json`; `more` is added to counts."""
-    _check_blocks(config, writers)
+    check_blocks(config, {split: (writer.documents, writer.tokens, writer.blocks) for split, writer in writers.items()})
     write_dataset_dict(folder, writers)
     arguments = {
         **dataclasses.asdict(config),
         "tokenizer": config.tokenizer_name,
         **vocabulary,
         "largest_token_id": max(writer.largest_token_id for writer in writers.values()),
+        "rows_passed_over": sum(writer.rows_passed_over for writer in writers.values()),
     }
     for split, writer in writers.items():
         counts = {"documents": writer.documents, "tokens": writer.tokens, "blocks": writer.blocks}
         arguments[split] = counts | more.get(split, {})
     (folder / "args.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    for split, writer in writers.items():
+        if writer.tail:
+            print(
+                f"note: {split}: the last {writer.tail} of {writer.tokens} tokens fill no block and are not used",
+                file=sys.stderr,
+            )
 
 
 def _open(
@@ -102,7 +166,7 @@ def _open(
     """The source's splits, and the tokenizer unless it is to be trained; the problems of both together."""
     pieces, tokenizer, problems = {}, None, []
     try:
-        pieces = open_pieces(source, config.dataset_config, config.text_field)
+        pieces = open_pieces(source, config.dataset_config, config.text_field, config.max_document_mb)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -122,17 +186,28 @@ def _open(
 
 def _publish(temporary: Path, result: Path) -> None:
     """Give the complete result its name; an older one goes only then."""
-    old = result.with_name(result.name + ".old")
+    old = _replaced(result)
     if result.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         result.rename(old)
     temporary.rename(result)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _recover(result: Path) -> None:
+    """Give an older result its name back: a process that was killed while replacing it has left it without one."""
+    old = _replaced(result)
+    if old.exists() and not result.exists():
+        old.rename(result)
+
+
+def _replaced(result: Path) -> Path:
+    return result.with_name(result.name + ".old")
 
 
 def _training_text(config: PretokenizeConfig, pieces: dict[str, list[Documents]]) -> Iterator[str]:
-    """Documents of the train split, but those to be held out."""
-    documents, count = train_documents(config, pieces["train"])
+    """Documents of the train split, but those to be held out. Rows that are none are counted later, with the blocks."""
+    documents, count = train_documents(config, pieces["train"], Tally())
     progress = tqdm(documents, "reading for the tokenizer", count, unit=" documents", mininterval=1)
     if "validation" in pieces:
         return (document.text for document in progress)
@@ -140,15 +215,16 @@ def _training_text(config: PretokenizeConfig, pieces: dict[str, list[Documents]]
     return (document.text for document in progress if held_out_draw(config.seed, document) > share)
 
 
-def _check_blocks(config: PretokenizeConfig, writers: Writers) -> None:
-    documents = sum(writer.documents for writer in writers.values())
-    if documents == 0:
+def check_blocks(config: PretokenizeConfig, counts: dict[str, tuple[int, int, int]]) -> None:
+    """ConfigError where a split has no block; `counts`: documents, tokens and blocks of each."""
+    total = sum(documents for documents, _, _ in counts.values())
+    if total == 0:
         raise ConfigError([f"--dataset {config.dataset}: holds no documents"])
     problems = [
-        f"--sequence_length {config.sequence_length}: the {split} split's {writer.documents} documents have only "
-        f"{writer.tokens} tokens, not one block (of {documents} documents in all)"
-        for split, writer in writers.items()
-        if writer.blocks == 0
+        f"--sequence_length {config.sequence_length}: the {split} split's {documents} documents have only {tokens} "
+        f"tokens, not one block (of {total} documents in all)"
+        for split, (documents, tokens, blocks) in counts.items()
+        if blocks == 0
     ]
     if problems:
         raise ConfigError(problems)

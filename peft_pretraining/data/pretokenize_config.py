@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_pretraining import flags
 from peft_pretraining.config import DEFAULT_TOKENIZER, setting
+from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.data.sources import Source
-from peft_pretraining.flags import boolean, integer, non_negative_int, number, positive_int, string
+from peft_pretraining.flags import boolean, integer, non_negative_int, number, positive_float, positive_int, string
 
 MOST_PROCESSES = 64  # one process reads and writes for all of them; with many more it would hold them up
 
@@ -34,7 +36,13 @@ class PretokenizeConfig:
     train_tokenizer: int | None = setting(
         None, positive_int, "train a byte-level BPE of so many entries on the train text, instead of --tokenizer"
     )
-    sequence_length: int = setting(512, positive_int, "tokens per block (default: 512)")
+    max_document_mb: float = setting(
+        LONGEST_DOCUMENT,
+        positive_float,
+        "largest document in MB, unpacked; longer ones are passed over. Tokenising takes 20 to 60 times as much memory "
+        "(default: 100)",
+    )
+    sequence_length: int = setting(512, flags.sequence_length, "tokens per block (default: 512)")
     validation_fraction: float = setting(
         0.005,
         _open_fraction,

@@ -7,18 +7,26 @@ decompressed (gzip knows no way round that), but neither split into lines nor pa
 from __future__ import annotations
 
 import gzip
-import io
-import json
 import logging
+import os
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from peft_pretraining.data.sources import encodable, one_line
+from peft_pretraining.data.json_rows import Unusable, encodable, one_line, parse_object
+from peft_pretraining.data.lines import (
+    LONGEST_DOCUMENT,
+    MEGABYTE,
+    LineReader,
+    TooLong,
+    files_only,
+    is_blank,
+    open_binary,
+)
 
 log = logging.getLogger("peft_pretraining")
 
@@ -29,7 +37,6 @@ TEXT_FIELD = "text"
 RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60)
 """Waits before reading is tried again; two minutes in all, after which the run ends."""
 
-_BUFFER = 2**20
 _HUB_TIMEOUT = 10.0
 
 
@@ -59,6 +66,8 @@ class Shard:
     """The data folder; None on the hub."""
     revision: str | None = None
     """On the hub: the commit, which cannot change under a run."""
+    longest: int = LONGEST_DOCUMENT * MEGABYTE
+    """Bytes of the longest line that is read; of a longer one nothing is kept."""
 
     def __str__(self) -> str:
         return str(Path(self.folder) / self.name) if self.folder else f"{HUB_DATASET}/{self.name}"
@@ -94,19 +103,15 @@ class Shard:
         if self.folder is None:
             threading.Thread(target=fetch, daemon=True).start()
 
-    def open(self, offset: int) -> BinaryIO:
-        """Its uncompressed bytes from `offset` on. DataError where the file is not the one the run began with."""
+    def open(self, offset: int) -> LineReader:
+        """Its lines, uncompressed, from byte `offset` on. DataError where it is not the file the run began with."""
         path = self.path()
         if (size := path.stat().st_size) != self.size:
             raise DataError(f"{self}: has {size} bytes, but had {self.size} when the run was launched")
-        if not self.name.endswith(".gz"):
-            file = open(path, "rb", buffering=_BUFFER)
-            file.seek(offset)
-            return file
-        file = io.BufferedReader(gzip.open(path, "rb"), _BUFFER)
+        file = open_binary(path)
         if file.seek(offset) != offset:
             raise DataError(f"{self}: ends before byte {offset}, from which the run goes on")
-        return file
+        return LineReader(file, self.longest)
 
     def lines(self, offset: int = 0, number: int = 0) -> Iterator[Line]:
         """Its lines from the one at `offset` on, which is the `number`-th.
@@ -120,7 +125,8 @@ class Shard:
                 with self.open(offset) as file:
                     for data in file:
                         yield Line(offset, number, data)
-                        offset, number, failures = offset + len(data), number + 1, 0
+                        size = data.size if isinstance(data, TooLong) else len(data)
+                        offset, number, failures = offset + size, number + 1, 0
                 return
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise DataError(f"{self}: damaged or cut short near line {number + 1} ({one_line(error)})") from error
@@ -150,30 +156,39 @@ class Shards:
         return {split: [[shard.name, shard.size] for shard in getattr(self, split)] for split in SPLITS}
 
 
-def find_local_shards(folder: str, flag: str, problems: list[str], warnings: list[str]) -> Shards | None:
+def find_local_shards(
+    folder: str, flag: str, problems: list[str], warnings: list[str], max_document_mb: float = LONGEST_DOCUMENT
+) -> Shards | None:
     """The shards in `folder`: by their names, as C4 calls them, or in folders `train` and `validation`.
 
     What is wrong is appended to `problems` under the name `flag`, and None comes back.
     """
-    origin, root = f"{flag} {folder}", Path(folder)
-    if not root.is_dir():
+    origin, root, before = f"{flag} {folder}", Path(folder), len(problems)
+    if not os.path.isdir(root):
         problems.append(f"{origin}: no such folder")
         return None
     try:
-        inside = {split: _json_files(root / split) for split in SPLITS if (root / split).is_dir()}
-        beside = _json_files(root)
+        inside = {split: _json_files(root / split, problems) for split in SPLITS if (root / split).is_dir()}
+        beside = _json_files(root, problems)
     except OSError as error:
         problems.append(f"{origin}: cannot be listed ({error.strerror})")
+        return None
+    if len(problems) > before:
         return None
     if not inside:
         inside = {"validation": [file for file in beside if "validation" in file.name]}
         inside["train"] = [file for file in beside if "train" in file.name and file not in inside["validation"]]
         if unused := [file.name for file in beside if not any(file in files for files in inside.values())]:
             warnings.append(f"{origin}: {len(unused)} file(s) named neither train nor validation are not used")
+    elif beside:
+        warnings.append(f"{origin}: {len(beside)} file(s) beside the folders {' and '.join(inside)} are not used")
     found = {}
     for split in SPLITS:
         files = sorted(inside.get(split, []))
-        found[split] = tuple(Shard(str(file.relative_to(root)), file.stat().st_size, folder) for file in files)
+        found[split] = tuple(
+            Shard(str(file.relative_to(root)), file.stat().st_size, folder, longest=int(max_document_mb * MEGABYTE))
+            for file in files
+        )
         if not files:
             problems.append(
                 f"{origin}: no {split} shards: files ({', '.join(EXTENSIONS)}) with {split} in the name, "
@@ -184,40 +199,37 @@ def find_local_shards(folder: str, flag: str, problems: list[str], warnings: lis
     return Shards(origin, **found)
 
 
-def _json_files(folder: Path) -> list[Path]:
-    return [file for file in folder.iterdir() if file.name.endswith(EXTENSIONS) and file.is_file()]
+def _json_files(folder: Path, problems: list[str]) -> list[Path]:
+    return files_only((file for file in folder.iterdir() if file.name.endswith(EXTENSIONS)), problems)
 
 
 def _first_document_problem(shards: tuple[Shard, ...]) -> str | None:
     """What keeps the first document of a split from being read."""
     for shard in shards:
         try:
-            with shard.open(0) as file:
-                first = next((line for line in file if line.strip()), None)
+            with shard.open(0) as lines:
+                first = next(((number, line) for number, line in enumerate(lines, start=1) if not is_blank(line)), None)
         except (OSError, EOFError, zlib.error) as error:
             return f"{shard}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
         if first is not None:
-            text, reason = document_text(first)
-            return f"{shard}: line 1 {reason}" if text is None else None
+            text, reason = document_text(first[1])
+            return f"{shard}: line {first[0]} {reason}" if text is None else None
     return f"{shards[0]}: holds no documents"
 
 
 def document_text(line: bytes) -> tuple[str | None, str]:
     """The text of one line, or None and what is wrong with the line."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # of JSON or of UTF-8
-        return None, f"is not valid JSON ({one_line(error)})"
-    if not isinstance(row, dict):
-        return None, "is not a JSON object"
+    row = parse_object(line, TEXT_FIELD)
+    if isinstance(row, Unusable):
+        return None, row.reason
     if not isinstance(text := row.get(TEXT_FIELD), str):
         return None, f"has no text in a field {TEXT_FIELD!r}"
     return encodable(text), ""
 
 
-def find_hub_shards(problems: list[str]) -> Shards | None:
+def find_hub_shards(problems: list[str], max_document_mb: float = LONGEST_DOCUMENT) -> Shards | None:
     """C4's shards on the hub. One request says at once whether it can be reached."""
-    origin = f"{HUB_DATASET} ({HUB_CONFIG}) on the hub"
+    origin, longest = f"{HUB_DATASET} ({HUB_CONFIG}) on the hub", int(max_document_mb * MEGABYTE)
     try:
         import huggingface_hub
 
@@ -226,7 +238,7 @@ def find_hub_shards(problems: list[str]) -> Shards | None:
         revision = hub.dataset_info(HUB_DATASET, timeout=_HUB_TIMEOUT).sha
         tree = hub.list_repo_tree(HUB_DATASET, HUB_CONFIG, repo_type="dataset", revision=revision)
         shards = sorted(
-            (Shard(file.path, file.size, None, revision) for file in tree if file.path.endswith(EXTENSIONS)),
+            (Shard(file.path, file.size, None, revision, longest) for file in tree if file.path.endswith(EXTENSIONS)),
             key=lambda shard: shard.name,
         )
     except Exception as error:  # no network, no such host, offline mode, a proxy: each with exceptions of its own

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from peft_pretraining.data.block_writer import BlockWriter
-from peft_pretraining.data.pretokenize import building, complete, write_blocks
+from peft_pretraining.data.pretokenize import building, check_blocks, complete, write_blocks
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
 from peft_pretraining.data.sources import Source
 from peft_pretraining.flags import ConfigError
@@ -70,6 +70,7 @@ def merge(config: PretokenizeConfig, source: Source) -> Path:
                     problems.append(f"slice {shard}: made with another {what} than slice 0; make it again")
     if problems:
         raise ConfigError(problems)
+    check_blocks(config, {split: _counts(config, descriptions, split) for split in SPLITS})
     result = result_path(config, source)
     with building(result, config) as folder:
         for file in folders[0].iterdir():
@@ -89,6 +90,14 @@ def merge(config: PretokenizeConfig, source: Source) -> Path:
             file=sys.stderr,
         )
     return result
+
+
+def _counts(config: PretokenizeConfig, descriptions: list[dict[str, Any]], split: str) -> tuple[int, int, int]:
+    """Documents, tokens and blocks that the joined split will have."""
+    parts = [description["splits"][split] for description in descriptions]
+    rest = sum(len(part["remainder"]) for part in parts)
+    blocks = sum(part["blocks"] for part in parts) + rest // config.sequence_length
+    return sum(part["documents"] for part in parts), sum(part["tokens"] for part in parts), blocks
 
 
 def _join(folder: Path, length: int, folders: list[Path], parts: list[dict[str, Any]]) -> tuple[BlockWriter, bool]:

@@ -9,11 +9,8 @@ exactly one empty line. Nothing heavy is imported before a source is opened.
 from __future__ import annotations
 
 import glob
-import gzip
 import importlib.util
-import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from peft_pretraining.data.json_rows import Unusable, encodable, json_objects, json_rows, one_line
+from peft_pretraining.data.lines import (
+    BYTE_ORDER_MARK,
+    LONGEST_DOCUMENT,
+    MEGABYTE,
+    LineReader,
+    TooLong,
+    files_only,
+    open_binary,
+)
+from peft_pretraining.data.tally import Tally
 from peft_pretraining.flags import ConfigError
+
+__all__ = ["Documents", "Source", "encodable", "find_source", "json_objects", "one_line", "open_pieces"]
 
 HUB_ALIASES = {"c4": "allenai/c4"}  # the plain name needs a loading script, which `datasets` no longer runs
 SUPPORTED = (".txt", ".json", ".jsonl", ".parquet")
@@ -30,8 +40,10 @@ COMPRESSED = (".gz", ".zst")
 ROWS_PER_READ = 1000
 ROWS_PER_PIECE = 1000  # of a folder saved by `datasets`, which is read at any row
 
-Documents = Callable[[], Iterator[str]]
-"""Starts reading a piece of a split from its first document."""
+Documents = Callable[[Tally], Iterator[str]]
+"""Starts reading a piece of a split from its first document; rows that hold none are counted."""
+Rows = Iterator[tuple[str, "str | Unusable"]]
+"""Name of each row, such as `line 3`, and its text."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +69,43 @@ class Source:
 def find_source(dataset: str, from_json: bool, problems: list[str], warnings: list[str]) -> Source | None:
     """Decide what `dataset` stands for. What is wrong with it is appended to `problems` (and None may come back)."""
     path = Path(dataset)
-    if not from_json and any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+    if not from_json and any(os.path.isfile(path / marker) for marker in ("dataset_dict.json", "state.json")):
         return Source("saved", path.resolve().name, dataset)
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.is_file() and (from_json or _format(file) in SUPPORTED))
-        missing = f"holds neither a dataset saved by `datasets` nor files of a known kind ({', '.join(SUPPORTED)})"
-    elif glob.has_magic(dataset) and not path.is_file():
-        found = sorted(Path(name) for name in glob.glob(dataset, recursive=True) if os.path.isfile(name))
+    before = len(problems)
+    if os.path.isdir(path):
+        found = _files_in(path, from_json, problems)
+        missing = (
+            f"holds neither a dataset saved by `datasets` nor files of a known kind ({', '.join(SUPPORTED)}); "
+            f"those of folders inside are read with a wildcard: '{path / '**' / '*.jsonl'}'"
+        )
+    elif glob.has_magic(dataset) and not os.path.isfile(path):
+        names = sorted(glob.glob(dataset, recursive=True))
+        found = files_only(map(Path, names), problems, "--dataset ")
         missing = "no file matches this wildcard"
+        if names:  # folders, then
+            missing += ", only folders: ** stands for any number of them"
     else:
-        found = [path] if path.is_file() else []
+        found = files_only([path], problems, "--dataset ") if os.path.lexists(path) else []
         missing = "file or folder not found"
         if not found and not from_json and _can_be_hub_name(dataset):
             hub_name = HUB_ALIASES.get(dataset, dataset)
             return Source("hub", hub_name, hub_name)
+    if len(problems) > before:
+        return None
     if not found:
         problems.append(f"--dataset {dataset}: {missing}")
         return None
     problems += _unreadable(found, from_json)
     return Source("files", _base_name(dataset), dataset, _splits_by_name(found, warnings), from_json)
+
+
+def _files_in(folder: Path, from_json: bool, problems: list[str]) -> list[Path]:
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        problems.append(f"--dataset {folder}: cannot be listed ({error.strerror})")
+        return []
+    return files_only((file for file in inside if from_json or _format(file) in SUPPORTED), problems, "--dataset ")
 
 
 def _can_be_hub_name(dataset: str) -> bool:
@@ -122,15 +152,19 @@ def _splits_by_name(files: list[Path], warnings: list[str]) -> dict[str, list[Pa
     return {"train": train, "validation": validation}
 
 
-def open_pieces(source: Source, dataset_config: str | None, text_field: str) -> dict[str, list[Documents]]:
+def open_pieces(
+    source: Source, dataset_config: str | None, text_field: str, max_document_mb: float = LONGEST_DOCUMENT
+) -> dict[str, list[Documents]]:
     """The pieces of the `train` split and, where the source has it, of the `validation` split, in their order.
 
-    A piece is a file, or so many rows of a folder saved by `datasets`. ConfigError, then or while documents are read,
-    for whatever keeps the data from being read: one line each.
+    A piece is a file, or so many rows of a folder saved by `datasets`. Documents of more than `max_document_mb` MB are
+    passed over. ConfigError, then or while documents are read, for whatever keeps the data from being read: one line
+    each.
     """
+    limit = int(max_document_mb * MEGABYTE)
     if source.kind == "files":
         return {
-            split: [partial(_documents_of_file, file, text_field, source.force_json) for file in files]
+            split: [partial(_documents_of_file, file, text_field, source.force_json, limit) for file in files]
             for split, files in source.files.items()
         }
     import datasets
@@ -151,129 +185,132 @@ def open_pieces(source: Source, dataset_config: str | None, text_field: str) -> 
     held_out = next((name for name in ("validation", "test") if name in splits), None)
     chosen = {"train": "train", "validation": held_out} if held_out else {"train": "train"}
     pieces = _pieces_of_rows if source.kind == "saved" else _pieces_of_stream
-    return {split: pieces(f"--dataset {source.origin}", splits[name], text_field) for split, name in chosen.items()}
+    origin = f"--dataset {source.origin}"
+    return {split: pieces(origin, splits[name], text_field, limit) for split, name in chosen.items()}
 
 
-def _pieces_of_rows(origin: str, dataset: Any, text_field: str) -> list[Documents]:
-    def rows(first: int) -> Iterator[Any]:
-        return _rows_of_dataset(dataset.select(range(first, min(first + ROWS_PER_PIECE, len(dataset)))), text_field)
+def _pieces_of_rows(origin: str, dataset: Any, text_field: str, limit: int) -> list[Documents]:
+    def rows(first: int) -> Rows:
+        part = dataset.select(range(first, min(first + ROWS_PER_PIECE, len(dataset))))
+        return _rows_of_dataset(part, text_field, first)
 
-    firsts = range(0, len(dataset), ROWS_PER_PIECE)
-    return [partial(_text_only, origin, partial(rows, first), first) for first in firsts]
+    return [partial(_texts, origin, partial(rows, first), limit) for first in range(0, len(dataset), ROWS_PER_PIECE)]
 
 
-def _pieces_of_stream(origin: str, dataset: Any, text_field: str) -> list[Documents]:
+def _pieces_of_stream(origin: str, dataset: Any, text_field: str, limit: int) -> list[Documents]:
     count = dataset.num_shards
     parts = [dataset.shard(count, index) for index in range(count)] if count > 1 else [dataset]
-    return [partial(_text_only, origin, partial(_rows_of_dataset, part, text_field)) for part in parts]
+    return [partial(_texts, origin, partial(_rows_of_dataset, part, text_field), limit) for part in parts]
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _texts(origin: str, rows: Callable[[], Rows], limit: int, tally: Tally) -> Iterator[str]:
+    """The rows that are text, in their order. The others are counted.
 
-
-def _text_only(origin: str, rows: Callable[[], Iterator[Any]], first: int = 0) -> Iterator[str]:
-    """The rows, which must be text; whatever fails while reading them becomes one line that says where."""
-    try:
-        for number, text in enumerate(rows(), start=first + 1):
-            if not isinstance(text, str):
-                raise TypeError(f"document {number} is not text but {type(text).__name__}")
+    Whatever fails while reading becomes one line that says where.
+    """
+    reading = rows()
+    while True:
+        try:
+            name, text = next(reading)
+        except StopIteration:
+            return
+        except Exception as error:  # files, decompressors, pyarrow and the hub raise exceptions of their own
+            raise ConfigError([f"{origin}: {one_line(error)}"]) from error
+        if isinstance(text, str) and len(text) > limit:
+            text = Unusable("is longer than --max_document_mb allows")
+        if isinstance(text, Unusable):
+            tally.pass_over(origin, name, text)
+        else:
+            tally.use(text)
             yield encodable(text)
-    except Exception as error:  # files, decompressors, pyarrow and the hub raise exceptions of their own
-        raise ConfigError([f"{origin}: {one_line(error)}"]) from error
 
 
-def encodable(text: str) -> str:
-    """JSON may hold half a surrogate pair, which no tokenizer can encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+def _text_or_not(number: int, value: Any) -> tuple[str, str | Unusable]:
+    name = f"document {number}"
+    return name, value if isinstance(value, str) else Unusable(f"is not text but {type(value).__name__}")
 
 
 def _missing_field(text_field: str, columns: Iterable[str]) -> ValueError:
     return ValueError(f"no --text_field {text_field!r} among the columns {', '.join(map(repr, columns))}")
 
 
-def _rows_of_dataset(dataset: Any, text_field: str) -> Iterator[Any]:
+def _rows_of_dataset(dataset: Any, text_field: str, first: int = 0) -> Rows:
     if text_field in (dataset.column_names or ()):  # a stream may not know its columns before it is read
         dataset = dataset.select_columns([text_field])
+    number = first
     for batch in dataset.iter(batch_size=ROWS_PER_READ):
         if text_field not in batch:
             raise _missing_field(text_field, batch)
-        yield from batch[text_field]
+        for value in batch[text_field]:
+            number += 1
+            yield _text_or_not(number, value)
 
 
-def _documents_of_file(file: Path, text_field: str, force_json: bool) -> Iterator[str]:
+def _documents_of_file(file: Path, text_field: str, force_json: bool, limit: int, tally: Tally) -> Iterator[str]:
     readers = {".txt": _text_rows, ".parquet": _parquet_rows}
     reader = _json_rows if force_json else readers.get(_format(file), _json_rows)
-    return _text_only(str(file), partial(reader, file, text_field))
+    return _texts(str(file), partial(reader, file, text_field, limit), limit, tally)
 
 
-def _open_text(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        import zstandard
-
-        # Files of several frames are common, and so are long windows (zstd --long).
-        decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        stream = decompressor.stream_reader(open(path, "rb"), read_across_frames=True)
-        return io.TextIOWrapper(stream, encoding="utf-8")
-    return open(path, encoding="utf-8")
-
-
-def _text_rows(path: Path, text_field: str) -> Iterator[str]:
+def _text_rows(path: Path, text_field: str, limit: int) -> Rows:
     """Documents are separated by blank lines; the lines of one document stay as they are."""
-    with _open_text(path) as file:
-        for blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
+    with LineReader(open_binary(path), limit) as lines:
+        number = 0
+        for blank, group in itertools.groupby(_without_mark(lines), key=lambda line: line.isspace()):
             if not blank:
-                yield "".join(lines).rstrip("\n")
+                number += 1
+                yield _paragraph(number, group, limit)
 
 
-def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, object) of every JSON line, or of one JSON array (which has to fit into memory).
+def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that hold something, without the byte-order mark that a file may begin with."""
+    for number, line in enumerate(lines):
+        if number == 0 and not isinstance(line, TooLong):
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if line or isinstance(line, TooLong):
+            yield line
 
-    Numbers are those of the lines, from 1. `ValueError` says which one is not a JSON object.
-    """
-    with _open_text(path) as file:
-        lines = enumerate(file, start=1)
-        first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
-        if first[1].lstrip().startswith("["):
-            rows = enumerate(json.loads(first[1] + file.read()), start=1)
+
+def _paragraph(number: int, lines: Iterable[bytes], limit: int) -> tuple[str, str | Unusable]:
+    """One document of a text file; of one that is too long, no more is kept than is allowed."""
+    name, size = f"document {number}", 0
+    parts: list[bytes] = []
+    for line in lines:
+        size += line.size if isinstance(line, TooLong) else len(line)
+        if size <= limit:
+            parts.append(line)
         else:
-            rows = _json_lines(itertools.chain([first], lines))
-        for number, row in rows:
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number} is not a JSON object")
-            yield number, row
+            parts.clear()
+    if size > limit:
+        return name, Unusable(f"is longer than --max_document_mb allows ({size / MEGABYTE:.3g} MB)")
+    data = b"".join(parts).rstrip(b"\r\n")
+    try:
+        return name, data.decode()
+    except UnicodeDecodeError as error:
+        return name, Unusable(str(error), is_sentence=True)
 
 
-def _json_rows(path: Path, text_field: str) -> Iterator[Any]:
-    for _, row in json_objects(path):
-        if text_field not in row:
-            raise _missing_field(text_field, row)
-        yield row[text_field]
+def _json_rows(path: Path, text_field: str, limit: int) -> Rows:
+    for number, (name, row) in enumerate(json_rows(path, limit, text_field), start=1):
+        if isinstance(row, Unusable):
+            yield name, row
+        elif text_field not in row:
+            yield name, Unusable(str(_missing_field(text_field, row)), is_sentence=True)
+        else:
+            yield _text_or_not(number, row[text_field])
 
 
-def _json_lines(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
-    for number, line in lines:
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not valid JSON ({error.msg})") from error
-            yield number, row
-
-
-def _parquet_rows(path: Path, text_field: str) -> Iterator[Any]:
+def _parquet_rows(path: Path, text_field: str, limit: int) -> Rows:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
         if text_field not in file.schema_arrow.names:
             raise _missing_field(text_field, file.schema_arrow.names)
+        number = 0
         for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=[text_field]):
-            yield from batch.column(0).to_pylist()
+            for value in batch.column(0):
+                number += 1
+                try:
+                    yield _text_or_not(number, value.as_py())
+                except UnicodeDecodeError as error:
+                    yield f"document {number}", Unusable(str(error), is_sentence=True)

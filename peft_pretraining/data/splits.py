@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from peft_pretraining.data.block_writer import BlockWriter
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig
 from peft_pretraining.data.sources import Documents
+from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import Encoded, encode_documents
 
 Writers = dict[str, BlockWriter]  # by split
@@ -34,7 +34,9 @@ class Document(NamedTuple):
     text: str
 
 
-def train_documents(config: PretokenizeConfig, pieces: list[Documents]) -> tuple[Iterator[Document], int | None]:
+def train_documents(
+    config: PretokenizeConfig, pieces: list[Documents], tally: Tally
+) -> tuple[Iterator[Document], int | None]:
     """The documents of the train split that this command is for, and how many they are, if that is known.
 
     Slices are runs of whole files. With `--take` they are runs of documents, for nothing says in which file a document
@@ -42,7 +44,7 @@ def train_documents(config: PretokenizeConfig, pieces: list[Documents]) -> tuple
     """
 
     def read(first: int, end: int) -> Iterator[Document]:
-        return (Document(p, n, text) for p in range(first, end) for n, text in enumerate(pieces[p]()))
+        return (Document(p, n, text) for p in range(first, end) for n, text in enumerate(pieces[p](tally)))
 
     if config.take is None:
         return read(*_part(config, len(pieces))), None
@@ -63,34 +65,52 @@ def held_out_draw(seed: int, document: Document) -> float:
     return derive_seed(seed, "validation documents", document.piece, document.number) / 2**63
 
 
-def write_splits(config: PretokenizeConfig, pieces: dict[str, list[Documents]], folder: Path, eos_id: int) -> Writers:
-    """Tokenise and write both splits. Of several slices the first writes the source's own validation split."""
+def write_splits(
+    config: PretokenizeConfig, pieces: dict[str, list[Documents]], folder: Path, eos_id: int, special: tuple[int, ...]
+) -> Writers:
+    """Tokenise and write both splits. Of several slices the first writes the source's own validation split.
 
-    def encoded(split: str, texts: Iterator[str], total: int | None = None) -> Iterator[Encoded]:
+    ConfigError where too many rows hold no document; of the others it is said how many were passed over.
+    """
+
+    def encoded(split: str, texts: Iterator[str], tally: Tally, total: int | None = None) -> Iterator[Encoded]:
         with tqdm(desc=f"tokenising {split}", total=total, unit=" documents", mininterval=1) as progress:
             tokens = 0
-            for batch in encode_documents(texts, folder, eos_id, config.processes):
+            for batch in encode_documents(texts, folder, eos_id, special, config.processes):
                 yield batch
                 tokens += batch.ids.size
                 progress.set_postfix(tokens=f"{tokens:,}", refresh=False)
                 progress.update(len(batch.lengths))
+        tally.check()
 
-    def train(observe: Callable[[Document], None] = lambda document: None) -> Iterator[Encoded]:
-        documents, total = train_documents(config, pieces["train"])
-        return encoded("train", (observe(document) or document.text for document in documents), total)
+    def train(tally: Tally, observe: Callable[[Document], None] = lambda document: None) -> Iterator[Encoded]:
+        documents, total = train_documents(config, pieces["train"], tally)
+        return encoded("train", (observe(document) or document.text for document in documents), tally, total)
 
     if "validation" not in pieces:
         return _write_held_out(config, train, folder)
     if config.validation_fraction != PretokenizeConfig.validation_fraction:
         print("warning: --validation_fraction has no effect: the data has a validation split", file=sys.stderr)
-    validation = (text for piece in pieces["validation"] for text in piece())
-    batches = {"train": train(), "validation": encoded("validation", validation) if not config.shard else ()}
+    tallies = {"train": Tally(), "validation": Tally()}
+    validation = (text for piece in pieces["validation"] for text in piece(tallies["validation"]))
+    batches = {
+        "train": train(tallies["train"]),
+        "validation": encoded("validation", validation, tallies["validation"]) if not config.shard else (),
+    }
     writers = _writers(config, folder)
     for split, writer in writers.items():
         for batch in batches[split]:
             writer.add(batch.ids, len(batch.lengths))
-        writer.finish()
+        _finish(writer, tallies[split])
     return writers
+
+
+def _finish(writer: BlockWriter, tally: Tally) -> None:
+    """Complete a split, and say which rows were not used."""
+    writer.rows_passed_over += tally.unusable
+    writer.finish()
+    for note in tally.notes():
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _writers(config: PretokenizeConfig, folder: Path) -> Writers:
@@ -98,47 +118,84 @@ def _writers(config: PretokenizeConfig, folder: Path) -> Writers:
 
 
 def _write_held_out(
-    config: PretokenizeConfig, encoded: Callable[[Callable[[Document], None]], Iterator[Encoded]], folder: Path
+    config: PretokenizeConfig, encoded: Callable[[Tally, Callable[[Document], None]], Iterator[Encoded]], folder: Path
 ) -> Writers:
     """Documents whose draw is at most the share go to validation, whole; all others to train, in their order.
 
     If that share holds less than one block, it grows to the smallest that holds one, and everything is read again. Only
     small data, or documents longer than most of it, ever need that; a slice, which sees but a part, never does it.
+    Where whole documents would leave nothing to train on, such as a single long one, blocks are held out instead.
     """
     share = config.validation_fraction
     while True:
-        writers = _writers(config, folder)
+        writers, tally = _writers(config, folder), Tally()
         enough, read_ahead = _SmallestShare(config.sequence_length), deque()
-        for batch in encoded(lambda document, draws=read_ahead: draws.append(held_out_draw(config.seed, document))):
+        for batch in encoded(
+            tally, lambda document, draws=read_ahead: draws.append(held_out_draw(config.seed, document))
+        ):
             draws = np.array([read_ahead.popleft() for _ in batch.lengths])
             held_out = draws <= share
             token_held_out = np.repeat(held_out, batch.lengths)
             writers["train"].add(batch.ids[~token_held_out], int((~held_out).sum()))
             writers["validation"].add(batch.ids[token_held_out], int(held_out.sum()))
             enough.add(draws, batch.lengths)
-        for writer in writers.values():
-            writer.finish()
-        if config.shard is not None or writers["validation"].blocks or enough.share <= share:
+        blocks = {split: writer.tokens // config.sequence_length for split, writer in writers.items()}
+        total = sum(writer.tokens for writer in writers.values())
+        is_done = config.shard is not None or (blocks["validation"] and blocks["train"])
+        by_blocks = not is_done and (not blocks["train"] or total - enough.held < config.sequence_length)
+        by_blocks = by_blocks and total >= 2 * config.sequence_length
+        if is_done or (not by_blocks and enough.share <= share):
+            _finish(writers["train"], tally)
+            writers["validation"].finish()
             return writers
+        for writer in writers.values():
+            writer.discard()
+        if by_blocks:
+            return _write_end_held_out(config, encoded, folder, total)
         share = enough.share
         print("note: the validation share holds less than one block; reading again with a larger one", file=sys.stderr)
-        for split in writers:
-            shutil.rmtree(folder / split)
+
+
+def _write_end_held_out(
+    config: PretokenizeConfig,
+    encoded: Callable[[Tally, Callable[[Document], None]], Iterator[Encoded]],
+    folder: Path,
+    total: int,
+) -> Writers:
+    """The last blocks of `total` tokens go to validation; a document that is cut counts in both splits."""
+    blocks = total // config.sequence_length
+    held_out = min(blocks - 1, max(1, round(config.validation_fraction * blocks)))
+    print(
+        f"note: the documents are too few to hold out whole ones: the last {held_out} of {blocks} blocks are the "
+        "validation split",
+        file=sys.stderr,
+    )
+    writers, tally, left = _writers(config, folder), Tally(), (blocks - held_out) * config.sequence_length
+    for batch in encoded(tally, lambda document: None):
+        ends = np.cumsum(batch.lengths)
+        starts = ends - batch.lengths
+        writers["train"].add(batch.ids[:left], int((starts < left).sum()))
+        writers["validation"].add(batch.ids[left:], int((ends > left).sum()))
+        left = max(0, left - batch.ids.size)
+    _finish(writers["train"], tally)
+    writers["validation"].finish()
+    return writers
 
 
 class _SmallestShare:
     """The smallest share of the documents seen so far that holds `tokens` tokens (or all, if they are too few)."""
 
     def __init__(self, tokens: int):
-        self._needed, self._held = tokens, 0
+        self._needed, self.held = tokens, 0
+        """Tokens wanted, and tokens that the share holds."""
         self._smallest: list[tuple[float, int]] = []  # heap of (-draw, length): the largest draw on top
 
     def add(self, draws: np.ndarray, lengths: np.ndarray) -> None:
         for draw, length in zip(draws.tolist(), lengths.tolist(), strict=True):
             heapq.heappush(self._smallest, (-draw, length))
-            self._held += length
-            while self._held - self._smallest[0][1] >= self._needed:
-                self._held -= heapq.heappop(self._smallest)[1]
+            self.held += length
+            while self.held - self._smallest[0][1] >= self._needed:
+                self.held -= heapq.heappop(self._smallest)[1]
 
     @property
     def share(self) -> float:

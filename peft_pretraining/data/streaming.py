@@ -20,18 +20,23 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from peft_pretraining import rng
+from peft_pretraining.data.lines import is_blank
 from peft_pretraining.data.shards import DataError, Shard, log
 
 T = TypeVar("T")
 
 WINDOW = 8192
 """Consecutive documents that are shuffled among each other: 17 MB of C4, of which two are in memory."""
+
+
+WINDOW_BYTES = 2**28
+"""Bytes after which a window ends early: documents of C4 never come near it, but two windows must fit into memory."""
 
 
 class Document(NamedTuple):
@@ -90,7 +95,7 @@ def _documents(shards: Sequence[Shard], order: Sequence[int], start: Cursor) -> 
         for count, line in enumerate(lines):
             if count == 0 and place + 1 < len(order):
                 shards[order[place + 1]].fetch_ahead()
-            if not line.data.isspace():
+            if not is_blank(line.data):
                 yield _Placed(Document(order[place], line.number, line.data), place, line.offset)
 
 
@@ -105,7 +110,12 @@ def read_windows(shards: Sequence[Shard], seed: int, size: int, start: Cursor) -
         if upcoming is None:
             raise DataError(f"{shards[0]} and the other {len(shards) - 1} training shards hold no documents")
         while upcoming is not None:
-            documents = [placed.document for placed in (upcoming, *islice(found, size - 1))]
+            documents, held = [], 0
+            for placed in chain([upcoming], found):
+                documents.append(placed.document)
+                held += len(placed.document.data)
+                if len(documents) == size or held >= WINDOW_BYTES:
+                    break
             # One document further, so that the next window's place, an epoch's end included, is known already now.
             upcoming = next(found, None)
             position = cursor.position + len(documents)

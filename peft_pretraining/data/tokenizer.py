@@ -6,6 +6,7 @@ it is needed: a Rust tokenizer works without it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,17 +18,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from peft_pretraining.data.sources import one_line
+from peft_pretraining.data.json_rows import one_line
+from peft_pretraining.data.plain_text import PlainText
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.workers import obey_the_parent
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TRAINED_EOS, TRAINED_PAD = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 260  # 256 bytes, the two special tokens, and something to learn
 
+_LARGEST_ID = 2**31 - 1
 BATCH_CHARACTERS = 2**18  # about 0.1 s of work: far above the cost of handing it over, far below that of a long wait
 BATCH_DOCUMENTS = 4096
 BATCHES_AHEAD = 4  # per worker, read before they are needed
@@ -47,14 +49,36 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     huggingface_hub.logging.set_verbosity_error()  # its warnings for every retry would bury the one line that counts
     try:
+        # Never the code of whoever made it, and no question about it either.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # unknown name, no network, missing or broken files: each with exceptions of its own
-        raise ConfigError(
-            [f"--tokenizer {name}: no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"]
-        ) from error
-    if tokenizer.eos_token_id is None:
+        tokenizer("A few words.", add_special_tokens=False)  # some damage shows no sooner
+        largest, eos = max(tokenizer.get_vocab().values(), default=-1), tokenizer.eos_token_id
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # unknown name, no network, damaged files: each of its own; Rust's panics of none
+        raise ConfigError([f"--tokenizer {name}: {_why_not_loadable(name, error)}"]) from error
+    if eos is None:
         raise ConfigError([f"--tokenizer {name}: has no end-of-sequence token to put between documents"])
+    if largest > _LARGEST_ID:
+        raise ConfigError([f"--tokenizer {name}: has a token of id {largest}; ids are stored in 32 bits"])
     return tokenizer
+
+
+def _why_not_loadable(name: str, error: BaseException) -> str:
+    folder = Path(name)
+    if os.path.isdir(folder) and not os.path.isfile(folder / "tokenizer.json"):
+        packages = {
+            "spiece.model": "sentencepiece",
+            "tokenizer.model": "sentencepiece",
+            "tekken.json": "mistral_common",
+        }
+        for file, package in packages.items():
+            if os.path.isfile(folder / file) and importlib.util.find_spec(package) is None:
+                return (
+                    f"has {file} but no tokenizer.json: reading it needs `pip install {package}` "
+                    "(AutoTokenizer.from_pretrained(...).save_pretrained(...) then writes tokenizer.json)"
+                )
+    return f"no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"
 
 
 def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> PreTrainedTokenizerBase:
@@ -79,48 +103,25 @@ def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> Pre
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=TRAINED_EOS, pad_token=TRAINED_PAD)
 
 
-class PlainText:
-    """Text to token ids. Text that spells a special token is ordinary text."""
-
-    def __init__(self, tokenizer: Tokenizer | PreTrainedTokenizerBase):
-        """A tokenizer of `tokenizers`, of which a copy is used, or one of `transformers`."""
-        from tokenizers import Tokenizer
-
-        rust = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
-        self._rust, self._python = None, tokenizer
-        if rust is not None:
-            self._rust = Tokenizer.from_str(rust.to_str())
-            self._rust.no_truncation()
-            self._rust.no_padding()
-            self._rust.encode_special_tokens = True
-
-    def __call__(self, texts: list[str]) -> Iterator[list[int]]:
-        """The ids of each text, without any that mark its beginning or end."""
-        if self._rust is not None:
-            # "fast": without the offsets into the text
-            return (one.ids for one in self._rust.encode_batch_fast(texts, add_special_tokens=False))
-        options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
-        return (self._python(text, **options)["input_ids"] for text in texts)
-
-
 class Encoder:
     """Documents to tokens, with the tokenizer that was saved in `folder`: a document ends once, where it ends."""
 
-    def __init__(self, folder: str, eos_id: int):
+    def __init__(self, folder: str, eos_id: int, special: tuple[int, ...]):
+        """`special`: the ids that stand for no text (`special_ids`)."""
         self._eos_id = eos_id
         if (Path(folder) / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
-            self._ids = PlainText(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+            self._ids = PlainText(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), special)
         else:
             from transformers import AutoTokenizer
 
-            self._ids = PlainText(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+            self._ids = PlainText(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), special)
 
     def __call__(self, texts: list[str]) -> Encoded:
         pieces, lengths = [], []
         for ids in self._ids(texts):
-            if self._eos_id in ids:  # SentencePiece vocabularies spell EOS even where it is not a special token
+            if self._eos_id in ids:  # such as one that is a single character
                 ids = [token for token in ids if token != self._eos_id]
             pieces += ids
             pieces.append(self._eos_id)
@@ -128,7 +129,9 @@ class Encoder:
         return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64))
 
 
-def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cpu: int) -> Iterator[Encoded]:
+def encode_documents(
+    documents: Iterable[str], folder: Path, eos_id: int, special: tuple[int, ...], num_cpu: int
+) -> Iterator[Encoded]:
     """Encode `documents` in their order, in batches, with `num_cpu` processes (1: this one).
 
     Processes rather than the tokenizer's own threads: those wait for the longest document of each batch, and stand
@@ -136,9 +139,9 @@ def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cp
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers inherit it: one thread each
     if num_cpu == 1:
-        yield from map(Encoder(str(folder), eos_id), _batches(documents))
+        yield from map(Encoder(str(folder), eos_id, special), _batches(documents))
         return
-    encode = partial(_encode_in_worker, str(folder), eos_id)
+    encode = partial(_encode_in_worker, str(folder), eos_id, special)
     # Not forked: this process may have threads (Arrow, Rust, torch) whose locks a fork would copy as they stand.
     pool = ProcessPoolExecutor(num_cpu, get_context("spawn"), initializer=obey_the_parent)
     try:
@@ -156,8 +159,8 @@ def encode_documents(documents: Iterable[str], folder: Path, eos_id: int, num_cp
 _worker_encoder = cache(Encoder)  # read once per worker, which lives for one `encode_documents`
 
 
-def _encode_in_worker(folder: str, eos_id: int, texts: list[str]) -> Encoded:
-    return _worker_encoder(folder, eos_id)(texts)
+def _encode_in_worker(folder: str, eos_id: int, special: tuple[int, ...], texts: list[str]) -> Encoded:
+    return _worker_encoder(folder, eos_id, special)(texts)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -5,11 +5,11 @@ Plain tensors go through as they are. What needs several devices is called by al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from peft_pretraining.distributed.sharding import Shard, distribute_like, local
@@ -72,10 +72,25 @@ def on_main(tensor: Tensor) -> Tensor:
     return gathered.cpu() if dist.get_rank() == 0 else gathered.new_empty(0, device="cpu")
 
 
-def gather_to_main(tensors: dict[str, Tensor], is_main: bool) -> dict[str, Tensor]:
-    """Whole tensors by name, on the CPU of the main process; an empty mapping on the others. All must call it."""
+def gather_to_main(
+    tensors: dict[str, Tensor], is_main: bool, same: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Whole tensors by name, on the CPU of the main process; an empty mapping on the others. All must call it.
+
+    `same` gives, by name, another name of the same tensor (`tied_names`): it is gathered once, and its two names share
+    their memory, as those of a tensor that is not divided do.
+    """
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return tensors if is_main else {}
+    same = {name: first for name, first in (same or {}).items() if first in tensors}
     # One at a time: no device has to hold the whole model.
-    gathered = {name: on_main(tensor) for name, tensor in tensors.items()}
+    gathered = {name: on_main(tensor) for name, tensor in tensors.items() if name not in same}
+    gathered = {name: gathered[same.get(name, name)] for name in tensors}
     return gathered if is_main else {}
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that a model has under several: each with the first one."""
+    first: dict[Tensor, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: found for name, param in named if (found := first.setdefault(param, name)) != name}

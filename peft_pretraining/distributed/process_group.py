@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.processes import end_with_launcher
 
 T = TypeVar("T")
 
@@ -29,24 +29,38 @@ class ProcessGroup:
 
     @classmethod
     def start(cls, single_device: bool = False) -> ProcessGroup:
-        """Join the group that torchrun's environment describes: nccl on CUDA, gloo on the CPU."""
+        """Join the group that torchrun's environment describes: nccl on CUDA, gloo on the CPU.
+
+        Raises `ConfigError` where there is no device for this process, or the others cannot be reached.
+        """
+        end_with_launcher()  # for programs that are none of the scripts
         env = os.environ
-        if "TORCHELASTIC_RUN_ID" in env:
-            _end_with_torchrun()
         grouped = not single_device and int(env.get("WORLD_SIZE", "1")) > 1
         local_rank = int(env.get("LOCAL_RANK", "0")) if grouped else 0
         if torch.cuda.is_available():
+            if local_rank >= (devices := torch.cuda.device_count()):
+                raise ConfigError(
+                    [
+                        f"LOCAL_RANK {local_rank}: this machine has {devices} CUDA device(s): start at most as many "
+                        "processes on it (torchrun --nproc-per-node)"
+                    ]
+                )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
         if not grouped:
             return cls(0, 1, 0, 1, device)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            device_id=device if device.type == "cuda" else None,
-            **_fresh_store(env),
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                device_id=device if device.type == "cuda" else None,
+                **_fresh_store(env),
+            )
+        except (dist.DistError, ValueError) as error:
+            address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+            why = str(error).splitlines()[0]
+            raise ConfigError([f"the processes cannot meet at MASTER_ADDR:MASTER_PORT {address}: {why}"]) from error
         local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, device)
 
@@ -120,17 +134,6 @@ def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
         tensor.div_(dist.get_world_size())
     return tensor
-
-
-def _end_with_torchrun() -> None:
-    """Have the kernel send SIGTERM when torchrun, the parent, is gone without a word (kill -9, out of memory).
-
-    Otherwise the processes would train on, or wait for each other for ever, and write into the folder of the run that
-    is started in their place.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # <sys/prctl.h>
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _fresh_store(env: Mapping[str, str]) -> dict[str, Any]:

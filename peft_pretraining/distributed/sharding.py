@@ -109,8 +109,11 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def whole_norm(parts: Iterable[tuple[Tensor, Shard]]) -> Tensor:
-    """The 2-norm over local parts; those that are divided are added up over their devices, all at once."""
-    parts = list(parts)
+    """The 2-norm over local parts; those that are divided are added up over their devices, all at once.
+
+    Of float16 parts it is in float32, where the norm of finite numbers is finite.
+    """
+    parts = [(part.float() if part.dtype == torch.float16 else part, shard) for part, shard in parts]
     if not parts:
         return torch.zeros(())
     plain = [part for part, shard in parts if shard.dim is None]

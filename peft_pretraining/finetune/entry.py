@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft_pretraining.flags import EXIT_BAD_INPUT, ConfigError, exit_with_problems
-
-_SECONDS_TO_SPEAK = 10.0
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.launcher import bad_input, check_launcher
+from peft_pretraining.signals import EXIT_REQUEUE, Stopped
 
 
 def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -> int:
-    """Call `run` with the command line; 0, or 2 for bad input with one line per problem on stderr."""
+    """Call `run` with the command line; 0, 2 for bad input with one line per problem on stderr, or 75 when it was asked
+    to stop and has saved."""
     try:
+        check_launcher()
         run(sys.argv[1:] if argv is None else argv)
         return 0
     except ConfigError as error:
-        # As in torchrun_main.py: one process per machine speaks, and torchrun must not end it before it has.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            return exit_with_problems(error)
-        time.sleep(_SECONDS_TO_SPEAK)
-        return EXIT_BAD_INPUT
+        return bad_input(error)
+    except Stopped:
+        return EXIT_REQUEUE
     finally:
         leave_process_group()
 

@@ -20,6 +20,7 @@ from peft_pretraining.config import DEFAULT_TOKENIZER
 from peft_pretraining.finetune.glue_settings import GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.loading import load_pretrained
 from peft_pretraining.safe_loading import without_code
 from peft_pretraining.tracking import log
 
@@ -49,9 +50,14 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     # Before the model is made, whose embedding would otherwise never train a wrong row. Models of one direction look
     # for the last token that is not this one.
     config.pad_token_id = tokenizer.pad_token_id
-    model = _loaded(
-        lambda: AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **where),
+    model = load_pretrained(
+        AutoModelForSequenceClassification,
+        name,
         f"--model_name_or_path {name}",
+        new_head=True,
+        config=config,
+        dtype=torch.float32,
+        **where,
     )
     return model, tokenizer
 

@@ -188,7 +188,8 @@ def _config(
     settings |= {"method": chosen.method, "optimizer": chosen.rule}
     settings["per_layer"] = settings.get("per_layer", False) or chosen.per_layer
     if settings.get("stagger_refresh") is None:
-        settings["stagger_refresh"] = settings["per_layer"]
+        reads_per_layer = chosen.method in METHODS and "per_layer" in METHODS[chosen.method].options
+        settings["stagger_refresh"] = reads_per_layer and settings["per_layer"]
     if training is not None:
         settings |= _shared_settings(given, training)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

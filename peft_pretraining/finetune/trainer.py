@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.finetune.settings import FineTuning
+from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
@@ -47,6 +48,7 @@ class MethodTrainer(Trainer):
         # divides by the whole batch's targets itself; classifiers do not, and gradients would be too large.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_AroundTheStep(self))
+        self.add_callback(StopOnRequest())
         self._micro_batch = 0
         self._skipped = False
         self.method: TrainingMethod | None = None
@@ -59,6 +61,9 @@ class MethodTrainer(Trainer):
         self.method_config: Config = config.replace(num_training_steps=max_steps)
         self.method = load_method(config.method.method)(self.method_config)
         self.method.convert(self.model)
+
+    def _get_dataloader(self, *arguments: Any, **keywords: Any) -> Any:
+        return shielded(super()._get_dataloader(*arguments, **keywords))
 
     # The method's calls, in the order of train.py's `train_step`.
 

@@ -25,6 +25,8 @@ class MethodEntry:
     """Update rules (`--optimizer`) that it can be combined with."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Defaults of this method that differ from `config.py`."""
+    identity: tuple[str, ...] = ()
+    """Settings, beside those that do so for any method, without which its saved tensors compute something else."""
 
 
 _PROJECTION = (
@@ -35,7 +37,10 @@ _RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 _GALORE_EPS = {"adam_eps": 1e-6}
 
 _FACTORS = ("rank", "target_modules", "lora_dropout", "lora_plus_ratio", "dense_lr_ratio", "check_rank_sync")
-_FROZEN = ("lora_alpha", "train_scaling", "force_keep_original", "lora_only", "quantize", "use_double_quant")
+_FROZEN = (
+    *("lora_alpha", "train_scaling", "force_keep_original", "lora_only", "quantize", "use_double_quant"),
+    *("init_lora_type", "zero_init_B"),
+)
 _RELORA = ("relora", "reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning")
 _SWITCHING = (
     *("lora_alpha", "init_lora_type", "zero_init_B", "force_disable_candidates", "lora_only", "quantize"),
@@ -60,7 +65,7 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "lora": MethodEntry(
         "peft_pretraining.methods.lora:LoRA",
-        (*_FACTORS, *_FROZEN, "init_lora_type", "zero_init_B", "force_disable_candidates"),
+        (*_FACTORS, *_FROZEN, "force_disable_candidates"),
     ),
     "relora": MethodEntry(
         "peft_pretraining.methods.relora:ReLoRA", (*_FACTORS, *_FROZEN, *_RELORA, "scale", "update_proj_gap")
@@ -68,9 +73,10 @@ METHODS: dict[str, MethodEntry] = {
     "switchlora": MethodEntry("peft_pretraining.methods.switchlora:SwitchLoRA", (*_FACTORS, *_SWITCHING)),
     "golore_adapter": MethodEntry(
         "peft_pretraining.methods.golore_adapter:GoLoreAdapter",
-        (*_FACTORS, *_ADAPTER, "lora_only", "quantize"),
+        (*(name for name in _FACTORS if name != "lora_plus_ratio"), *_ADAPTER, "lora_only", "quantize"),
         ("adamw", "sgd"),
         _GALORE_EPS,
+        ("scale",),
     ),
 }
 

@@ -12,6 +12,7 @@ from peft_pretraining import rng
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.full_rank import create_adam_state
 from peft_pretraining.methods.rank_sync import assert_equal_on_all_ranks
+from peft_pretraining.methods.targets import named_by_flag
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict, wrap_linears
 from peft_pretraining.nn.initialization import draw_factors, draw_factors_alone
 
@@ -23,11 +24,14 @@ class FactorMethod(TrainingMethod):
     that the method sees, and is saved.
     """
 
+    corrects_weights: bool = True
+    """Whether frozen weights are changed again and again."""
     start: int | None = None
     _reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
 
     def convert(self, model: nn.Module) -> nn.Module:
-        wrap_linears(model, self.config.method.target_modules, self.wrap)
+        with named_by_flag(self.config):
+            wrap_linears(model, self.config.method.target_modules, self.wrap)
         return model
 
     def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
@@ -39,6 +43,7 @@ class FactorMethod(TrainingMethod):
             self.scale,
             dropout=factors.lora_dropout,
             train_scaling=factors.train_scaling,
+            corrected=self.corrects_weights,
             lora_only=factors.lora_only,
             quantize=factors.quantize,
             double_quant=factors.use_double_quant,
@@ -56,6 +61,11 @@ class FactorMethod(TrainingMethod):
         """s, which is the same for layers that are too small for the whole rank."""
         return self.config.factors.lora_alpha / self.config.method.rank
 
+    @property
+    def b_ratio(self) -> float:
+        """The rate of B over that of A (LoRA+)."""
+        return self.config.factors.lora_plus_ratio
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All A, all B, and everything else that is trained, each with its own rate."""
         settings, factors = self.config.optimizer, self.config.factors
@@ -64,7 +74,7 @@ class FactorMethod(TrainingMethod):
         all_b = [layer.lora_B for layer in layers if layer.lora_B.requires_grad]
         in_factors = {*all_a, *all_b}
         others = [param for param in model.parameters() if param.requires_grad and param not in in_factors]
-        ratios = (1.0, factors.lora_plus_ratio, factors.dense_lr_ratio)
+        ratios = (1.0, self.b_ratio, factors.dense_lr_ratio)
         groups = zip((all_a, all_b, others), ratios, strict=True)
         return [
             {"params": params, "lr": settings.lr * ratio, "initial_lr": settings.lr * ratio}

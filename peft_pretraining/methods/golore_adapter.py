@@ -36,9 +36,15 @@ class GoLoreAdapter(FactorMethod):
     def scale(self) -> float:
         return -self.config.method.scale
 
+    @property
+    def b_ratio(self) -> float:
+        """Which of the two factors is trained depends on a layer's shape, and means nothing: one rate for all."""
+        return 1.0
+
     def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
         """Both factors are zero: the first refresh makes the basis."""
-        return LowRankLinear(linear, self.config.method.rank, self.scale, dropout=self.config.factors.lora_dropout)
+        rank, dropout = self.config.method.rank, self.config.factors.lora_dropout
+        return LowRankLinear(linear, rank, self.scale, dropout=dropout, corrected=True)
 
     def convert(self, model: nn.Module) -> nn.Module:
         model, peers, settings = super().convert(model), [], projection_settings(self.config)

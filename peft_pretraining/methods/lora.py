@@ -10,3 +10,5 @@ from peft_pretraining.methods.factors import FactorMethod
 
 class LoRA(FactorMethod):
     """All of it is in the shared base: factors that stay where they are."""
+
+    corrects_weights = False

@@ -14,6 +14,7 @@ from peft_pretraining.config import Config, MethodConfig
 from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import Shard
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.methods.targets import named_by_flag
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.optim import LowRankGradients, LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.projection import LEFT, SIDES, projected_sides
@@ -42,7 +43,8 @@ class GradientProjection(TrainingMethod):
 
     def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
         method, settings = self.config.method, self.config.optimizer
-        targets = {f"{name}.weight" for name in target_linears(model, method.target_modules)}
+        with named_by_flag(self.config):
+            targets = {f"{name}.weight" for name in target_linears(model, method.target_modules)}
         named = list(model.named_parameters())
         return LowRankOptimizer(
             [

@@ -42,7 +42,8 @@ class SwitchLoRA(FactorMethod):
 
     def wrap(self, linear: nn.Linear, index: int) -> SwitchedLinear:
         factors, seed = self.config.factors, self.config.run.seed
-        layer = SwitchedLinear(linear, self.config.method.rank, self.scale, dropout=factors.lora_dropout)
+        rank = self.config.method.rank
+        layer = SwitchedLinear(linear, rank, self.scale, dropout=factors.lora_dropout, corrected=True)
         state = SwitchState(layer, offload=not factors.no_offload_candidates)
         generator = rng.generator(seed, "candidates", index=index)
         state.fill(layer, factors.init_lora_type, generator, factors.zero_init_B, factors.discontinuous_switch)

@@ -12,6 +12,7 @@ from peft_pretraining.config import ModelConfig
 from peft_pretraining.distributed.gathering import put
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.loading import check_is_llama, load_pretrained
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -42,14 +43,20 @@ def build_model(
 ) -> LlamaForCausalLM:
     """A LLaMA in training mode.
 
-    With `weights_from`, a folder or hub name, its weights are read. Otherwise `shape` is the model JSON's settings, and
-    weights are drawn by `seed`; with a seed of None the model has no memory until `materialize` gives it some.
+    With `weights_from`, a folder or hub name, its weights are read; raises `ConfigError` unless they are a whole LLaMA.
+    Otherwise `shape` is the model JSON's settings, and weights are drawn by `seed`; with a seed of None the model has
+    no memory until `materialize` gives it some.
     """
     dtype = resolve_dtype(config.dtype, device)
     check_attention(config.attn_implementation, device, dtype)
     if weights_from is not None:
-        model = LlamaForCausalLM.from_pretrained(
+        flag = "--model_name_or_path" if weights_from == config.model_name_or_path else "--warmed_up_model"
+        what = f"{flag} {weights_from}"
+        check_is_llama(weights_from, what, config.model_revision)
+        model = load_pretrained(
+            LlamaForCausalLM,
             weights_from,
+            what,
             dtype=dtype,
             attn_implementation=config.attn_implementation,
             revision=config.model_revision or "main",

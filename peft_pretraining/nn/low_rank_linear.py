@@ -5,7 +5,8 @@ Hu et al., arXiv 2106.09685, section 4.1. With W (m, n) frozen, A (r, n) and B (
     y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ,     effective weight W + s·B·A
 
 What happens to W, A and B over time (merge, reset, switch, new basis) is for the methods to say. They do it with
-`add_to_weight`, which computes in float32 (float64 for float64) and rounds once.
+`add_to_weight`, which computes in float32 (float64 for float64). A W of 16 bits keeps beside it what rounding takes
+from it (nn/weight_rest.py), so that any number of corrections adds up as in float32.
 
 W, A and B may be divided over devices (distributed/sharding.py). What is computed from them between passes is then this
 device's part of W, with rows of B and columns of A that meet it.
@@ -14,6 +15,7 @@ device's part of W, with rows of B and columns of A that meet it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,13 @@ from torch import Tensor, nn
 
 from peft_pretraining.distributed.gathering import meeting, on_main
 from peft_pretraining.distributed.sharding import Shard, distribute_like, local
-from peft_pretraining.models.targets import target_linears
+from peft_pretraining.models.targets import as_linear, target_linears
+from peft_pretraining.nn import weight_rest
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
+
+WEIGHT_REST = "weight_rest"
+"""Of the rest in a layer's state dict."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,6 +42,7 @@ class LowRankLinear(nn.Module):
 
     rank: at most min(m, n) is used.
     scale: s; negative for GoLore. With `train_scaling` s = tanh(scaling), a trained scalar that starts at 1.
+    corrected: W is changed again and again, so that in 16 bits it needs its rest; without, a change is rounded.
     lora_only: drop W; then nothing can be merged.
     quantize: "4bit" or "8bit" keeps W quantised (bitsandbytes); `double_quant` quantises the 4-bit constants, too.
     """
@@ -48,6 +55,7 @@ class LowRankLinear(nn.Module):
         *,
         dropout: float = 0.0,
         train_scaling: bool = False,
+        corrected: bool = False,
         lora_only: bool = False,
         quantize: str | None = None,
         double_quant: bool = False,
@@ -71,6 +79,11 @@ class LowRankLinear(nn.Module):
         self.lora_A = nn.Parameter(dense.new_zeros(self.rank, self.in_features))
         self.lora_B = nn.Parameter(dense.new_zeros(self.out_features, self.rank))
         self.register_parameter("scaling", nn.Parameter(dense.new_ones(())) if train_scaling else None)
+        self.turned = False
+        """Whether the plain layer stores Wᵀ (transformers' Conv1D)."""
+        self._rest: Tensor | None = None
+        if corrected and self.weight is not None and weight_rest.has_rest(dense.dtype):
+            self._rest = torch.zeros_like(dense, dtype=torch.int16)
         self.full_gradient: Tensor | None = None
         """While this is a tensor (m, n), backward passes add the gradient of the full weight to it."""
         self.gradient_part: Callable[[Tensor], Tensor] | None = None
@@ -100,6 +113,30 @@ class LowRankLinear(nn.Module):
             return torch.zeros_like(self.lora_B[:, :1] @ self.lora_A[:1])
         return self.weight if self.quantized is None else self.quantized.dense()
 
+    @property
+    def rest(self) -> Tensor | None:
+        """The rest of W (m, n), int16, divided and placed as W is now; None where W is all there is.
+
+        Neither a parameter nor a buffer: its digits must never be cast, averaged or broadcast.
+        """
+        if self._rest is None:
+            return None
+        shard, device = Shard.of(self.weight), local(self.weight).device
+        if shard.dim is not None and Shard.of(self._rest).dim is None:  # W has been divided since
+            part = shard.part(self._rest, shard.dim).to(device, copy=True)
+            self._rest = distribute_like(part, self.weight, shard.dim, shard.shape[shard.dim])
+        elif local(self._rest).device != device:
+            self._rest = self._rest.to(device)
+        return self._rest
+
+    @torch.no_grad()
+    def exact_weight(self) -> Tensor:
+        """W with its rest, (m, n) or this device's part, in `working_dtype`."""
+        dense = local(self.dense_weight())
+        if self._rest is not None:
+            return weight_rest.join(dense, local(self.rest))
+        return dense.to(working_dtype(self.lora_A.dtype))
+
     def add_to_full_gradient(self, gradient: Tensor) -> None:
         """Add one backward pass's gradient of the full weight (m, n) to what has gathered."""
         self.full_gradient += gradient if self.gradient_part is None else self.gradient_part(gradient)
@@ -121,7 +158,7 @@ class LowRankLinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """W + s·B·A (m, n) in the model's dtype, divided as W: what a plain layer would hold. Changes nothing."""
         delta = self.delta_weight()
-        dense = torch.zeros_like(delta) if self.lora_only else local(self.dense_weight()).to(delta.dtype)
+        dense = torch.zeros_like(delta) if self.lora_only else self.exact_weight()
         merged, shard = (dense + delta).to(self.lora_A.dtype), Shard.of(self.divided_as)
         return (
             merged if shard.dim is None else distribute_like(merged, self.divided_as, shard.dim, shard.shape[shard.dim])
@@ -129,14 +166,16 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def add_to_weight(self, correction: Tensor) -> None:
-        """W += correction (m, n), or this device's part, given in `working_dtype`: added there and rounded once (or
-        quantised again)."""
+        """W += correction (m, n), or this device's part, given in `working_dtype`: added there, and rounded once if W
+        keeps no rest (or quantised again)."""
         assert not self.lora_only, "there is no weight to correct"
         if self.quantized is not None:
             self.quantized.assign(self.quantized.dense().to(correction.dtype) + correction)
             return
         weight = local(self.weight)
-        if weight.dtype == correction.dtype:
+        if self._rest is not None:
+            weight_rest.split(self.exact_weight() + correction, weight, local(self.rest))
+        elif weight.dtype == correction.dtype:
             weight.add_(correction)
         else:
             weight.copy_(weight.to(correction.dtype) + correction)
@@ -155,14 +194,58 @@ class LowRankLinear(nn.Module):
         if keep_function and b.any():
             self.add_to_weight(-self.delta_weight())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
+        """Casts, too: a W that gets more digits takes back its rest."""
+        before = None if self.weight is None else self.weight.dtype
+        super()._apply(fn, recurse)
+        if self._rest is not None and self.weight.dtype != before:
+            with torch.no_grad():
+                weight = local(self.weight)
+                value = weight_rest.join(weight.to(before), local(self.rest))
+                if weight_rest.has_rest(weight.dtype):
+                    weight_rest.split(value, weight, local(self.rest))
+                else:
+                    weight.copy_(value)
+                    self._rest = None
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._rest is not None:
+            destination[prefix + WEIGHT_REST] = self.rest
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        name = prefix + WEIGHT_REST
+        if name in unexpected:
+            unexpected.remove(name)
+        given = state_dict.get(name)
+        if given is None:
+            if self._rest is not None:  # an older state: W was all there was
+                local(self.rest).zero_()
+            return
+        if self.weight is None or given.shape != self.weight.shape:
+            errors.append(f"{name}: there is no weight of shape {tuple(given.shape)}")
+            return
+        with torch.no_grad():
+            if self._rest is not None:
+                local(self.rest).copy_(local(given))
+            elif weight_rest.has_rest(state_dict[f"{prefix}weight"].dtype):
+                local(self.weight).copy_(weight_rest.join(local(state_dict[f"{prefix}weight"]), local(given)))
+
 
 def wrap_linears(
     model: nn.Module, target_modules: Sequence[str], wrap: Callable[[nn.Linear, int], LowRankLinear]
 ) -> dict[str, LowRankLinear]:
-    """Replace every target layer of `model` by `wrap(layer, its index)`; returns the new layers by name."""
-    linears = target_linears(model, target_modules)
-    for index, (name, linear) in enumerate(linears.items()):
-        model.set_submodule(name, wrap(linear, index))
+    """Replace every target layer of `model` by `wrap(layer, its index)`; returns the new layers by name.
+
+    Raises `TargetError` where `target_linears` does.
+    """
+    for index, (name, module) in enumerate(target_linears(model, target_modules).items()):
+        linear = as_linear(module)
+        layer = wrap(linear, index)
+        layer.turned = linear is not module
+        model.set_submodule(name, layer)
     return low_rank_layers(model)
 
 
@@ -182,7 +265,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     prefixes = tuple(f"{name}." for name in layers)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
     for name, layer in layers.items():
-        state[f"{name}.weight"] = on_main(layer.merged_weight())
+        merged = on_main(layer.merged_weight())
+        state[f"{name}.weight"] = merged.T.contiguous() if layer.turned and merged.ndim == 2 else merged
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias.detach()
     return state

@@ -62,9 +62,20 @@ class BasisRule:
     refreshes = True
     """Whether bases are made anew at every `update_proj_gap`, after the first."""
 
+    older: frozenset[str] = frozenset()
+    """Keys of the rule's own tensors that only the states of older versions have."""
+
     def __init__(self, projection: Projection, svd_method: str = "gram"):
         self.projection = projection
         self.svd_method = svd_method
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What two rules share whose states are interchangeable."""
+        return type(self), self.projection.sides
+
+    def init_older_state(self, state: dict[str, Any]) -> None:
+        """Replace the rule's own tensors by those of older versions."""
 
     def init_state(self, state: dict[str, Any], param: Tensor) -> None:
         """Create the rule's own tensors."""
@@ -167,11 +178,21 @@ class OnlinePCA(SVDBasis):
         rule, self._settings = BASIS_OPTIMIZERS[proj_type]
         self._rule = rule(torch_epsilon=True) if rule in (AdamW, AdamW8bit) else rule()
         (self._side,) = projection.sides
+        self.older = frozenset(f"basis_{key}" for key in self._rule.older)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return (*super().kind, type(self._rule))
 
     def init_state(self, state: dict[str, Any], param: Tensor) -> None:
         state["basis_step"] = torch.zeros((), dtype=torch.int64)
         own: dict[str, Any] = {}
         self._rule.init_state(own, state[self._side], self._settings, Shard(state[self._side].shape))
+        state.update({f"basis_{key}": value for key, value in own.items()})
+
+    def init_older_state(self, state: dict[str, Any]) -> None:
+        own: dict[str, Any] = {}
+        self._rule.init_older_state(own, state[self._side], Shard(state[self._side].shape))
         state.update({f"basis_{key}": value for key, value in own.items()})
 
     def advance(
@@ -219,13 +240,18 @@ def reconstruction_gradient(
     return (cross @ inner).addmm_(basis, basis.T @ cross).mul_(factor)
 
 
+def check_names(group: dict[str, Any]) -> None:
+    """Raises `ValueError` for a kind of projection or decomposition that does not exist."""
+    if group["proj_type"] not in PROJECTION_TYPES:
+        raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}, got {group['proj_type']!r}")
+    if group["svd_method"] not in SVD_METHODS:
+        raise ValueError(f"svd_method must be one of {', '.join(SVD_METHODS)}, got {group['svd_method']!r}")
+
+
 def basis_rule(group: dict[str, Any], shape: torch.Size | Shard) -> BasisRule:
     """The rule for one weight, as its parameter group asks. Raises `ValueError` for settings that contradict."""
     proj_type, rand_ratio = group["proj_type"], group["rand_ratio"]
-    if proj_type not in PROJECTION_TYPES:
-        raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}, got {proj_type!r}")
-    if group["svd_method"] not in SVD_METHODS:
-        raise ValueError(f"svd_method must be one of {', '.join(SVD_METHODS)}, got {group['svd_method']!r}")
+    check_names(group)
     if group["rank"] < 1 or group["update_proj_gap"] < 0:
         raise ValueError(f"rank must be at least 1, got {group['rank']}; "
                          f"update_proj_gap at least 0, got {group['update_proj_gap']}")  # fmt: skip

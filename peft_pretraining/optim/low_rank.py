@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local, whole_norm
-from peft_pretraining.optim.bases import BasisRule, basis_rule
+from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
 from peft_pretraining.optim.projection import Projection
-from peft_pretraining.optim.subspace import Projected, Subspace, counter
+from peft_pretraining.optim.settings import check_numbers
+from peft_pretraining.optim.subspace import Projected
+from peft_pretraining.optim.subspace_state import GROUP_DEFAULTS, SubspaceOptimizer
 from peft_pretraining.optim.update_rules import UPDATE_RULES, UpdateRule
 
 log = logging.getLogger("peft_pretraining")
 
-_ATTRIBUTES = ("rule", "update_step", "subspaces", "refresh_metrics", "projected", "_peers", "_shards", "_scaled_by")
-"""What a copy of the optimizer takes along, besides groups and state."""
 
-_GROUP_DEFAULTS = {
-    **{"rank": None, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"},
-    **{"rand_ratio": None, "num_training_steps": None, "stagger_refresh": False},
-}
-
-
-class LowRankOptimizer(torch.optim.Optimizer):
+class LowRankOptimizer(SubspaceOptimizer):
     """Updates some weights through low-rank projections of their gradients and the others as usual.
 
-        opt = LowRankOptimizer([{"params": regular},
-                                {"params": projected, "rank": 128, "update_proj_gap": 200, "scale": 0.25,
-                                 "proj_type": "std"}], rule="adamw", lr=0.01, weight_decay=0.01)
+        >>> weight, bias = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(6))
+        >>> groups = [{"params": [bias]}, {"params": [weight], "rank": 2, "update_proj_gap": 200, "scale": 0.25}]
+        >>> optimizer = LowRankOptimizer(groups, rule="adamw", lr=0.01, weight_decay=0.01)
+        >>> (torch.ones(3, 4) @ weight.T + bias - 1).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(value.shape) for key, value in optimizer.state[weight].items() if value.ndim}
+        {'right_basis': (2, 4), 'exp_avg': (6, 2), 'exp_avg_sq': (6, 2)}
 
     A group with a `rank` is projected; its parameters must be matrices. `update_proj_gap` counts updates between two
     refreshes of the basis (0 keeps the first), `scale` multiplies the projected update, `proj_type` is one of
@@ -41,8 +39,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     `rule` is one of adamw, adamw8bit, adafactor, lion, sgd, for projected and other parameters alike. `betas` belong to
     AdamW (0.9, 0.999) and Lion (0.9, 0.99), `eps` to AdamW (added before the bias correction), `beta1` to Adafactor,
-    `momentum` and `dampening` to SGD. `svd_method` is gram, exact or randomized. Random bases are functions of (seed,
-    parameter's name, refresh number): pass named parameters, or the names are positions.
+    `momentum` and `dampening` to SGD; a scheduler that cycles momentum cycles `betas` or `momentum`. `svd_method` is
+    gram, exact or randomized. Random bases are functions of (seed, parameter's name, refresh number): pass named
+    parameters, or the names are positions.
 
     A step has two parts. `project_gradients` refreshes the bases that are due and projects, but commits nothing:
     clipping can look at the projected gradients, and an update that is skipped leaves no trace and the refresh
@@ -51,6 +50,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
     `begin_update` tells the training loop's 0-based update number, by which refreshes fall due, and leaves it to the
     loop to skip updates with gradients that are not finite. Without it each parameter counts its own updates, and
     `step` skips such an update itself, with a warning.
+
+    State is on its weight's device, wherever `model.to` takes that, and in the dtype that the weight had at
+    construction. Settings and groups that make no sense raise `ValueError`, and leave nothing behind.
     """
 
     def __init__(
@@ -68,60 +70,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
         svd_method: str = "gram",
         seed: int = 0,
     ):
-        if isinstance(rule, str) and rule not in UPDATE_RULES:
+        if not isinstance(rule, UpdateRule) and rule not in UPDATE_RULES:
             raise ValueError(f"rule must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        self.rule: UpdateRule = UPDATE_RULES[rule]() if isinstance(rule, str) else rule
-        self.update_step: int | None = None
-        self.subspaces: dict[Tensor, Subspace] = {}
-        self.refresh_metrics: dict[str, list[Tensor]] = {}
-        """Of the last update's refreshes, one number per weight: captured energy, overlap with the basis before."""
-        self._peers: list[Subspace] = []
-        self._shards: dict[Tensor, Shard] = {}  # of the gradients that the update rule sees
-        self.projected: dict[Tensor, Projected] = {}
-        """Gradients that wait for `step`."""
-        self._scaled_by: Tensor | float = 1.0
+        self._begin(rule if isinstance(rule, UpdateRule) else UPDATE_RULES[rule]())
         own = {"lr": lr, "betas": betas, "eps": eps, "beta1": beta1, "momentum": momentum, "dampening": dampening}
-        shared = {"weight_decay": weight_decay, "svd_method": svd_method, "seed": seed}
-        super().__init__(params, {**own, **shared, **_GROUP_DEFAULTS})
+        shared = {"weight_decay": weight_decay, "svd_method": svd_method, "seed": seed, "rule": self.rule.name}
+        check_numbers({**own, **shared})
+        if self.rule.betas is None:
+            del own["betas"]  # so that schedulers which cycle momentum look for `momentum`
+        elif betas is None:
+            own["betas"] = self.rule.betas
+        super().__init__(params, {**own, **shared, **GROUP_DEFAULTS})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and create its state at once: a checkpoint loads into tensors that exist."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            # Online Subspace Descent's base rate, where no scheduler keeps an `initial_lr`.
-            group.setdefault("first_lr", group["lr"])
-            names = group.get("param_names") or [
-                f"{len(self.param_groups) - 1}.{i}" for i in range(len(group["params"]))
-            ]
-            rules = [_basis_rule(param, name, group) for param, name in zip(group["params"], names, strict=True)]
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        for param, name, rule in zip(group["params"], names, rules, strict=True):
-            self._init_param(param, name, rule, group)
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, *, rank: int, target_modules: Sequence[str] = TARGET_MODULES, **settings: Any
+    ) -> LowRankOptimizer:
+        """An optimizer that projects a model's linear layers in attention and MLPs, as pre-training does.
 
-    def _init_param(self, param: Tensor, name: str, rule: BasisRule | None, group: dict[str, Any]) -> None:
-        state: dict[str, Any] = {"step": counter(0)}
-        like, shard = local(param.detach()), Shard.of(param)
-        if rule:
-            self.subspaces[param] = Subspace(rule, name, self._peers)
-            self.subspaces[param].init_state(state, like)
-            like = like.new_empty(rule.projection.low_rank_shape(like.shape))
-            shard = rule.projection.low_rank_shard
-        self._shards[param] = shard
-        own: dict[str, Any] = {}
-        self.rule.init_state(own, like, group, shard)
-        for key, value in own.items():
-            state[key] = distribute_like(value, param, *(self.rule.divided(key, shard) or (None, None)))
-        self.state[param] = state
+            >>> from torch import nn
+            >>> model = nn.ModuleDict({"mlp": nn.Linear(8, 16), "head": nn.Linear(16, 2)})
+            >>> optimizer = LowRankOptimizer.from_model(model, rank=4, scale=0.25, rule="adamw", lr=0.01)
+            >>> [(group["param_names"], group["rank"]) for group in optimizer.param_groups]
+            [(['mlp.bias', 'head.weight', 'head.bias'], None), (['mlp.weight'], 4)]
 
-    def local_state(self, param: Tensor) -> dict[str, Any]:
-        """A parameter's state as this device has it."""
-        return {key: local(value) for key, value in self.state[param].items()}
+        `target_modules`: the weights of linear layers whose dotted name contains one of these are projected; all other
+        parameters that are trained are updated as they are. `settings`: those of the projected group
+        (`update_proj_gap`, `scale`, `proj_type`, `rand_ratio`, ...) and those of the constructor. Raises `ValueError`
+        if no layer has such a name.
+        """
+        projection = {name: settings.pop(name) for name in GROUP_DEFAULTS if name in settings}
+        return cls(model_groups(model, target_modules, {"rank": rank, **projection}), **settings)
 
     def begin_update(self, step: int) -> None:
         """Take `step` as the 0-based number of the update, and drop what a skipped one may have left."""
@@ -153,16 +132,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Project every gradient that is not projected yet, refreshing bases that are due. Nothing is committed."""
+        """Project every gradient that is not projected yet or has changed since, refreshing bases that are due. Nothing
+        is committed."""
         for param, group in self._with_gradients():
-            if param in self.subspaces and param not in self.projected:
-                self.projected[param] = self.subspaces[param].project(
-                    self.state[param], local(param.grad), group, self.step_of(param)
-                )
+            waiting = self.projected.get(param)
+            if param not in self.subspaces or (waiting and waiting.is_of(param.grad)):
+                continue
+            state, grad = self.local_state(param), local(param.grad)
+            projected = self.subspaces[param].project(state, grad, group, self.step_of(param))
+            projected.look_at(param.grad)
+            if waiting and waiting.source is param.grad:  # further passes into the same tensor, or a change of it
+                projected.scale(waiting.scaled_by)
+            self.projected[param] = projected
 
     def gradients(self) -> list[Tensor]:
         """The gradients as this optimizer sees them: R of the projected weights, the full gradient of the others, this
-        device's parts. Call `project_gradients` first."""
+        device's parts."""
+        self.project_gradients()
         return [
             self.projected[param].low_rank_grad if param in self.subspaces else local(param.grad)
             for param, _ in self._with_gradients()
@@ -170,19 +156,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def grad_norm(self) -> Tensor:
         """Global 2-norm of `gradients`, over all devices; a scalar."""
-        shards = [self._shards[param] for param, _ in self._with_gradients()]
-        return whole_norm(zip(self.gradients(), shards, strict=True))
+        return whole_norm(self._gradient_parts())
 
-    def shard_of(self, param: Tensor) -> Shard:
-        """How the gradients that the update rule sees are divided."""
-        return self._shards[param]
+    def _gradient_parts(self) -> list[tuple[Tensor, Shard]]:
+        shards = [self._shards[param] for param, _ in self._with_gradients()]
+        return list(zip(self.gradients(), shards, strict=True))
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply `gradients()` by a scalar, in place."""
-        if gradients := self.gradients():
+        gradients = self.gradients()
+        if gradients:
             torch._foreach_mul_(gradients, factor)
-        self._scaled_by = self._scaled_by * factor
+        for projected in self.projected.values():
+            projected.scaled_by = projected.scaled_by * factor
 
+    # As torch's own: the compiler steps aside here instead of looking into decompositions and counters.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
@@ -190,17 +179,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for follower in self._followers:
+            follower.finish()
         if self.update_step is None:
             self.refresh_metrics = {}
         self.project_gradients()
         if self.update_step is not None or self._gradients_are_finite():
             for param, group in self._with_gradients():
-                self.update(param, local(param.grad), group, self.projected.get(param), self._scaled_by)
+                self.update(param, local(param.grad), group, self.projected.get(param))
         self._forget()
         return loss
 
     def _gradients_are_finite(self) -> bool:
-        if self.grad_norm().isfinite():
+        if wide_norm(self._gradient_parts()).isfinite():
             return True
         log.warning("skipped an update: a gradient is not finite")
         return False
@@ -211,10 +202,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         grad: Tensor,
         group: dict[str, Any],
         projected: Projected | None,
-        scaled_by: Tensor | float = 1.0,
     ) -> None:
-        """Move one parameter. `projected` is its gradient after `project` and whatever scaling (`scaled_by`) since, or
-        None for a parameter without a projection; `grad` (m, n) is the full gradient, which only online PCA reads."""
+        """Move one parameter. `projected` is its gradient after `project` and whatever scaling since, or None for a
+        parameter without a projection; `grad` (m, n) is the full gradient, which only online PCA reads then."""
         state, rate, step = self.local_state(param), float(group["lr"]), self.step_of(param)
         state["step"] += 1
         weight, subspace = local(param), self.subspaces.get(param)
@@ -222,69 +212,39 @@ class LowRankOptimizer(torch.optim.Optimizer):
             subspace.commit(state, projected, step, self.rule, self.refresh_metrics)
         projection = subspace.rule.projection if subspace else Projection()
         bases = projection.bases(state)
-        low_rank_grad = projected.low_rank_grad if projected else grad
+        dtype = self._dtypes[param]
+        low_rank_grad = projected.low_rank_grad if projected else grad.to(dtype)
         direction, factor = self.rule.direction(state, low_rank_grad, group, self._shards[param])
+        self._keep_new(param, state, self.state[param])
         if group["weight_decay"] and self.rule.decays_first:
             weight.mul_(1 - rate * group["weight_decay"])
         if self.rule.acts_in_full_space:
             weight.add_(self.rule.finish(projection.up(bases, direction)), alpha=-factor)  # a sign, whatever the scale
         else:
             projection.add_back(weight, bases, direction, -factor * (group["scale"] if subspace else 1.0))
-        if subspace and not subspace.rule.refreshes and projected.new_bases is None and not projected.failed:
-            base_rate = group.get("initial_lr", group["first_lr"])
-            basis_rate = rate / base_rate / group["update_proj_gap"] if base_rate else 0.0
-            subspace.rule.advance(state, grad.to(param.dtype), low_rank_grad, scaled_by, basis_rate)
+        if subspace and not subspace.rule.refreshes and not projected.changes_bases and int(state["refreshes"]):
+            pace = rate / _base_rate(group, rate) / group["update_proj_gap"] if rate else 0.0
+            subspace.rule.advance(state, grad.to(dtype), low_rank_grad, projected.scaled_by, pace)
         if group["weight_decay"] and not self.rule.decays_first:
             weight.mul_(1 - rate * group["weight_decay"])  # after the update, and not scaled
-
-    def _with_gradients(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        return ((p, group) for group in self.param_groups for p in group["params"] if p.grad is not None)
-
-    def _forget(self) -> None:
-        self.projected.clear()
-        self._scaled_by = 1.0
-        for subspace in self._peers:
-            subspace.forget_observed()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, projected ones included: a refresh that was not committed stays due. What was observed
         for this update stays, too."""
         self.projected.clear()
-        self._scaled_by = 1.0
         super().zero_grad(set_to_none)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps its dtype: torch would cast integers, too, to the parameter's. Raises
-        `ValueError`, and loads nothing, for the state of another rank, projection or rule."""
-        like = {param: dict(state) for param, state in self.state.items()}
-        saved = {
-            param: state_dict["state"].get(index, {})
-            for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
-            for index, param in zip(saved_group["params"], group["params"], strict=False)
-        }  # torch refuses other numbers of groups or parameters
-        for param, state in saved.items():
-            if (found := _shapes(state)) != (expected := _shapes(like[param])):
-                raise ValueError(f"state of another rank, proj_type or rule: {found} instead of {expected}")
-        super().load_state_dict(state_dict)
-        for param, state in saved.items():
-            for key, value in state.items():
-                local(like[param][key]).copy_(local(value))
-            self.state[param] = like[param]
-        self._forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For `copy.deepcopy` and `pickle`: torch's own would leave out what it does not know."""
-        return super().__getstate__() | {name: getattr(self, name) for name in _ATTRIBUTES}
+def wide_norm(parts: Sequence[tuple[Tensor, Shard]]) -> Tensor:
+    """`whole_norm`, in float64 where it overflowed: then it is finite if every number is."""
+    norm = whole_norm(parts)
+    return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])
 
 
-def _basis_rule(param: Tensor, name: str, group: dict[str, Any]) -> BasisRule | None:
-    """The rule of a projected parameter, None for another."""
-    if group["rank"] is None:
-        return None
-    if param.ndim != 2:
-        raise ValueError(f"a projected parameter must be a matrix, got {name} of shape {tuple(param.shape)}")
-    return basis_rule(group, Shard.of(param))
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
+def _base_rate(group: dict[str, Any], rate: float) -> float:
+    """What a rate is relative to: a scheduler's `initial_lr`, the rate at construction, or, with both 0 (a warm-up by
+    hand), the largest so far."""
+    if base := float(group.get("initial_lr", group["first_lr"])):
+        return base
+    group["largest_lr"] = max(group.get("largest_lr", 0.0), rate)
+    return group["largest_lr"]

@@ -9,16 +9,26 @@ from peft_pretraining.optim.subspace import Projected
 
 
 class LowRankGradients:
-    """Projects the gradients of single ranks for a `LowRankOptimizer`, and hands it their mean."""
+    """Projects the gradients of single ranks for a `LowRankOptimizer`, and hands it their mean.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(6, 4))
+    >>> optimizer = LowRankOptimizer([{"params": [weight], "rank": 2, "proj_type": "random"}])
+    >>> gradients, weight.grad = LowRankGradients(optimizer), torch.ones(6, 4)
+    >>> low_rank = gradients.project(weight, weight.grad)  # to be averaged over the ranks
+    >>> gradients.receive(weight, low_rank)
+    >>> optimizer.step()
+    >>> tuple(low_rank.shape)
+    (6, 2)
+    """
 
     def __init__(self, optimizer: LowRankOptimizer):
         self._optimizer = optimizer
         self._waiting: dict[Tensor, Projected] = {}
-        self._groups = {param: group for group in optimizer.param_groups for param in group["params"]}
 
     def project(self, param: Tensor, grad: Tensor) -> Tensor | None:
         """R of one rank's gradient; None where there is no projection, or where this update takes a basis from G."""
-        optimizer, group = self._optimizer, self._groups[param]
+        optimizer, group = self._optimizer, self._optimizer.group_of(param)
         subspace, state = optimizer.subspaces.get(param), optimizer.local_state(param)
         if subspace is None or subspace.refresh_reads_gradient(state, group, optimizer.step_of(param)):
             return None

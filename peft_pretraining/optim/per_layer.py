@@ -10,19 +10,37 @@ their gradient until the last micro-batch.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.optim import scaled_losses
+from peft_pretraining.optim.base import check_dense
 from peft_pretraining.optim.low_rank import LowRankOptimizer
+from peft_pretraining.optim.settings import check_number
 from peft_pretraining.optim.subspace import Projected
 
 
 class PerLayerUpdates:
     """Drives a `LowRankOptimizer` from hooks on its parameters' gradients; its `step` then has nothing left to do.
+
+        >>> weight = torch.nn.Parameter(torch.zeros(6, 4))
+        >>> optimizer = LowRankOptimizer([{"params": [weight], "rank": 2}], lr=0.1)
+        >>> with PerLayerUpdates(optimizer, clip=1.0) as updates:
+        ...     for step in range(3):
+        ...         updates.begin_update(step)
+        ...         for index in range(2):
+        ...             updates.begin_micro_batch(index, 2)
+        ...             (weight - 1).square().mean().div(2).backward()  # moves the weight at the second one
+        >>> weight.grad is None, int(optimizer.state[weight]["step"])
+        (True, 3)
 
     `reduce` averages a tensor over the ranks, in place. `clip` bounds the norm of each parameter's gradient (of R, or
     of G with `clip_full`), because the global norm is known only when the first parameters have moved; 0 is off.
@@ -30,7 +48,13 @@ class PerLayerUpdates:
     would add up full gradients in that update.
 
     For every update call `begin_update`, and `begin_micro_batch` before each forward pass. A parameter whose gradient
-    is not finite stays as it is, with its refresh pending.
+    is not finite stays as it is, with its refresh pending. While all of an update's gradients are zero (a batch without
+    targets), none of it takes place. A parameter that the last micro-batch does not use moves at the end of that
+    micro-batch's backward pass (with reentrant checkpointing in `grad_norm` or the optimizer's `step`).
+
+    Parameters and groups that join later, or are unfrozen, are taken in. `torch.amp.GradScaler` is refused. The hooks
+    go with `close`, at the end of a `with` block, or when this object is no longer referred to; they keep neither it
+    nor the optimizer alive.
     """
 
     def __init__(
@@ -42,42 +66,109 @@ class PerLayerUpdates:
         clip_full: bool = False,
         early_first_bases: bool = True,
     ):
+        check_number("clip", clip)
+        if optimizer.has_followers:
+            raise RuntimeError("the optimizer has per-layer updates already: close() them first")
         self._optimizer, self._reduce, self._clip, self._clip_full = optimizer, reduce, clip, clip_full
         self._early_first_bases = early_first_bases
         self._sums: dict[Tensor, Tensor] = {}
+        self._whole: set[Tensor] = set()  # those whose sum is of G, not of R
+        self._kept: dict[Tensor, None] = {}  # without a projection: their sum is in `grad`
         self._early: dict[Tensor, Projected] = {}
-        self._squared_norms: list[Tensor] = []
-        self._index, self._count, self._frozen = 0, 1, False
-        for group in optimizer.param_groups:
+        self._squared_norms: dict[Tensor, Tensor] = {}
+        self._zero: dict[Tensor, tuple[Tensor | None, Projected | None]] = {}
+        """Parameters whose gradients were zero, until one is not."""
+        self._index, self._count = 0, 1
+        self._begun = self._frozen = self._moved = self._queued = False
+        self._hooked: set[Tensor] = set()
+        self._handles: list[RemovableHandle] = []
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer.atexit = False
+        self.attach()
+        optimizer.follow(self)
+        scaled_losses.watch(self)
+
+    def close(self) -> None:
+        """Take the hooks off: gradients stay where autograd puts them, and `optimizer.step` makes ordinary updates."""
+        if not self._finalizer.alive:
+            return
+        self._finalizer()
+        self._hooked.clear()
+        self._drop()
+        self._optimizer.unfollow(self)
+        scaled_losses.forget(self)
+
+    def __enter__(self) -> PerLayerUpdates:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def parameters(self) -> set[Tensor]:
+        """Those that move inside the backward pass."""
+        return self._hooked
+
+    def attach(self) -> None:
+        """Put hooks on parameters that have none yet; frozen ones have no gradients that could arrive."""
+        if not self._finalizer.alive:
+            return
+        for group in self._optimizer.param_groups:
             for param in group["params"]:
-                param.register_post_accumulate_grad_hook(lambda param, group=group: self._arrived(param, group))
+                if param.requires_grad and param not in self._hooked:
+                    self._hooked.add(param)
+                    self._handles.append(param.register_post_accumulate_grad_hook(_hook(weakref.ref(self))))
 
     def begin_update(self, step: int, frozen: bool = False) -> None:
         """Before the first micro-batch of 0-based update `step`; `frozen` drops its gradients."""
         self._optimizer.begin_update(step)
-        self._sums.clear()
-        self._early.clear()
-        self._squared_norms.clear()
-        self._frozen = frozen
+        self._drop()
+        self.attach()
+        self._frozen, self._begun = frozen, True
 
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the forward pass of micro-batch `index` of `count`."""
-        self._index, self._count = index, count
+        if not 0 <= index < count:
+            raise ValueError(f"index must be at least 0 and below count, got {index} of {count}")
+        self._index, self._count, self._queued = index, count, False
+
+    def _drop(self) -> None:
+        """Forget the update before, and what one that broke off has left."""
+        for param in self._kept:
+            param.grad = None
+        for gathered in (self._sums, self._whole, self._kept, self._early, self._squared_norms, self._zero):
+            gathered.clear()
+        self._moved = self._queued = False
 
     def grad_norm(self) -> Tensor:
-        """Global norm of this update's gradients before clipping: of R where there is a projection, else of G."""
-        return torch.stack(self._squared_norms).sum().sqrt()
+        """Global norm of this update's gradients before clipping: of R where there is a projection, else of G. A scalar
+        in float64; 0 without gradients."""
+        self.finish()
+        if not self._squared_norms:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack(list(self._squared_norms.values())).sum().sqrt()
 
     @torch.no_grad()
     def _arrived(self, param: Tensor, group: dict[str, Any]) -> None:
         """The hook: the gradient of one micro-batch, in `param.grad`, added to those before for unprojected ones."""
+        check_dense(param, type(self).__name__)
+        if self._begun and param in self._squared_norms:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has made update {self._optimizer.update_step} already: "
+                "call begin_update before every update, and begin_micro_batch before every micro-batch"
+            )
         last = self._index == self._count - 1
-        if group["rank"] is None:
+        if last and self._count > 1 and not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(_end(weakref.ref(self)))
+        if param not in self._optimizer.subspaces:
+            self._kept[param] = None
             if last:
-                self._move(param, group, self._reduce(local(param.grad)), None)
-                param.grad = None
+                self._complete(param, group)
             return
-        subspace, state = self._optimizer.subspaces[param], self._optimizer.state[param]
+        subspace, state = self._optimizer.subspaces[param], self._optimizer.local_state(param)
         grad, param.grad = local(param.grad), None
         full = self._needs_full_gradient(param, group, grad)
         part = grad if full else subspace.down(state, grad, self._early.get(param))
@@ -87,19 +178,39 @@ class PerLayerUpdates:
             # Whole gradients of all layers are kept in their own dtype, as autograd would: they are large.
             wide = torch.promote_types(part.dtype, torch.float32)
             self._sums[param] = part.to(wide if subspace.rule.refreshes else part.dtype)
-        if not last:
+        if full:
+            self._whole.add(param)
+        if last:
+            self._complete(param, group)
+
+    def _complete(self, param: Tensor, group: dict[str, Any]) -> None:
+        """All micro-batches that use a parameter have added to its gradient."""
+        optimizer = self._optimizer
+        if param in self._kept:
+            del self._kept[param]
+            self._move(param, group, self._reduce(local(param.grad)), None)
+            param.grad = None
             return
         total = self._reduce(self._sums.pop(param))
-        if full:
-            projected = subspace.project(state, total, group, self._optimizer.step_of(param))
-        else:
-            projected = self._early.pop(param, None) or Projected(total)
-            projected.low_rank_grad = total.to(param.dtype)
-        self._move(param, group, total if full else None, projected)
+        if param in self._whole:
+            self._whole.remove(param)
+            subspace, state = optimizer.subspaces[param], optimizer.local_state(param)
+            self._move(param, group, total, subspace.project(state, total, group, optimizer.step_of(param)))
+            return
+        projected = self._early.pop(param, None) or Projected(total)
+        projected.low_rank_grad = total.to(optimizer.dtype_of(param))
+        self._move(param, group, None, projected)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Move what only earlier micro-batches have used, once the last one's backward pass is over."""
+        if self._index == self._count - 1:
+            for param in [*self._sums, *self._kept]:
+                self._complete(param, self._optimizer.group_of(param))
 
     def _needs_full_gradient(self, param: Tensor, group: dict[str, Any], grad: Tensor) -> bool:
         """Whether this update's G, not R, has to be added up; makes new bases early where that avoids it."""
-        subspace, state = self._optimizer.subspaces[param], self._optimizer.state[param]
+        subspace, state = self._optimizer.subspaces[param], self._optimizer.local_state(param)
         step = self._optimizer.step_of(param)
         if self._clip_full or not subspace.rule.refreshes:
             return True
@@ -116,15 +227,55 @@ class PerLayerUpdates:
 
     def _move(self, param: Tensor, group: dict[str, Any], grad: Tensor | None, projected: Projected | None) -> None:
         """Clip and update one parameter from its complete gradient, G or its projection."""
-        gradient = projected.low_rank_grad if projected else grad
-        norm = whole_norm([(gradient, self._optimizer.shard_of(param))])
-        self._squared_norms.append(norm.double().square())
-        if self._frozen or not norm.isfinite():
+        gradient, shard = projected.low_rank_grad if projected else grad, self._optimizer.shard_of(param)
+        norm = whole_norm([(gradient, shard)])
+        value = float(norm)
+        if not math.isfinite(value):  # in float64 it overflows no more
+            norm = whole_norm([(gradient.double(), shard)])
+            value = float(norm)
+        self._squared_norms[param] = norm.double().square()
+        if self._frozen or not math.isfinite(value):
             return
-        factor: Tensor | float = 1.0
+        if value == 0 and not self._moved and shard.everywhere(~gradient.any()):
+            # Expanded zeros take no memory.
+            self._zero[param] = (None if grad is None else grad.new_zeros(()).expand(grad.shape), projected)
+            return
+        self._moved = True
+        for waiting, (zeros, its) in self._zero.items():
+            self._optimizer.update(waiting, zeros, self._optimizer.group_of(waiting), its)
+        self._zero.clear()
         if self._clip:
             if self._clip_full and projected:
                 norm = whole_norm([(grad, Shard.of(param))])
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor)
-        self._optimizer.update(param, grad, group, projected, factor)
+            if projected:
+                projected.scaled_by = factor
+        self._optimizer.update(param, grad, group, projected)
+
+
+# Autograd keeps hooks where no garbage collector looks: they must not refer to what refers to their parameter.
+
+
+def _hook(updates: weakref.ref[PerLayerUpdates]) -> Callable[[Tensor], None]:
+    def arrived(param: Tensor) -> None:
+        if (found := updates()) is not None:
+            found._arrived(param, found._optimizer.group_of(param))
+
+    return arrived
+
+
+def _end(updates: weakref.ref[PerLayerUpdates]) -> Callable[[], None]:
+    def ends() -> None:
+        found = updates()
+        # With reentrant checkpointing this may be the end of a backward pass within another one.
+        if found is not None and torch._C._current_autograd_node() is None:
+            found.finish()
+
+    return ends
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

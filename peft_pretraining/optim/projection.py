@@ -113,7 +113,10 @@ class Projection:
         return update @ bases[RIGHT] if RIGHT in bases else update
 
     def add_back(self, param: Tensor, bases: Bases, update: Tensor, factor: float) -> None:
-        """param += factor * (update projected back), without forming the full-size update."""
+        """param += factor * (update projected back), without forming the full-size update unless dtypes differ."""
+        if update.dtype != param.dtype:  # the model was converted, which its optimizer's state does not follow
+            param.add_(self.up(bases, update), alpha=factor)
+            return
         bases = self._local(bases)
         if RIGHT in bases:
             update = bases[LEFT] @ update if LEFT in bases else update

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_pretraining.distributed.sharding import local
 from peft_pretraining.optim.bases import BasisRule, Refresh
 from peft_pretraining.optim.projection import Bases, overlap
 from peft_pretraining.optim.update_rules import UpdateRule
@@ -27,6 +28,30 @@ class Projected:
     """‖R‖² / ‖G‖², at a refresh."""
     failed: bool = False
     """The refresh was due, but its decomposition failed."""
+    scaled_by: Tensor | float = 1.0
+    """By what `low_rank_grad` was multiplied since."""
+    source: Tensor | None = None
+    """The gradient it was made of, if somebody may change that before the update."""
+    version: int = 0
+    """Of the gradient at that time: torch counts the changes in place."""
+
+    @property
+    def changes_bases(self) -> bool:
+        """Whether this update's refresh was made, or failed."""
+        return self.new_bases is not None or self.failed
+
+    def look_at(self, grad: Tensor) -> None:
+        """Remember what this was made of."""
+        self.source, self.version = grad, local(grad)._version
+
+    def is_of(self, grad: Tensor) -> bool:
+        """Whether it still belongs to this gradient: neither another one has come, nor was this one changed."""
+        return self.source is None or (self.source is grad and self.version == local(grad)._version)
+
+    def scale(self, factor: Tensor | float) -> None:
+        """Multiply by a scalar."""
+        self.low_rank_grad.mul_(factor)
+        self.scaled_by = self.scaled_by * factor
 
 
 class Subspace:
@@ -34,11 +59,12 @@ class Subspace:
 
     Its tensors are in the weight's optimizer state, which every method gets: the bases, `last_refresh` (update step, -1
     before the first) and `refreshes` (their number). `group` holds the settings, `step` is the 0-based update.
-    `peers` lists the subspaces of one optimizer; a staggered refresh depends on the place among them.
+    `peers` lists the subspaces of one optimizer; a staggered refresh depends on the place among them. `note` explains a
+    name that the caller has not given.
     """
 
-    def __init__(self, rule: BasisRule, name: str, peers: list[Subspace]):
-        self.rule, self.name = rule, name
+    def __init__(self, rule: BasisRule, name: str, peers: list[Subspace], note: str = ""):
+        self.rule, self.name, self._note = rule, name, note
         self._peers, self._place = peers, len(peers)
         self._observed: tuple[Tensor | int, int] = (0, 0)  # sum and number of gradients
         peers.append(self)
@@ -78,16 +104,18 @@ class Subspace:
         """R of a gradient in the basis that its update uses, a new one where a refresh is due. Nothing is committed.
 
         A gradient with a NaN or an infinity never reaches the SVD, which would not return: it is projected with the old
-        basis, stays non-finite, and its refresh stays due. A random basis needs no look at the gradient, and must not
-        depend on one: with per-layer updates each rank sees its own.
+        basis, stays non-finite, and its refresh stays due. So it does with a gradient of zeros (a layer below one that
+        starts at zero, an expert without tokens), which has no subspace. A random basis needs no look at the gradient,
+        and must not depend on one: with per-layer updates each rank sees its own.
         """
         if not self.refresh_is_due(state, group, step):
             return Projected(self.down(state, grad))
         total, count = self._observed
         seen = (total + grad) / (count + 1) if count else grad
         shard = self.rule.projection.shard
-        if self.rule.reads_gradient(step) and not shard.everywhere(seen.isfinite().all()):
-            return Projected(self.down(state, grad))
+        if self.rule.reads_gradient(step):
+            if not shard.everywhere(seen.isfinite().all()) or shard.everywhere(~seen.any()):
+                return Projected(self.down(state, grad))
         projected = Projected(grad, self._refreshed(state, seen, group, step))
         projected.low_rank_grad = self.down(state, grad, projected)
         projected.failed = projected.new_bases is None
@@ -110,7 +138,7 @@ class Subspace:
         try:
             new = self.rule.refreshed(old, grad, Refresh(step, int(state["refreshes"]), group["seed"], self.name))
         except torch.linalg.LinAlgError as error:
-            log.warning("the basis of %s could not be refreshed at update %d: %s", self.name, step, error)
+            log.warning("the basis of %s could not be refreshed at update %d: %s%s", self.name, step, error, self._note)
             return None
         return {side: basis.to(old[side].dtype).contiguous() for side, basis in new.items()}
 

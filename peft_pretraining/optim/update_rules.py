@@ -17,40 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peft_pretraining.distributed.sharding import WHOLE, Shard
-
-
-class UpdateRule:
-    decays_first = False
-    """Whether decoupled weight decay, W <- W - lr * decay * W, comes before the update or after it."""
-    acts_in_full_space = False
-    """Whether `finish` must see the whole update, projected back."""
-    betas: tuple[float, float] | None = None
-    """What `betas` are where a group does not say."""
-    first_moment = "exp_avg"
-    """Key of the first moment in the state, where there is one."""
-
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        """Create the rule's tensors for gradients of `like`'s shape, dtype and device."""
-
-    def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
-    ) -> tuple[Tensor, float]:
-        """D, in the shape of `grad`, and the factor (rate included) to subtract it with."""
-        raise NotImplementedError
-
-    def finish(self, update: Tensor) -> Tensor:
-        """The last step, in full space and possibly in place."""
-        return update
-
-    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
-        """The dimension of a state tensor that is divided as the gradients are, and its whole length; None if every
-        device has the same."""
-        return None if shard.dim is None else (shard.dim, shard.shape[shard.dim])
-
-    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
-        """Put the first moment through `change`, which carries it into a new basis."""
-        if (moment := state.get(self.first_moment)) is not None:
-            moment.copy_(change(moment))
+from peft_pretraining.optim.rule import UpdateRule, mean, upright, zeros
 
 
 class AdamW(UpdateRule):
@@ -66,8 +33,8 @@ class AdamW(UpdateRule):
         self._torch_epsilon = torch_epsilon
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        state["exp_avg"] = _zeros(like)
-        state["exp_avg_sq"] = _zeros(like)
+        state["exp_avg"] = zeros(like)
+        state["exp_avg_sq"] = zeros(like)
 
     def direction(
         self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
@@ -81,7 +48,7 @@ class AdamW(UpdateRule):
             **{"fused": True, "amsgrad": False, "maximize": False, "lr": 1.0, "weight_decay": 0.0},
             **{"beta1": beta1, "beta2": beta2, "eps": self.epsilon(group["eps"], beta2, k)},
         )
-        return minus_d, -group["lr"]
+        return minus_d, -float(group["lr"])
 
     def epsilon(self, eps: float, beta2: float, k: int) -> float:
         """torch's ε for the one that was set."""
@@ -91,20 +58,28 @@ class AdamW(UpdateRule):
 class AdamW8bit(AdamW):
     """AdamW with both moments in 8 bits and one float32 scale per 256 numbers, by bitsandbytes (arXiv 2110.02861).
 
-    Vectors of fewer than 4096 numbers (norms, biases) keep float32 moments, as in bitsandbytes itself.
+    Tensors of fewer than 4096 numbers (norms, biases, R of low ranks) keep float32 moments, as in bitsandbytes itself.
+    Older versions kept 8 bits for matrices of any size; such a state is used as it is.
     """
 
     _BLOCK = 256
-    _SMALLEST_VECTOR = 4096
+    _SMALLEST = 4096
+    older = frozenset({"exp_avg_absmax", "exp_avg_sq_absmax"})
 
     def __init__(self, torch_epsilon: bool = False):
         super().__init__(torch_epsilon)
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        if like.ndim < 2 and (shard.shape or like.shape).numel() < self._SMALLEST_VECTOR:
+        if (shard.shape or like.shape).numel() < self._SMALLEST:
             super().init_state(state, like.float(), group)
-            return
+        else:
+            self._init_blocks(state, like, shard)
+
+    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: Shard = WHOLE) -> None:
+        self._init_blocks(state, like, shard)
+
+    def _init_blocks(self, state: dict[str, Any], like: Tensor, shard: Shard) -> None:
         last = shard.dim is None or shard.offset + shard.size == shard.shape[shard.dim]
         if not shard.everywhere(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
             raise ValueError(
@@ -113,12 +88,14 @@ class AdamW8bit(AdamW):
             )
         blocks = -(-like.numel() // self._BLOCK)
         for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = torch.zeros(_upright(like, shard).shape, dtype=torch.uint8, device=like.device)
+            state[moment] = torch.zeros(upright(like, shard).shape, dtype=torch.uint8, device=like.device)
             state[f"{moment}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
 
-    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
+    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
         if shard.dim is None:
             return None
+        if value.is_floating_point() and key in ("exp_avg", "exp_avg_sq"):
+            return super().divided(key, value, shard)
         if key.endswith("_absmax"):
             return 0, -(-shard.shape.numel() // self._BLOCK)
         return 0, shard.shape[shard.dim]
@@ -134,21 +111,24 @@ class AdamW8bit(AdamW):
         k, (signed, unsigned) = int(state["step"]), self._quantization_maps(grad.device)
         beta1, beta2 = group["betas"] or self.betas
         dtype = grad.dtype  # the kernel does not take float64
-        grad = _upright(grad.float() if dtype == torch.float64 else grad, shard).contiguous()
+        grad = upright(grad.float() if dtype == torch.float64 else grad, shard).contiguous()
         minus_d = torch.zeros_like(grad)
         optimizer_update_8bit_blockwise(
             *("adam", grad, minus_d, state["exp_avg"], state["exp_avg_sq"], beta1, beta2, 0.0, 0.0),
             *(self.epsilon(group["eps"], beta2, k), k, 1.0, signed, unsigned),
             *(state["exp_avg_absmax"], state["exp_avg_sq_absmax"]),
         )
-        return _upright(minus_d, shard).to(dtype), -group["lr"]
+        return upright(minus_d, shard).to(dtype), -float(group["lr"])
 
     def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
+        if state["exp_avg"].dtype != torch.uint8:
+            super().rotate(state, change, shard)
+            return
         from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
         code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
         dequantized = dequantize_blockwise(moment, absmax=state[absmax], code=code, blocksize=self._BLOCK)
-        changed = _upright(change(_upright(dequantized, shard)), shard).contiguous()
+        changed = upright(change(upright(dequantized, shard)), shard).contiguous()
         quantized, scales = quantize_blockwise(changed, code=code, blocksize=self._BLOCK)
         moment.copy_(quantized)
         state[absmax].copy_(scales.absmax)
@@ -170,6 +150,7 @@ class Adafactor(UpdateRule):
     """
 
     decays_first = True
+    optional = frozenset({"exp_avg"})
     _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
@@ -178,14 +159,14 @@ class Adafactor(UpdateRule):
             state["exp_avg_sq_row"] = like.new_zeros(like.shape[:-1], dtype=wide)
             state["exp_avg_sq_col"] = like.new_zeros((*like.shape[:-2], like.shape[-1]), dtype=wide)
         else:
-            state["exp_avg_sq"] = _zeros(like, wide)
+            state["exp_avg_sq"] = zeros(like, wide)
         if group["beta1"]:
-            state["exp_avg"] = _zeros(like)
+            state["exp_avg"] = zeros(like)
 
-    def divided(self, key: str, shard: Shard) -> tuple[int, int] | None:
+    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
         dim = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}.get(key)
         if shard.dim is None or dim is None:
-            return super().divided(key, shard)
+            return super().divided(key, value, shard)
         return (0, shard.shape[dim]) if shard.dim == dim else None
 
     def direction(
@@ -195,17 +176,19 @@ class Adafactor(UpdateRule):
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         square = wide.square().add_(self._EPS)
         if grad.ndim >= 2:
-            row = state["exp_avg_sq_row"].lerp_(_mean(square, grad.ndim - 1, shard), 1 - decay)
-            col = state["exp_avg_sq_col"].lerp_(_mean(square, grad.ndim - 2, shard), 1 - decay)
-            row_mean = _mean(row, grad.ndim - 2, shard).unsqueeze(-1)  # (..., 1)
+            row = state["exp_avg_sq_row"].lerp_(mean(square, grad.ndim - 1, shard), 1 - decay)
+            col = state["exp_avg_sq_col"].lerp_(mean(square, grad.ndim - 2, shard), 1 - decay)
+            row_mean = mean(row, grad.ndim - 2, shard).unsqueeze(-1)  # (..., 1)
             scale = (row / row_mean).rsqrt_().unsqueeze(-1)  # (..., m, 1)
             update = wide * scale * col.rsqrt().unsqueeze(-2)  # (..., m, n)
         else:
             update = wide * state["exp_avg_sq"].lerp_(square, 1 - decay).rsqrt()
         numbers = update.numel() if shard.dim is None else shard.shape.numel()
         rms = (shard.sum(update.square().sum()) / numbers).sqrt()
-        update.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(group["lr"])
+        update.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(float(group["lr"]))
         if group["beta1"]:
+            if self.first_moment not in state:  # switched on since
+                state[self.first_moment] = zeros(grad)
             update = state["exp_avg"].lerp_(update.to(grad.dtype), 1 - group["beta1"])
         return update.to(grad.dtype), 1.0
 
@@ -217,7 +200,7 @@ class Lion(UpdateRule):
     betas = (0.9, 0.99)
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        state["exp_avg"] = _zeros(like)
+        state["exp_avg"] = zeros(like)
 
     def direction(
         self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
@@ -225,7 +208,7 @@ class Lion(UpdateRule):
         beta1, beta2 = group["betas"] or self.betas
         mixture = torch.lerp(state["exp_avg"], grad, 1 - beta1)
         state["exp_avg"].lerp_(grad, 1 - beta2)
-        return mixture, group["lr"]
+        return mixture, float(group["lr"])
 
     def finish(self, update: Tensor) -> Tensor:
         return update.sign_()
@@ -235,39 +218,26 @@ class SGD(UpdateRule):
     """b = R at first, then b <- μ b + (1 - dampening) R. Without momentum there is no state."""
 
     first_moment = "momentum_buffer"
+    optional = frozenset({"momentum_buffer"})
 
     def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
         if group["momentum"]:
-            state[self.first_moment] = _zeros(like)
+            state[self.first_moment] = zeros(like)
 
     def direction(
         self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
     ) -> tuple[Tensor, float]:
         if not group["momentum"]:
-            return grad, group["lr"]
+            return grad, float(group["lr"])
+        if self.first_moment not in state:  # switched on since
+            state[self.first_moment] = grad.clone()
+            return state[self.first_moment], float(group["lr"])
         buffer = state[self.first_moment]
         if int(state["step"]) == 1:
             buffer.copy_(grad)
         else:
             buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
-        return buffer, group["lr"]
-
-
-def _upright(matrix: Tensor, shard: Shard) -> Tensor:
-    """A matrix turned so that its rows are what devices divide: then a device has whole blocks of numbers."""
-    return matrix.T if matrix.ndim == 2 and shard.along == 1 else matrix
-
-
-def _mean(part: Tensor, dim: int, shard: Shard) -> Tensor:
-    """Mean over a dimension of a tensor, over all devices where it is divided."""
-    if shard.dim != dim:
-        return part.mean(dim)
-    return shard.sum(part.sum(dim)) / shard.shape[dim]
-
-
-def _zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros of the same shape, contiguous whatever `like` is."""
-    return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
+        return buffer, float(group["lr"])
 
 
 UPDATE_RULES: dict[str, type[UpdateRule]] = {

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.optim.base import InPlaceOptimizer
+from peft_pretraining.optim.settings import check_betas, check_keys, check_numbers
 
 
-class VectorAdamW(torch.optim.Optimizer):
+class VectorAdamW(InPlaceOptimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), with one step count per vector where asked.
 
-        opt = VectorAdamW([{"params": all_a, "vectors": 0}, {"params": all_b, "vectors": 1}, {"params": others}])
+        >>> a, b = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(5, 4))
+        >>> optimizer = VectorAdamW([{"params": [a], "vectors": 0}, {"params": [b], "vectors": 1}], lr=0.1)
+        >>> (b @ a).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[a]["step"]
+        tensor([1., 1., 1., 1.])
 
     `vectors`: 0 counts the updates of each row, 1 of each column, None (the default) of the whole tensor. Per element,
     with τ the count: m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g², p ← p (1 - lr·wd), then
     p ← p - lr · m / (1-β1^τ) / (√v / √(1-β2^τ) + ε). Bias corrections are computed in float64. Moments have the
-    parameter's dtype and the counts, float32 and on its device, the shape (r,) or ().
+    parameter's dtype at construction and the counts, float32, the shape (r,) or (); all are on its device.
     """
 
     def __init__(
@@ -32,10 +39,19 @@ class VectorAdamW(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "vectors": None})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and create its state at once: a checkpoint loads into tensors that exist."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_keys(self, given: Collection[str]) -> None:
+        check_keys(given, self.defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_numbers(group)
+        check_betas(group["betas"])
+
+    def _check_saved_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
+        if saved["vectors"] != own["vectors"]:
+            raise ValueError(f"state of other vectors: {saved['vectors']!r} instead of {own['vectors']!r}")
+
+    def _new_states(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        states = {}
         for param in group["params"]:
             vectors = group["vectors"]
             if vectors not in (None, 0, 1) or (vectors is not None and param.ndim != 2):
@@ -43,12 +59,14 @@ class VectorAdamW(torch.optim.Optimizer):
             count = () if vectors is None else (param.shape[vectors],)
             if vectors is not None and Shard.of(param).dim == vectors:
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} is divided within its vectors' counts")
-            self.state[param] = {
+            states[param] = {
                 "step": torch.zeros(count, dtype=torch.float32, device=param.device),
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
+        return states
 
+    @torch._disable_dynamo  # as torch's own: it may be called in code that is compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
@@ -56,17 +74,18 @@ class VectorAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        present = {param for param, _ in self._with_gradients()}
         for group in self.param_groups:
-            if params := [param for param in group["params"] if param.grad is not None]:
+            if params := [param for param in group["params"] if param in present]:
                 self._update(params, group)
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        steps, first, second = (
-            [local(self.state[param][key]) for param in params] for key in ("step", "exp_avg", "exp_avg_sq")
-        )
-        grads, params = [local(param.grad) for param in params], [local(param) for param in params]
+        states = [self.local_state(param) for param in params]
+        steps, first, second = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+        grads = [local(param.grad).to(m.dtype) for param, m in zip(params, first, strict=True)]
+        params = [local(param) for param in params]
         torch._foreach_add_(steps, 1)
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -81,6 +100,6 @@ class VectorAdamW(torch.optim.Optimizer):
         denominators = torch._foreach_sqrt(second)
         for param, m, denominator, rate, root in zip(params, first, denominators, rates, roots, strict=True):
             shape = {None: (), 0: (-1, 1), 1: (1, -1)}[group["vectors"]]
-            root, rate = root.reshape(shape).to(param.dtype), rate.reshape(shape).to(param.dtype)
+            root, rate = root.reshape(shape).to(m.dtype), rate.reshape(shape).to(m.dtype)
             denominator.div_(root).add_(group["eps"])
             param.sub_(rate * m / denominator)

@@ -6,21 +6,25 @@ python -m peft_pretraining.report.compare RUN_DIR [RUN_DIR ...] --plot compariso
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining import run_dir
-from peft_pretraining.flags import ConfigError, exit_with_problems
+from peft_pretraining import metrics_file, run_dir
+from peft_pretraining.flags import ConfigError, exit_with_problems, one_line
 
 COLUMNS = ("method", "validation perplexity", "optimizer-state MB", "tokens/s", "seconds")
 
 _COLOURS = ("#1f5fa8", "#c4501b", "#2e7d4f", "#7a4fa3", "#8a6d00", "#a33a5e", "#3f7f93")
 _SMOOTHED_SHARE = 50  # training losses are averaged over 1/50 of the run
+_UNKNOWN = "—"
 
 
 @dataclass(frozen=True)
@@ -31,42 +35,80 @@ class RunRecord:
     settings: dict[str, Any]
     updates: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    label: str
+    """The method, and the folder's name where another run has the same method."""
 
     @classmethod
-    def read(cls, folder: Path) -> RunRecord:
-        """Raises `ConfigError` when the folder is not that of a run that has been evaluated."""
-        metrics, config = folder / run_dir.METRICS_FILE, run_dir.read_run_config(folder)
-        if config is None or not metrics.is_file():
-            raise ConfigError([f"{folder} is not the folder of a run ({run_dir.CONFIG_FILE} or metrics are missing)"])
-        records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    def read(cls, folder: Path, warnings: list[str]) -> RunRecord:
+        """Raises `ConfigError` when the folder is not that of a run that has been evaluated.
+
+        What of its metrics cannot be used is named in `warnings`.
+        """
+        metrics = folder / run_dir.METRICS_FILE
+        try:
+            config = run_dir.read_run_config(folder)
+            if config is None or not metrics.is_file():
+                message = f"{folder} is not the folder of a run ({run_dir.CONFIG_FILE} or metrics are missing)"
+                raise ConfigError([message])
+        except OSError as error:
+            raise ConfigError([f"{folder}: cannot be read ({error.strerror})"]) from None
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError([f"{folder / run_dir.CONFIG_FILE} cannot be used: {error}"]) from None
+        settings = config.get("settings")
+        if not isinstance(settings, dict) or not isinstance(settings.get("method"), str):
+            raise ConfigError([f"{folder / run_dir.CONFIG_FILE} cannot be used: it names no method"])
+        records, problems = metrics_file.read_records(metrics)
+        warnings += problems
         updates = [record for record in records if "loss" in record]
         evaluations = [record for record in records if "final_eval_loss" in record]
         if not evaluations:
             raise ConfigError([f"{folder} has not been evaluated yet"])
-        return cls(folder.name, config["settings"], updates, evaluations)
+        return cls(folder.resolve().name, settings, updates, evaluations, settings["method"])
 
     @property
     def method(self) -> str:
         return self.settings["method"]
 
     def row(self) -> dict[str, Any]:
-        """One line of the table: `COLUMNS`, and the perplexity before training."""
-        last = self.evaluations[-1]
-        speeds = [update["throughput_tokens"] for update in self.updates]
+        """One line of the table: `COLUMNS`, and the perplexity before training. None is what the metrics do not say."""
+        last, state = self.evaluations[-1], _number(self.evaluations[-1], "optimizer_state_bytes")
+        speeds = [speed for update in self.updates if (speed := _number(update, "throughput_tokens")) is not None]
         return {
-            "method": self.method,
-            "validation perplexity": last["final_eval_perplexity"],
-            "perplexity before": self.evaluations[0]["final_eval_perplexity"],
-            "optimizer-state MB": last["optimizer_state_bytes"] / 1e6,
+            "method": self.label,
+            "validation perplexity": _number(last, "final_eval_perplexity"),
+            "perplexity before": _number(self.evaluations[0], "final_eval_perplexity"),
+            "optimizer-state MB": None if state is None else state / 1e6,
             "tokens/s": statistics.median(speeds) if speeds else 0.0,
-            "seconds": sum(update["step_time"] for update in self.updates),
+            "seconds": sum(_number(update, "step_time") or 0.0 for update in self.updates),
         }
+
+
+def _number(record: dict[str, Any], name: str) -> float | None:
+    """A finite number of a record; None where it has none: that of a run that diverged is `null`."""
+    value = record.get(name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return value if is_number and math.isfinite(value) else None
+
+
+def labelled(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs, told apart by their folders where they have one method; by their numbers where these are alike, too."""
+    methods = Counter(run.method for run in runs)
+    names = [run.method if methods[run.method] == 1 else f"{run.method} ({run.name})" for run in runs]
+    seen: Counter[str] = Counter()
+    found = []
+    for run, name in zip(runs, names, strict=True):
+        seen[name] += 1
+        label = name if names.count(name) == 1 else f"{name} {seen[name]}"
+        found.append(dataclasses.replace(run, label=one_line(label)))
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     digits = {"validation perplexity": 2, "optimizer-state MB": 2, "tokens/s": 0, "seconds": 0}
-    cells = [[f"{row[name]:,.{digits[name]}f}" if name in digits else row[name] for name in COLUMNS] for row in rows]
+    cells = [[_cell(row[name], digits.get(name)) for name in COLUMNS] for row in rows]
     widths = [max(len(line[column]) for line in [COLUMNS, *cells]) for column in range(len(COLUMNS))]
 
     def line(values: Sequence[str]) -> str:
@@ -75,6 +117,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     ruler = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(COLUMNS), line(ruler), *map(line, cells)])
+
+
+def _cell(value: Any, digits: int | None) -> str:
+    if value is None:
+        return _UNKNOWN
+    return value if digits is None else f"{value:,.{digits}f}"
 
 
 def plot(runs: Sequence[RunRecord], path: Path) -> None:
@@ -86,13 +134,21 @@ def plot(runs: Sequence[RunRecord], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
     for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
-        tokens, losses = _smoothed(run.updates)
-        axes.plot(tokens, losses, color=colour, linewidth=1.6, label=f"{run.method}, training")
+        name, (tokens, losses) = run.label.replace("$", r"\$"), _smoothed(run.updates)  # $ begins a formula
+        axes.plot(tokens, losses, color=colour, linewidth=1.6, label=f"{name}, training")
+        points = [
+            (record["tokens_seen"], record["final_eval_loss"])
+            for record in _complete(run.evaluations, "final_eval_loss")
+        ]
+        last = _number(run.evaluations[-1], "final_eval_perplexity")
         axes.plot(
-            [record["tokens_seen"] / 1e6 for record in run.evaluations],
-            [record["final_eval_loss"] for record in run.evaluations],
-            **{"color": colour, "marker": "o", "markersize": 5, "linestyle": "none"},
-            label=f"{run.method}, validation (perplexity {run.evaluations[-1]['final_eval_perplexity']:.1f})",
+            [tokens / 1e6 for tokens, _ in points],
+            [loss for _, loss in points],
+            color=colour,
+            marker="o",
+            markersize=5,
+            linestyle="none",
+            label=f"{name}, validation (perplexity {_UNKNOWN if last is None else f'{last:.1f}'})",
         )
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("loss (nats per token)")
@@ -105,9 +161,14 @@ def plot(runs: Sequence[RunRecord], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _complete(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The records that have a number of that name, and of the tokens seen."""
+    return [record for record in records if None not in (_number(record, name), _number(record, "tokens_seen"))]
+
+
 def _smoothed(updates: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Tokens in millions and the mean loss of the last few updates up to there; skipped updates are left out."""
-    kept = [update for update in updates if not update.get("skipped")]
+    kept = [update for update in _complete(updates, "loss") if not update.get("skipped")]
     window = max(1, len(kept) // _SMOOTHED_SHARE)
     losses = [update["loss"] for update in kept]
     means = [statistics.fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
@@ -115,21 +176,33 @@ def _smoothed(updates: Sequence[dict[str, Any]]) -> tuple[list[float], list[floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--plot", type=Path, help="write a PNG of loss over tokens to this file")
     parser.add_argument("--json", type=Path, help="write the table's rows to this file")
     arguments = parser.parse_args(argv)
-    try:
-        runs = [RunRecord.read(folder) for folder in arguments.runs]
-    except ConfigError as error:
-        return exit_with_problems(error)
+    runs, problems, warnings = [], [], []
+    for folder in arguments.runs:
+        try:
+            runs.append(RunRecord.read(folder, warnings))
+        except ConfigError as error:
+            problems += error.problems
+    for warning in warnings:
+        print(f"warning: {one_line(warning)}", file=sys.stderr)
+    if problems:
+        return exit_with_problems(ConfigError(problems))
+    runs = labelled(runs)
     rows = [run.row() for run in runs]
     print(table(rows))
-    if arguments.plot:
-        plot(runs, arguments.plot)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    try:
+        if arguments.plot:
+            plot(runs, arguments.plot)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    except (OSError, ValueError) as error:  # matplotlib's, of an unknown kind of file
+        return exit_with_problems(ConfigError([f"the results cannot be written: {error}"]))
     return 0
 
 

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from peft_pretraining.data.sources import one_line
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.finetune import settings as finetune_settings
 from peft_pretraining.finetune.options.encoding import EncodedExample, OptionEncoder
@@ -23,6 +22,7 @@ from peft_pretraining.finetune.options.trainer import OptionTrainer, by_length
 from peft_pretraining.finetune.results import RESULTS_FILE, Results, newest_checkpoint, run_seeds, write_json
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.loading import load_pretrained
 from peft_pretraining.tracking import log, start_logging
 
 if TYPE_CHECKING:
@@ -104,13 +104,9 @@ def load_model(settings: OptionSettings, device: torch.device) -> PreTrainedMode
                 log.warning("--%s: there is no accelerator; float32 is used", name)
             else:
                 dtype = wanted
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            settings.model_name, dtype=dtype, revision=settings.model_revision or "main"
-        )
-    except (OSError, ValueError) as error:
-        why = one_line(error)
-        raise ConfigError([f"--model_name {settings.model_name}: no causal model could be loaded ({why})"]) from error
+    name = settings.model_name
+    revision = settings.model_revision or "main"
+    model = load_pretrained(AutoModelForCausalLM, name, f"--model_name {name}", dtype=dtype, revision=revision)
     # Rows are padded with any token, and masked; the padding token's own weights are to be trained like others.
     model.get_input_embeddings().padding_idx = None
     return model

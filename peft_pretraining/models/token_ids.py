@@ -1,0 +1,74 @@
+"""The ids of special tokens in exported models: the tokenizer's beside them, which the model was trained with.
+
+A model's JSON has ids of its own, and transformers gives it some where it has none; `generate` would end at an ordinary
+token and never at the trained end of a document.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("peft_pretraining")
+
+NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def adopt_saved(model: PreTrainedModel, save_tokenizer: Callable[[Path], Any], given: Mapping[str, Any] | None) -> None:
+    """`adopt` the ids of the tokenizer that `save_tokenizer` writes into a folder, and log what it has to say."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder))
+        tokenizer = read_tokenizer(Path(folder))
+    if tokenizer is not None:
+        for line in adopt(model, tokenizer, given or {}):
+            log.warning(line)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder; None where there is none, or, with a warning, where it cannot be read."""
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # files can be broken in any way, each with an exception of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        log.warning("exports keep the model's own ids of special tokens: its tokenizer cannot be read (%s)", reason)
+        return None
+
+
+def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> list[str]:
+    """Put the tokenizer's ids into the model's configuration and that of its generation.
+
+    An id that only the model has stays for the end and for padding, but not for the beginning: where a tokenizer has no
+    such token, none was trained. Of several ends, all stay if the tokenizer's is among them. Returns one line for each
+    id in `given`, the model's JSON, that contradicts the tokenizer's, and for one that is beyond the vocabulary.
+    """
+    lines = []
+    for name in NAMES:
+        own, found = getattr(model.config, name, None), getattr(tokenizer, name)
+        stated = given.get(name)
+        if found is None and name != "bos_token_id":
+            continue
+        if found is not None and found >= model.config.vocab_size:
+            lines.append(
+                f"the tokenizer's {name} {found} is beyond the model's vocabulary of {model.config.vocab_size}: "
+                "exports have none"
+            )
+            found = None
+        if name == "eos_token_id" and isinstance(own, list) and found in own:
+            found = own
+        elif None not in (stated, found) and stated not in (-1, found):
+            lines.append(
+                f"the model's JSON has {name} {stated}, its tokenizer {found} "
+                f"({tokenizer.convert_ids_to_tokens(found)}): exports take the tokenizer's"
+            )
+        setattr(model.config, name, found)
+        if model.generation_config is not None:
+            setattr(model.generation_config, name, found)
+    return lines

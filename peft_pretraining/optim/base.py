@@ -1,0 +1,216 @@
+"""What the package's optimizers share: whole or no groups, state that follows its weight, loading in place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from peft_pretraining.distributed.sharding import local
+
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts of a parameter's name that come from what is around the model, and not from the model."""
+
+_OTHER_STATE = "state of another rank, proj_type or rule"
+
+
+class InPlaceOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state exists from the start: a checkpoint loads into tensors that are there.
+
+    Subclasses say what a group's state is (`_new_states`) and what must not be loaded (`_check_saved_group`). State
+    lies on its weight's device, wherever that goes, but for the keys in `_on_cpu`; it keeps the dtype that it had at
+    construction.
+    """
+
+    _on_cpu: frozenset[str] = frozenset()
+    """Keys of the state that stay on the CPU: numbers that decide what to do."""
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises `ValueError` for settings that are wrong in themselves."""
+
+    def _new_states(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """The state of every parameter of a group. Raises, and leaves nothing behind, if one cannot be made."""
+        raise NotImplementedError
+
+    def _check_keys(self, given: Collection[str]) -> None:
+        """Raises `ValueError` for settings that do not exist."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and create its state at once. A group that is refused leaves nothing behind."""
+        if isinstance(param_group, dict):
+            self._check_keys(param_group.keys())
+            param_group = dict(param_group)  # torch fills it in
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for index, param in enumerate(group["params"]):
+                if param.is_complex():
+                    raise ValueError(f"a complex parameter cannot be trained: {name_of(group, index)}, {param.dtype}")
+            self._check_group(group)
+            states = self._new_states(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self.state.update(states)
+
+    def group_of(self, param: Tensor) -> dict[str, Any]:
+        """A parameter's group as it is now: loading a state puts new ones in place."""
+        groups = self.param_groups
+        known, size, found = self.__dict__.get("_groups_seen", ([], 0, {}))
+        now = sum(len(group["params"]) for group in groups)
+        if len(known) != len(groups) or size != now or any(a is not b for a, b in zip(known, groups, strict=True)):
+            found = {param: group for group in groups for param in group["params"]}
+            self.__dict__["_groups_seen"] = (list(groups), now, found)
+        return found[param]
+
+    def _follow(self, param: Tensor) -> dict[str, Any]:
+        """A parameter's state, on the parameter's device: `model.to` may have moved it since."""
+        state = self.state[param]
+        for key, value in state.items():
+            if key not in self._on_cpu and value.device != param.device and not isinstance(value, DTensor):
+                state[key] = value.to(param.device)
+        return state
+
+    def local_state(self, param: Tensor) -> dict[str, Any]:
+        """A parameter's state as this device has it, where the parameter is."""
+        return {key: local(value) for key, value in self._follow(param).items()}
+
+    def _with_gradients(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Parameters that have a gradient. Raises `RuntimeError`, before anything is done, for a sparse one."""
+        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for param, _ in found:
+            check_dense(param, type(self).__name__)
+        return iter(found)
+
+    # Loading.
+
+    def _check_saved_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raises `ValueError` if a group's state would not fit into this one's."""
+
+    def _may_differ(self, param: Tensor) -> tuple[frozenset[str], frozenset[str]]:
+        """Keys that a saved state may lack, and keys that it may have beyond this optimizer's."""
+        return frozenset(), frozenset()
+
+    def _loaded(self) -> None:
+        """State and groups have been replaced."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but into the tensors that exist: each keeps its dtype and its weight's device.
+
+        Named parameters are matched by name. Raises `ValueError`, and loads nothing, for the state of other
+        parameters, another rank, projection or rule, and for settings that the constructor would refuse.
+        """
+        loading = _Loading()
+        handles = (
+            self.register_load_state_dict_pre_hook(loading.check),  # after the caller's hooks, which may change it
+            self.register_load_state_dict_post_hook(loading.put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Loading:
+    """One call of `load_state_dict`."""
+
+    def __init__(self) -> None:
+        self.own: dict[Tensor, dict[str, Any]] = {}
+        self.saved: dict[Tensor, dict[str, Any]] = {}
+
+    def check(self, optimizer: InPlaceOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """Refuse what does not fit, and give torch the groups in this optimizer's order, without the state."""
+        groups, own = state_dict["param_groups"], optimizer.param_groups
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
+            return None  # which torch refuses
+        groups = [_in_order(*pair) for pair in zip(groups, own, strict=True)]
+        keep = {*optimizer.defaults, "first_lr"}
+        groups = [
+            {**{key: value for key, value in ours.items() if key in keep and key not in saved}, **saved}
+            for saved, ours in zip(groups, own, strict=True)
+        ]
+        states = dict(state_dict["state"])
+        for saved, ours in zip(groups, own, strict=True):
+            if saved.get("betas") is None and "betas" in ours:  # older states leave the rule's unsaid
+                saved["betas"] = ours["betas"]
+            optimizer._check_group(saved)
+            optimizer._check_saved_group(saved, ours)
+            for index, param in zip(saved["params"], ours["params"], strict=True):
+                self.saved[param] = states.pop(index, {})
+                _check_shapes(self.saved[param], optimizer.state[param], *optimizer._may_differ(param))
+        self.own = {param: optimizer._follow(param) for param in self.saved}
+        return {**state_dict, "state": states, "param_groups": groups}
+
+    def put(self, optimizer: InPlaceOptimizer) -> None:
+        """Copy the saved state into the tensors that were there."""
+        with torch.no_grad():
+            for param, saved in self.saved.items():
+                own = self.own[param]
+                adopted = saved.keys() - own.keys()
+                for key in own.keys() - saved.keys():
+                    del own[key]
+                for key, value in saved.items():
+                    if key in adopted or (own[key].dtype == torch.uint8) != (value.dtype == torch.uint8):
+                        own[key] = value.to(param.device, copy=True)  # another form of the same moments
+                    else:
+                        local(own[key]).copy_(local(value))
+                optimizer.state[param] = own
+        optimizer._loaded()
+
+
+def name_of(group: dict[str, Any], index: int) -> str:
+    """A parameter's name, or which one it is."""
+    names = group.get("param_names")
+    return names[index] if names else f"parameter {index} of its group"
+
+
+def check_dense(param: Tensor, who: str) -> None:
+    """Raises `RuntimeError` for a sparse gradient, as torch's AdamW does."""
+    if param.grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{who} does not support sparse gradients, got one for a parameter of shape {tuple(param.shape)}: use "
+            "nn.Embedding(sparse=False)"
+        )
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what wrappers add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _in_order(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with its parameters in this optimizer's order, where both have names."""
+    if not saved.get("param_names") or not own.get("param_names"):
+        return dict(saved)
+    theirs, ours = ([_bare(name) for name in group["param_names"]] for group in (saved, own))
+    if theirs == ours:  # names need not be unique then
+        return dict(saved)
+    if missing := set(ours) - set(theirs):
+        unknown = sorted(set(theirs) - set(ours))
+        raise ValueError(f"state of other parameters: {_few(unknown)} instead of {_few(sorted(missing))}")
+    places = {name: place for place, name in enumerate(theirs)}
+    order = [places[name] for name in ours]
+    return {**saved, "params": [saved["params"][place] for place in order], "param_names": list(own["param_names"])}
+
+
+def _few(names: list[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+
+
+def _check_shapes(
+    saved: dict[str, Any], own: dict[str, Any], may_lack: frozenset[str], may_add: frozenset[str]
+) -> None:
+    found, expected = ({key: tuple(value.shape) for key, value in state.items()} for state in (saved, own))
+    compared = {key: shape for key, shape in found.items() if key in expected or key not in may_add}
+    if compared != {key: shape for key, shape in expected.items() if key in found or key not in may_lack}:
+        raise ValueError(f"{_OTHER_STATE}: {found} instead of {expected}")
+
+
+def other_state(what: str, found: Any, expected: Any) -> ValueError:
+    """The error for a saved state that another setting decided on."""
+    return ValueError(f"{_OTHER_STATE}: {what} {found!r} instead of {expected!r}")

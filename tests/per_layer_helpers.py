@@ -1,0 +1,33 @@
+"""A small model and its optimizer, for updates inside the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_pretraining.optim import LowRankOptimizer
+
+RULES = {"sgd": {"rule": "sgd", "lr": 0.1}, "adamw": {"rule": "adamw", "lr": 0.01, "weight_decay": 0.1}}
+
+
+def setup(rule: str = "sgd", rank: int = 4, **changes: Any) -> tuple[nn.Sequential, LowRankOptimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Tanh(), nn.Linear(24, 8, bias=False))
+    groups = [{"params": [model[0].weight]}, {"params": [model[2].weight], "rank": rank, "update_proj_gap": 3}]
+    return model, LowRankOptimizer(groups, **{**RULES[rule], **changes})
+
+
+def loss(model: nn.Module, step: int = 0, size: float = 1.0) -> Tensor:
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
+    return (model(x) - x[:, :8]).square().mean() * size
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def assert_alike(one: nn.Module, other: nn.Module) -> None:
+    for a, b in zip(weights(one), weights(other), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,121 @@
+"""No setting is ignored unsaid: each is flipped, and either the run's numbers change, or a warning names it as without
+effect (and then nothing changes), or it is refused."""
+
+from __future__ import annotations
+
+import pytest
+from flips import FLIPS, INSTEAD, METHODS, OPERATIONAL, Runner, words
+
+from peft_pretraining import methods
+from peft_pretraining.config import config_flags
+
+OF_METHODS = (
+    *("rank", "scale", "update_proj_gap", "rand_ratio", "svd_method", "stagger_refresh", "refresh_accumulation"),
+    *("per_layer", "target_modules", "clip_norm", "relora", "lora_alpha", "lora_dropout", "lora_plus_ratio"),
+    *("dense_lr_ratio", "init_lora_type", "zero_init_B", "train_scaling", "lora_only", "quantize", "use_double_quant"),
+    *("reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning", "switch_lora_interval"),
+    *("switch_lora_descent_rate", "switch_descend_type", "fix_switch_lora_interval", "adam_warm_step"),
+    *("remain_switch_state", "remain_switch_step_state", "switch_lora_drop", "discontinuous_switch", "cal_delta_norm"),
+)
+OF_RULES = ("adam_beta1", "adam_beta2", "adam_eps", "beta1", "momentum", "dampening", "clip_grad_norm", "weight_decay")
+OF_SCHEDULES = ("warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_steps", "adjust_step")
+
+CONTEXTS = (
+    *[(method, f"--optimizer {rule}", OF_RULES) for method, entry in methods.METHODS.items()
+      for rule in entry.optimizers if rule not in ("adamw", "adam_zero")],
+    *[("full_rank", f"--scheduler {name}", OF_SCHEDULES)
+      for name in ("linear", "constant", "cosine_restarts", "cosine_with_min_lr")],
+    *[("relora", f"--scheduler {name}", OF_SCHEDULES) for name in ("linear", "cosine_restarts")],
+    ("full_rank", "--scheduler cosine_restarts --cycle_length 3 --restart_warmup_steps 2", OF_SCHEDULES),
+    *[("online_subspace_descent", f"--proj_type {name}", OF_METHODS)
+      for name in ("random", "continuous", "continuous_sgd")],
+    *[("galore", f"--proj_type {name}", OF_METHODS) for name in ("full", "right")],
+    ("galore", "--per_layer --stagger_refresh False --clip_grad_norm 0.01", OF_METHODS),
+    ("galore", "--update_proj_gap 0", OF_METHODS),
+    ("galore", "--update_proj_gap 1", OF_METHODS),
+    ("galore", "--clip_grad_norm 0", OF_METHODS),
+    ("galore", "--optimizer galore_lion", OF_METHODS),
+    ("golore", "--rand_ratio 0", OF_METHODS),
+    ("golore_adapter", "--rand_ratio 0", OF_METHODS),
+    ("golore_adapter", "--update_proj_gap 0", OF_METHODS),
+    ("golore_adapter", "--clip_grad_norm 0", OF_METHODS),
+    ("lora", "--lora_only", OF_METHODS),
+    ("lora", "--use_lora --init_lora_type switchlora", OF_METHODS),
+    ("lora", "--train_scaling", OF_METHODS),
+    ("relora", "--Relora", OF_METHODS),
+    ("relora", "--optimizer_random_pruning 0.3 --reset_optimizer_on_relora False", OF_METHODS),
+    ("relora", "--init_lora_type switchlora", OF_METHODS),
+    ("switchlora", "--fix_switch_lora_interval", OF_METHODS),
+    ("switchlora", "--remain_switch_state", OF_METHODS),
+    ("switchlora", "--adam_warm_step -1", OF_METHODS),
+    ("switchlora", "--init_lora_type origin_lora", OF_METHODS),
+)  # fmt: skip
+"""(method, flags, what is flipped beside them)."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Runner(tmp_path_factory.mktemp("flips"))
+
+
+def check(run, method: str, flags: str, name: str) -> None:
+    value = INSTEAD.get(method, {}).get(name, FLIPS[name])
+    if f"--{name} " in f"{flags} ":
+        return  # it is what the context sets
+    before, after = run(words(method, flags)), run(words(method, flags, **{name: value}))
+    assert before.numbers is not None, before.said
+    if after.numbers is None:
+        assert any(f"--{name}" in line for line in after.said), after.said
+    elif after.says_without_effect(name):
+        assert after.numbers == before.numbers, f"--{name} {value} acts, though it is said not to: {after.said}"
+    else:
+        assert after.numbers != before.numbers, f"--{name} {value} does nothing, unsaid"
+
+
+def test_every_setting_is_flipped_or_operational():
+    operational = [name for names in OPERATIONAL.values() for name in names]
+    assert not set(operational) & set(FLIPS)
+    unknown = {flag.name for flag in config_flags()} - set(operational) - set(FLIPS)
+    assert not unknown, unknown
+    assert set(METHODS) == set(methods.METHODS)
+
+
+@pytest.mark.parametrize("name", [name for name in FLIPS if name not in OF_METHODS])
+def test_settings_of_every_run(run, name):
+    check(run, "full_rank", "", name)
+
+
+_FAST = [
+    *[(method, name) for method in ("galore", "relora", "switchlora", "golore_adapter") for name in
+      dict.fromkeys(name for name in methods.METHODS[method].options if name in OF_METHODS)],
+    *[("relora", "scale"), ("full_rank", "rank"), ("lora", "momentum")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "name"), _FAST)
+def test_settings_of_a_method(run, method, name):
+    check(run, method, "", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_of_every_method(run, method):
+    failed = {}
+    for name in FLIPS:
+        try:
+            check(run, method, "", name)
+        except AssertionError as error:
+            failed[name] = str(error).splitlines()[0]
+    assert not failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "flags", "names"), CONTEXTS)
+def test_settings_beside_others(run, method, flags, names):
+    failed = {}
+    for name in names:
+        try:
+            check(run, method, flags, name)
+        except AssertionError as error:
+            failed[name] = str(error).splitlines()[0]
+    assert not failed
