@@ -133,7 +133,7 @@ def test_manifests_that_list_too_little(unfinished):
     assert checkpoints.unusable(folder, False) == "method_state.json is missing"
     (folder / "manifest.json").write_text('{"files": {}}')
     assert checkpoints.unusable(folder, False) is not None
-    with pytest.raises(ConfigError, match="--resume_from_checkpoint .*checkpoint-5: "):
+    with pytest.raises(ConfigError, match=r"--resume_from_checkpoint .*checkpoint-5: "):
         checkpoints.named(folder, settings, False)
 
 
@@ -348,7 +348,7 @@ def test_what_lacks_weights_is_no_checkpoint(unfinished):
     trainer.model.b = torch.nn.Linear(2, 2, bias=False)
     trainer.model.b.weight = trainer.model.a.weight
     trainer._issue_warnings_after_load(load_result(["b.weight"], []))  # tied, and saved once
-    with pytest.raises(CheckpointUnusable, match="it lacks c.weight"):
+    with pytest.raises(CheckpointUnusable, match=r"it lacks c\.weight"):
         trainer._issue_warnings_after_load(load_result(["c.weight"], []))
-    with pytest.raises(CheckpointUnusable, match="it has, beside the model's weights, module.a.weight"):
+    with pytest.raises(CheckpointUnusable, match=r"it has, beside the model's weights, module\.a\.weight"):
         trainer._issue_warnings_after_load(load_result([], ["module.a.weight"]))
