@@ -87,7 +87,8 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     save_dir = Path(group.from_main(config.run.save_dir or _default_save_dir(config)))
-    lock = _hold(save_dir, group, stack) if group.from_main(save_dir.is_dir()) else None
+    exists = group.from_main(save_dir.is_dir())
+    lock = _hold(save_dir, group, stack) if exists else None
     start = starting_point(config, launch.identity, save_dir, group)
     record = replace(start.record, identity=launch.identity, settings=config.settings())
 
@@ -104,7 +105,8 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
     model, method, optimizer = parts.model, parts.method, parts.optimizer
     method.prepare(model, optimizer, group.all_reduce_mean)
     parallel_model = reduced_model(config, method, group, model, optimizer)
-    lock = lock or _begin_folder(save_dir, group, stack)
+    if not exists:
+        lock = _begin_folder(save_dir, group, stack)
     if group.is_main:
         begin_writing(save_dir, record, versions())
     group.barrier()

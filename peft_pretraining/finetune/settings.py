@@ -223,7 +223,8 @@ def _config(
     settings |= {"method": chosen.method, "optimizer": chosen.rule}
     settings["per_layer"] = settings.get("per_layer", False) or chosen.per_layer
     if settings.get("stagger_refresh") is None:
-        settings["stagger_refresh"] = settings["per_layer"]
+        reads_per_layer = chosen.method in METHODS and "per_layer" in METHODS[chosen.method].options
+        settings["stagger_refresh"] = reads_per_layer and settings["per_layer"]
     settings |= _shared_settings(given, values)
     world_size = _world_size(problems)
     config = Config.from_settings({**settings, "world_size": world_size})
