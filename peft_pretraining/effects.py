@@ -60,7 +60,7 @@ METHOD_CONDITIONS = (
     Condition(("init_lora_type", "zero_init_B"), lambda c: not c.factors.lora_only, "with --lora_only"),
     Condition(
         ("zero_init_B",),
-        lambda c: c.factors.init_lora_type != "origin_lora",
+        lambda c: c.factors.init_lora_type != "origin_lora" or c.method.method == "switchlora",  # which switches no B
         "with --init_lora_type origin_lora, whose B is zero",
     ),
     Condition(
@@ -73,6 +73,9 @@ METHOD_CONDITIONS = (
         lambda c: not (c.factors.train_scaling and c.method.method in ("lora", "relora")),
         "with --train_scaling, whose scale is tanh(1) at first",
     ),
+    Condition(
+        ("remain_switch_step_state",), lambda c: not c.factors.remain_switch_state, "beside --remain_switch_state"
+    ),
     Condition(("refresh_accumulation",), _reads_gradients, "for random bases"),
     Condition(  # the older `--proj_type random` takes singular vectors of random matrices
         ("svd_method",), lambda c: _reads_gradients(c) or c.method.proj_type == "random", "for random bases"
@@ -80,13 +83,13 @@ METHOD_CONDITIONS = (
     Condition(
         ("rand_ratio",),
         lambda c: c.method.update_proj_gap != 0 or c.method.rand_ratio == 0,
-        "with --update_proj_gap 0, which keeps the first basis",
+        "beside a first basis that is kept for good",
     ),
     Condition(("stagger_refresh",), lambda c: not _learns_by_pca(c), "for --proj_type {proj_type}"),
     Condition(
         ("stagger_refresh",),
         lambda c: c.method.update_proj_gap > 1 or c.method.per_layer,
-        "with --update_proj_gap {update_proj_gap}: all layers are due together",
+        "where all layers are due together",
     ),
 )
 """For the methods' settings, which fine-tuning has, too."""
@@ -108,6 +111,11 @@ CONDITIONS = (
         ("cycle_length",),
         lambda c: not _only_warms_up_restarts(c) or c.schedule.restart_warmup_steps > 0,
         "with --scheduler cosine_restarts, whose restarts are nothing without --restart_warmup_steps",
+    ),
+    Condition(
+        ("max_document_mb",),
+        lambda c: c.data.dataset_path is None or c.data.from_json_data,
+        "with blocks that are tokenised already",
     ),
     Condition(("name", "tags", "comment", "wandb_watch"), _tracks, "without --with_tracking"),
     Condition(("allow_restart",), lambda c: c.run.autoresume, "without --autoresume True"),

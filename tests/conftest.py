@@ -21,6 +21,16 @@ import numpy as np
 import pytest
 import slow_tier
 
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", metavar="N", help="N times as many examples in test_fuzz.py, other ones every time")
+
+
+def pytest_configure(config):
+    if times := config.getoption("--fuzz"):
+        os.environ["FUZZ"] = times  # test_fuzz.py reads it as it is imported
+
+
 VOCABULARY = 128
 BLOCK = 64
 

@@ -153,7 +153,10 @@ REWOUND = {
 }
 
 
-@pytest.mark.parametrize("name", REWOUND)
+SLOW = ("full_rank", "online_subspace_descent", "relora", "per layer")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in REWOUND])
 def test_a_run_that_goes_back_skips_what_led_there(command, tmp_path, name):
     """Killed afterwards, before it has saved again, it goes on in the same way: nothing of what was undone is left."""
     argv = command(**REWOUND[name], save_every=5, rewind_on_nan=1, async_save=name == "galore")

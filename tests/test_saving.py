@@ -26,6 +26,7 @@ from peft_pretraining import checkpoint_writer, run_dir
 SCRIPT = str(PROJECT / "tests" / "saving_run.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ASYNC, FSDP, RESUME = {"async_save": True}, {"distributed_type": "fsdp"}, {"autoresume": True}
+REWIND = {"rewind_on_nan": 1}
 FULL = (7, 12)
 """0-based updates between which there is no room: the save of update 10 fails, those of 5 and 15 do not."""
 
@@ -118,6 +119,10 @@ def two(command, killed):
                 damage=[fsdp[-1], "model_20/training_state/__1_0.distcp"],
             ),
             "killed, resumed": case(command("killed", **ASYNC, **RESUME)),
+            "gone back": case(command("gone back", **FSDP, **REWIND), spoil=13),
+            "gone back, stopped": case(command("gone back twice", **FSDP, **REWIND, **ASYNC), spoil=13, signal=17),
+            "gone back, resumed": case(command("gone back twice", **FSDP, **REWIND, **ASYNC, **RESUME)),
+            "not finite": case(command("not finite"), spoil=14),
         },
     )
 
@@ -135,6 +140,25 @@ def killed(command, tmp_path_factory):
             os.kill(pid, signal.SIGKILL)
         assert agent.wait(PATIENCE) != 0
     return SimpleNamespace(checkpoints=helpers.checkpoints(run), unfinished=helpers.unfinished(run))
+
+
+# No longer finite.
+
+
+def test_both_ranks_go_back(two):
+    assert [result["exit_code"] for result in two.results["gone back"]] == [0, 0]
+    assert [result["exit_code"] for result in two.results["gone back, stopped"]] == [75, 75]
+    for rank in range(2):
+        assert two.results["gone back"][rank]["digest"] == two.results["gone back, resumed"][rank]["digest"]
+    helpers.assert_same_run(two.folder / "gone back twice", two.folder / "gone back")
+    (rewind,) = helpers.counters(two.folder / "gone back" / "model_20")["rewinds"]
+    assert rewind["to_update"] == 10
+
+
+def test_neither_rank_saves_what_is_not_finite(two):
+    assert [result["exit_code"] for result in two.results["not finite"]] == [1, 1]
+    assert helpers.checkpoints(two.folder / "not finite") == [5, 10]
+    assert len(lines(two, "not finite", "ERROR after update 15 weights or optimizer state are not finite")) == 1
 
 
 # Beside the training.
@@ -280,7 +304,8 @@ def sealed(tmp_path):
     """A checkpoint of two ranks before its completion: its folder, and what the ranks say of their files."""
     folder = tmp_path / "model_3.tmp"
     (folder / "training_state").mkdir(parents=True)
-    for name in ("training_state.json", "training_state/__0_0.distcp", "training_state/__1_0.distcp"):
+    tensors = [f"training_state/{name}" for name in (".metadata", "__0_0.distcp", "__1_0.distcp")]
+    for name in ("training_state.json", "config.json", "model.safetensors", *tensors):
         (folder / name).write_text(name)
     return folder, checkpoint_writer.seal(folder, run_dir.checkpoint_files(folder))
 
