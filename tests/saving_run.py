@@ -4,7 +4,8 @@ A case is {"argv": [...]}, and may have "no_room": [rank, first, last], that ran
 hundred bytes from 0-based update `first` until `last` begins (null: to the end); "room_at_retry": true, which ends that
 when the last save is tried again; "slow": [update, seconds], the time that giving that update's checkpoint its name
 takes; "signal": an update within which rank 0 gets a SIGUSR1; "spoil": one at which weights turn NaN, once; "damage":
-[folder, file], a finished run's folder that is copied to that of this run, and a file of it in which a bit is flipped then.
+[folder, file], a finished run's folder that is copied to that of this run, and a file of it in which a bit is flipped
+then.
 
 Beside CASES.json, `rank{N}.json` gets a list of {"exit_code", "failed_saves", "seen", "digest"}, one per case: "seen"
 are the complete checkpoints at each attempt to complete one, "digest" the SHA-256 of this rank's parts of the weights.
