@@ -10,11 +10,17 @@ import sys
 from collections.abc import Sequence
 
 from peft_pretraining.finetune.entry import run_entry
+from peft_pretraining.finetune.glue_settings import ENTRY, hub_names
+from peft_pretraining.finetune.settings import check
+from peft_pretraining.hub import work_offline_if_unreachable
 from peft_pretraining.signals import run_script
 
 
 def _run(argv: Sequence[str]) -> None:
-    from peft_pretraining.finetune import glue  # transformers and torch come with it
+    task = check(argv, ENTRY).task  # before torch and transformers are imported, which takes seconds
+    if hub_names(task):
+        work_offline_if_unreachable()
+    from peft_pretraining.finetune import glue
 
     glue.run(argv)
 

@@ -68,10 +68,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, float
 
     from tokenizers import Tokenizer
 
-    from peft_pretraining.data.sources import find_source, open_source
+    from peft_pretraining.data.sources import find_source, open_pieces
+    from peft_pretraining.data.tally import Tally
 
     rust = Tokenizer.from_file(str(result / "tokenizer.json"))
-    documents = list(open_source(find_source(str(once), False, [], []), None, "text")["train"]())
+    documents = [
+        text
+        for piece in open_pieces(find_source(str(once), False, [], []), None, "text")["train"]
+        for text in piece(Tally())
+    ]
     counts = json.loads((result / "args.json").read_text())
     extra_copies = arguments.copies - 1
     tokens = extra_copies * sum(counts[split]["tokens"] for split in ("train", "validation"))

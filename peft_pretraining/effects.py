@@ -37,16 +37,30 @@ def _learns_by_pca(config: Config) -> bool:
     return config.method.proj_type.startswith("continuous")
 
 
-def _always_random(config: Config) -> bool:
+def _is_golore(config: Config) -> bool:
+    return config.method.method in ("golore", "golore_adapter")
+
+
+def _reads_gradients(config: Config) -> bool:
+    """Whether any basis comes from gradients."""
     method = config.method
-    return method.proj_type == "random" or (method.method in ("golore", "golore_adapter") and method.rand_ratio == 0)
+    return method.proj_type != "random" and not (_is_golore(config) and method.rand_ratio == 0)
+
+
+def _restarts(config: Config) -> bool:
+    """Whether the schedule has cycles of its own; ReLoRA's are as long as the time between merges."""
+    return config.schedule.cycle_length is not None or config.method.method == "relora"
+
+
+def _only_warms_up_restarts(config: Config) -> bool:
+    return config.schedule.scheduler == "cosine_restarts" and config.method.method != "relora"
 
 
 METHOD_CONDITIONS = (
     Condition(("init_lora_type", "zero_init_B"), lambda c: not c.factors.lora_only, "with --lora_only"),
     Condition(
         ("zero_init_B",),
-        lambda c: c.factors.init_lora_type != "origin_lora",
+        lambda c: c.factors.init_lora_type != "origin_lora" or c.method.method == "switchlora",  # which switches no B
         "with --init_lora_type origin_lora, whose B is zero",
     ),
     Condition(
@@ -54,10 +68,28 @@ METHOD_CONDITIONS = (
         lambda c: not c.factors.fix_switch_lora_interval,
         "with --fix_switch_lora_interval",
     ),
-    Condition(("svd_method", "refresh_accumulation"), lambda c: not _always_random(c), "for random bases"),
+    Condition(
+        ("lora_alpha", "scale"),
+        lambda c: not (c.factors.train_scaling and c.method.method in ("lora", "relora")),
+        "with --train_scaling, whose scale is tanh(1) at first",
+    ),
+    Condition(
+        ("remain_switch_step_state",), lambda c: not c.factors.remain_switch_state, "beside --remain_switch_state"
+    ),
+    Condition(("refresh_accumulation",), _reads_gradients, "for random bases"),
+    Condition(  # the older `--proj_type random` takes singular vectors of random matrices
+        ("svd_method",), lambda c: _reads_gradients(c) or c.method.proj_type == "random", "for random bases"
+    ),
+    Condition(
+        ("rand_ratio",),
+        lambda c: c.method.update_proj_gap != 0 or c.method.rand_ratio == 0,
+        "beside a first basis that is kept for good",
+    ),
     Condition(("stagger_refresh",), lambda c: not _learns_by_pca(c), "for --proj_type {proj_type}"),
     Condition(
-        ("stagger_refresh",), lambda c: c.method.update_proj_gap != 1, "with --update_proj_gap 1: every layer is due"
+        ("stagger_refresh",),
+        lambda c: c.method.update_proj_gap > 1 or c.method.per_layer,
+        "where all layers are due together",
     ),
 )
 """For the methods' settings, which fine-tuning has, too."""
@@ -73,6 +105,17 @@ CONDITIONS = (
         ("restart_warmup_steps", "adjust_step"),
         lambda c: c.schedule.scheduler == "cosine_restarts",
         "with --scheduler {scheduler}",
+    ),
+    Condition(("restart_warmup_steps",), lambda c: _restarts(c), "without --cycle_length: the run is one cycle"),
+    Condition(
+        ("cycle_length",),
+        lambda c: not _only_warms_up_restarts(c) or c.schedule.restart_warmup_steps > 0,
+        "with --scheduler cosine_restarts, whose restarts are nothing without --restart_warmup_steps",
+    ),
+    Condition(
+        ("max_document_mb",),
+        lambda c: c.data.dataset_path is None or c.data.from_json_data,
+        "with blocks that are tokenised already",
     ),
     Condition(("name", "tags", "comment", "wandb_watch"), _tracks, "without --with_tracking"),
     Condition(("allow_restart",), lambda c: c.run.autoresume, "without --autoresume True"),

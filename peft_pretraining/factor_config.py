@@ -134,6 +134,11 @@ def resolve(config: Config, given: Mapping[str, Given], problems: list[str]) -> 
         problems.append("--use_double_quant needs --quantize 4bit")
     if method == "switchlora":
         _check_switching(config, given, problems)
+    if method == "golore_adapter" and factors.lora_plus_ratio != 1:
+        problems.append(
+            f"--lora_plus_ratio {factors.lora_plus_ratio:g}: method golore_adapter trains one factor of each layer, A "
+            "or B by its shape, so there is no rate of B over that of A"
+        )
     if method == "golore_adapter" and config.method.clip_norm == "full":
         problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")
     return config

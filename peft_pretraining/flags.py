@@ -64,7 +64,7 @@ __all__ = [
 EXIT_BAD_INPUT = 2
 
 _NO_VALUE = object()
-_LONGEST_SHOWN = 200  # characters of a value in a message
+_LONGEST_SHOWN, _LONGEST_LINE = 200, 2000  # characters of a value in a message, and of a message
 
 _NEGATIVE_NUMBER = re.compile(r"-\.?[0-9].*", re.DOTALL)
 
@@ -252,9 +252,9 @@ def _advice(name: str, flags: Iterable[Flag], hints: Mapping[str, str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def shortened(shown: str) -> str:
+def shortened(shown: str, longest: int = _LONGEST_SHOWN) -> str:
     """A value as a message shows it: its beginning, if it is long."""
-    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}... ({len(shown):,} characters)"
+    return shown if len(shown) <= longest else f"{shown[:longest]}... ({len(shown):,} characters)"
 
 
 def one_line(message: str) -> str:
@@ -266,5 +266,5 @@ def one_line(message: str) -> str:
 def exit_with_problems(error: ConfigError) -> int:
     """Print one line per problem on stderr and return the exit code for bad input."""
     for problem in error.problems:
-        print(f"error: {one_line(problem)}", file=sys.stderr)
+        print(f"error: {shortened(one_line(problem), _LONGEST_LINE)}", file=sys.stderr)
     return EXIT_BAD_INPUT

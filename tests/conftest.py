@@ -4,18 +4,57 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several processes starve each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Coverage is measured in the processes that run the tests, not in those that tests start: these would import torch, a
+# third of their time, under the tracer.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import slow_tier
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", metavar="N", help="N times as many examples in test_fuzz.py, other ones every time")
+
+
+def pytest_configure(config):
+    if times := config.getoption("--fuzz"):
+        os.environ["FUZZ"] = times  # test_fuzz.py reads it as it is imported
+
 
 VOCABULARY = 128
 BLOCK = 64
+
+
+_repeated: set[str] = set()
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow_tier.sort_into_tiers(items, whole_files=not any("::" in argument for argument in config.args))
+    _repeated.update(slow_tier.repeated(items))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Measure coverage in the first case of each test alone: the tracer makes tests half as long again."""
+    measured = sys.modules["coverage"].Coverage.current() if "coverage" in sys.modules else None
+    if measured is None or item.nodeid not in _repeated:
+        return (yield)
+    measured.stop()
+    try:
+        return (yield)
+    finally:
+        measured.start()
 
 
 def write_blocks(

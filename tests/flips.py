@@ -37,9 +37,15 @@ OPERATIONAL = {
 
 FLIPS: dict[str, str] = {
     **{"model_revision": "main", "attn_implementation": "eager", "dtype": "float64", "max_length": "8"},
-    **{"eval_tokens": "16", "skip_batches": "1", "batch_size": "1", "gradient_accumulation": "3"},
+    **{
+        "eval_tokens": "16",
+        "max_document_mb": "1",
+        "skip_batches": "1",
+        "batch_size": "1",
+        "gradient_accumulation": "3",
+    },
     **{"total_batch_size": "6", "lr": "0.005", "weight_decay": "0.3", "adam_beta1": "0.5", "adam_beta2": "0.5"},
-    **{"adam_eps": "0.01", "beta1": "0.5", "momentum": "0.5", "dampening": "0.5", "clip_grad_norm": "0.01"},
+    **{"adam_eps": "0.01", "beta1": "0.5", "momentum": "0.5", "dampening": "0.5", "clip_grad_norm": "0"},
     **{"scheduler": "linear", "num_training_steps": "12", "max_train_tokens": "128", "num_extra_training_steps": "2"},
     **{"warmup_steps": "2", "min_lr_ratio": "0.5", "cycle_length": "3", "restart_warmup_steps": "1"},
     **{"adjust_step": "1", "rank": "2", "scale": "0.5", "update_proj_gap": "3", "rand_ratio": "0.5"},

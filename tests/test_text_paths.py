@@ -88,6 +88,7 @@ def pretokenized(path: Path, folder: Path, eos: int, special: tuple[int, ...]) -
 @given(documents=st.lists(texts, min_size=1, max_size=4))
 def test_every_path_gives_the_same_tokens(tokenizer, tmp_path, documents):
     made, folder = tokenizer
+    documents = [json.loads(json.dumps(text)) for text in documents]  # which joins halves of surrogate pairs
     eos, special = made.eos_token_id, special_ids(made)
     plain = list(PlainText(made)([encodable(text) for text in documents]))
     expected = [[*ids, eos] for ids in plain]

@@ -27,7 +27,6 @@ from peft_pretraining.data.lines import (
     LineReader,
     TooLong,
     files_only,
-    is_blank,
     open_binary,
 )
 from peft_pretraining.data.tally import Tally
@@ -257,10 +256,19 @@ def _text_rows(path: Path, text_field: str, limit: int) -> Rows:
     """Documents are separated by blank lines; the lines of one document stay as they are."""
     with LineReader(open_binary(path), limit) as lines:
         number = 0
-        for blank, group in itertools.groupby(lines, key=is_blank):
+        for blank, group in itertools.groupby(_without_mark(lines), key=lambda line: line.isspace()):
             if not blank:
                 number += 1
                 yield _paragraph(number, group, limit)
+
+
+def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that hold something, without the byte-order mark that a file may begin with."""
+    for number, line in enumerate(lines):
+        if number == 0 and not isinstance(line, TooLong):
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if line or isinstance(line, TooLong):
+            yield line
 
 
 def _paragraph(number: int, lines: Iterable[bytes], limit: int) -> tuple[str, str | Unusable]:
@@ -277,7 +285,7 @@ def _paragraph(number: int, lines: Iterable[bytes], limit: int) -> tuple[str, st
         return name, Unusable(f"is longer than --max_document_mb allows ({size / MEGABYTE:.3g} MB)")
     data = b"".join(parts).rstrip(b"\r\n")
     try:
-        return name, (data.removeprefix(BYTE_ORDER_MARK) if number == 1 else data).decode()
+        return name, data.decode()
     except UnicodeDecodeError as error:
         return name, Unusable(str(error), is_sentence=True)
 

@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from peft_pretraining.finetune.checkpoints import RunFailed
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.launcher import bad_input, check_launcher
 from peft_pretraining.signals import EXIT_REQUEUE, Stopped
 
+EXIT_FAILED = 1
+
 
 def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -> int:
-    """Call `run` with the command line; 0, 2 for bad input with one line per problem on stderr, or 75 when it was asked
-    to stop and has saved."""
+    """Call `run` with the command line. The exit code: 0, 2 for bad input with one line per problem on stderr, 75 when
+    it was asked to stop and has saved, or 1 with one line for a run that failed."""
     try:
         check_launcher()
         run(sys.argv[1:] if argv is None else argv)
@@ -22,8 +25,17 @@ def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -
         return bad_input(error)
     except Stopped:
         return EXIT_REQUEUE
+    except OSError as error:  # a full disk, a folder that is gone
+        return _failed(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except RunFailed as error:
+        return _failed(str(error))
     finally:
         leave_process_group()
+
+
+def _failed(why: str) -> int:
+    print(f"error: {' '.join(why.split())}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def leave_process_group() -> None:

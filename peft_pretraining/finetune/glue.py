@@ -12,23 +12,23 @@ from transformers import set_seed as seed_everything
 from transformers.trainer_utils import SaveStrategy
 
 from peft_pretraining.finetune import glue_data, settings
+from peft_pretraining.finetune.folder import begin
 from peft_pretraining.finetune.glue_model import encoder, load_model, usable_length
-from peft_pretraining.finetune.glue_settings import DEFAULTS, GlueSettings, check_settings
+from peft_pretraining.finetune.glue_settings import ENTRY, GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask, compute_metrics, predicted
-from peft_pretraining.finetune.results import RESULTS_FILE, Results, newest_checkpoint, run_seeds, write_json
+from peft_pretraining.finetune.output import RESULTS_FILE, Results, check_losses, check_metric, finite_only, write_json
+from peft_pretraining.finetune.results import run_seeds
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.trainer import MethodTrainer
+from peft_pretraining.flags import ConfigError
 from peft_pretraining.tracking import log, start_logging
 
-DESCRIPTION = "Fine-tune an encoder or a LLaMA on a GLUE task, or on CSV or JSON files, with any of the methods."
 _SECOND_SET = "_mm"
 
 
 def parse(argv: Sequence[str]) -> FineTuning[GlueSettings]:
     """The settings of a command line. Raises `ConfigError` with all problems at once."""
-    return settings.load(
-        argv, GlueSettings, prog="run_glue.py", description=DESCRIPTION, defaults=DEFAULTS, check_task=check_settings
-    )
+    return settings.load(argv, ENTRY)
 
 
 def run(argv: Sequence[str]) -> Results:
@@ -37,22 +37,23 @@ def run(argv: Sequence[str]) -> Results:
     start_logging(finetuning.training.process_index == 0)
     for warning in finetuning.warnings:
         log.warning(warning)
-    return run_seeds(finetuning, run_one)
+    with finetuning.training.main_process_first(desc="reading the data"):
+        task, splits = glue_data.load_rows(finetuning.task)
+    _check_flags(finetuning, task)
+    return run_seeds(finetuning, lambda one, start: run_one(one, task, splits, start), _described)
 
 
-def run_one(finetuning: FineTuning[GlueSettings]) -> Results:
+def run_one(
+    finetuning: FineTuning[GlueSettings], task: GlueTask, splits: glue_data.Splits, resume_from: str | None
+) -> Results:
     """One run in its output folder: model, `all_results.json`, predictions. Returns what that file has."""
     task_settings, training = finetuning.task, finetuning.training
-    with training.main_process_first(desc="reading the data"):
-        task, splits = glue_data.load_rows(task_settings)
-    resume_from = newest_checkpoint(finetuning) if training.do_train else None
     seed_everything(training.seed)  # of the classifier's first weights
     model, tokenizer = load_model(task_settings, task)
     length = usable_length(task_settings, model.config, tokenizer)
     pad = task_settings.pad_to_max_length
     encode = encoder(tokenizer, task, length, pad, model.get_input_embeddings().num_embeddings)
     splits = {name: _encoded(_limited(name, rows, task_settings), encode) for name, rows in splits.items()}
-    _choose_best_by(task, finetuning)
 
     validation = [splits[name] for name in _of_kind(splits, "validation")]
     trainer = MethodTrainer(
@@ -64,6 +65,7 @@ def run_one(finetuning: FineTuning[GlueSettings]) -> Results:
         data_collator=default_data_collator if pad else _padding_collator(tokenizer, finetuning),
         compute_metrics=lambda prediction: compute_metrics(task, _logits(prediction), prediction.label_ids),
     )
+    begin(finetuning, resume_from)
     results: Results = _described(finetuning)
     if training.do_train:
         results |= _train(trainer, resume_from)
@@ -77,11 +79,11 @@ def run_one(finetuning: FineTuning[GlueSettings]) -> Results:
 
 
 def _train(trainer: MethodTrainer, resume_from: str | None) -> Results:
-    metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
+    metrics = trainer.train_to_the_end(resume_from)
     trainer.save_model()  # merged, and the best one with --load_best_model_at_end
     trainer.save_state()
     trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics, combined=False)
+    trainer.save_metrics("train", finite_only(metrics), combined=False)
     best = trainer.state.best_metric
     metrics["train_steps"] = trainer.state.global_step
     return {**metrics, **trainer.optimizer_report(), **({} if best is None else {"best_metric": best})}
@@ -94,8 +96,9 @@ def _evaluate(trainer: MethodTrainer, validation: list[Dataset]) -> Results:
         found = trainer.evaluate(eval_dataset=rows)
         found["eval_samples"] = len(rows)
         metrics |= {f"{name}{ending}": value for name, value in found.items() if name != "epoch"}
+    check_losses(metrics)
     trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics, combined=False)
+    trainer.save_metrics("eval", finite_only(metrics), combined=False)
     return metrics
 
 
@@ -142,13 +145,27 @@ def _padding_collator(tokenizer: PreTrainedTokenizerBase, finetuning: FineTuning
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if half else None)
 
 
-def _choose_best_by(task: GlueTask, finetuning: FineTuning) -> None:
-    """The best model is that with the task's own number, unless `--metric_for_best_model` names another."""
-    training = finetuning.training
+def _check_flags(finetuning: FineTuning[GlueSettings], task: GlueTask) -> None:
+    """What flags are about the task's numbers. The best model is that with the task's own number, unless
+    `--metric_for_best_model` names another."""
+    training, given = finetuning.training, finetuning.given
+    if task.is_regression and training.label_smoothing_factor:
+        raise ConfigError(
+            [f"--label_smoothing_factor {training.label_smoothing_factor:g}: scores, unlike classes, are not smoothed"]
+        )
+    if "average_tokens_across_devices" in given or "no_average_tokens_across_devices" in given:
+        log.warning("--average_tokens_across_devices has no effect: a classifier's loss is the mean over rows")
     chooses = training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST
-    if chooses and "metric_for_best_model" not in finetuning.given:
+    if chooses and "metric_for_best_model" not in given:
         training.metric_for_best_model = task.main_metric
         training.greater_is_better = task.main_metric != "mse"
+    elif training.metric_for_best_model is not None:
+        check_metric(training.metric_for_best_model, _names_of_numbers(task))
+
+
+def _names_of_numbers(task: GlueTask) -> list[str]:
+    """What an evaluation finds, besides the loss."""
+    return list(compute_metrics(task, np.zeros((2, max(1, len(task.labels)))), np.arange(2)))
 
 
 def _described(finetuning: FineTuning[GlueSettings]) -> Results:

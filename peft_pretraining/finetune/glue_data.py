@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, load_dataset
 
 from peft_pretraining.finetune.glue_settings import GlueSettings
-from peft_pretraining.finetune.glue_tasks import GLUE_TASKS, GlueTask, accuracy, squared_error
+from peft_pretraining.finetune.glue_tasks import GLUE_TASKS, GlueTask
+from peft_pretraining.finetune.labels import infer_task, is_number, numbers_of
+from peft_pretraining.finetune.rows import Problems, Row, read_rows, show
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.tracking import log
 
 HUB_NAME = "nyu-mll/glue"
 LABEL = "label"
 
+_NAMES_OF_TEXT = {"text", *(name for task in GLUE_TASKS.values() for name in task.columns)}
+"""Columns that are text even where all of it looks like numbers."""
+
 Splits = dict[str, Dataset]
+
+
+@dataclass
+class _Split:
+    origin: str
+    """A file, or what the hub calls it."""
+    rows: list[Row]
+
+    @property
+    def columns(self) -> list[str]:
+        """Of all rows, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
 
 
 def load_rows(settings: GlueSettings) -> tuple[GlueTask, Splits]:
     """The task, and its splits with the text columns and `label`: a class number or a score (float); -1 in test rows.
 
-    Raises `ConfigError` for files without the columns, without rows, or with labels that the task does not have.
+    Raises `ConfigError`, with the rows' numbers, for files without the columns, without rows, or with texts or labels
+    that the task does not have.
     """
     if settings.train_file or settings.validation_file or settings.test_file:
         splits = _read_files(settings)
     else:
         splits = _read_hub(settings.task_name)
-    task = GLUE_TASKS[settings.task_name] if settings.task_name else None
-    if settings.text_columns and task:
-        task = replace(task, columns=settings.text_columns)
     label = settings.label_column or LABEL
-    problems: list[str] = []
+    task = GLUE_TASKS[settings.task_name] if settings.task_name else None
+    inferred = Problems("")
     if task is None:
-        task = _infer_task(settings, splits, label, problems)
-    for name, rows in splits.items() if task else ():
-        splits[name] = _checked(rows, task, label, name, problems)
-    if problems:
-        raise ConfigError(problems)
-    return task, {name: rows for name, rows in splits.items()}
+        source = splits.get("train", next(iter(splits.values())))
+        inferred.origin = source.origin
+        task = _infer_task(settings, source, label, inferred)
+    elif settings.text_columns:
+        task = replace(task, columns=settings.text_columns)
+    if lines := inferred.lines():
+        raise ConfigError(lines)
+    checked = {name: _checked(split, task, label, name, lines) for name, split in splits.items()}
+    if not lines and task.labels and "train" in checked and len(set(checked["train"][LABEL])) < 2:
+        only = task.labels[checked["train"][LABEL][0]]
+        lines.append(f"{splits['train'].origin}: every row has the {label} {only!r}: there is nothing to learn")
+    if lines:
+        raise ConfigError(lines)
+    if settings.task_name is None:
+        kind = "regression, for labels have fractions" if task.is_regression else f"{len(task.labels)} classes"
+        log.info("text of %s; %s: %s", " and ".join(task.columns), label, kind)
+    return task, checked
 
 
 def split_name(task_name: str | None, kind: str) -> str:
@@ -47,7 +73,7 @@ def split_name(task_name: str | None, kind: str) -> str:
     return f"{kind}_matched" if task_name == "mnli" and kind != "train" else kind
 
 
-def _read_files(settings: GlueSettings) -> Splits:
+def _read_files(settings: GlueSettings) -> dict[str, _Split]:
     files = {
         "train": settings.train_file,
         split_name(settings.task_name, "validation"): settings.validation_file,
@@ -58,108 +84,88 @@ def _read_files(settings: GlueSettings) -> Splits:
     for split, file in files.items():
         if file is None:
             continue
-        kind, options = _format(file)
         try:
-            splits[split] = load_dataset(kind, data_files=file, split="train", **options)
-        except Exception as error:  # `datasets` wraps whatever its readers raise
-            reason = str(error.__cause__ or error).splitlines()
-            problems.append(f"{file}: cannot be read as {kind} ({reason[0] if reason else type(error).__name__})")
-            continue
-        if len(splits[split]) == 0:
-            problems.append(f"{file}: it has no rows")
+            splits[split] = _Split(file, read_rows(file))
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
     return splits
 
 
-def _format(file: str) -> tuple[str, dict[str, Any]]:
-    """Which reader of `datasets`, with which options. Text such as `NA` or `null` stays text."""
-    suffix = Path(file).suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return "csv", {"keep_default_na": False, "sep": "," if suffix == ".csv" else "\t"}
-    return "json", {}
-
-
-def _read_hub(task_name: str | None) -> Splits:
+def _read_hub(task_name: str | None) -> dict[str, _Split]:
     assert task_name is not None, "checked with the flags"
     try:
-        return dict(load_dataset(HUB_NAME, task_name))
+        found = load_dataset(HUB_NAME, task_name)
+        rows = {name: split.with_format("arrow")[:].to_pylist() for name, split in found.items()}
     except Exception as error:  # no network, no cache, a broken cache: each has an exception of its own
         reason = str(error).splitlines() or [type(error).__name__]
         raise ConfigError(
-            [f"--task_name {task_name}: {HUB_NAME} cannot be loaded from the hub ({reason[0]}); local copies can be "
-             "given with --train_file and --validation_file"]
-        ) from None  # fmt: skip
+            [
+                f"--task_name {task_name}: {HUB_NAME} cannot be loaded from the hub ({reason[0]}); local copies can be "
+                "given with --train_file and --validation_file"
+            ]
+        ) from None
+    return {name: _Split(f"{HUB_NAME} ({task_name}, {name})", split) for name, split in rows.items()}
 
 
-def _infer_task(settings: GlueSettings, splits: Splits, label: str, problems: list[str]) -> GlueTask | None:
-    """A task of one's own: scores if the labels are floats, otherwise the classes that the training rows have."""
-    source = splits.get("train", next(iter(splits.values())))
-    if label not in source.column_names:
-        problems.append(f"{_file(settings, splits)}: no column {label!r}; there is {', '.join(source.column_names)}")
-        return None
+def _infer_task(settings: GlueSettings, source: _Split, label: str, problems: Problems) -> GlueTask:
+    """A task of one's own, from the training rows. Raises `ConfigError` where there is no label or no text."""
+    if label not in source.columns:
+        raise ConfigError([f"{source.origin}: no column {label!r}; there is {', '.join(source.columns)}"])
     texts = settings.text_columns or _text_columns(source, label)
     if not texts:
-        problems.append(f"{_file(settings, splits)}: no column of text beside {label!r}: name it with --text_columns")
-        return None
-    if source.features[label].dtype in ("float32", "float64"):
-        return GlueTask(texts, (), squared_error, "mse")
-    labels = sorted(set(source[label]), key=lambda value: (str(type(value)), value))
-    return GlueTask(texts, tuple(str(value) for value in labels), accuracy, "accuracy")
+        raise ConfigError([f"{source.origin}: no column of text beside {label!r}: name it with --text_columns"])
+    return infer_task(source.rows, texts, label, problems)
 
 
-def _file(settings: GlueSettings, splits: Splits) -> str:
-    return str(settings.train_file or settings.validation_file or settings.test_file)
-
-
-def _text_columns(rows: Dataset, label: str) -> tuple[str, ...]:
-    """`sentence1` and `sentence2` if they are there, otherwise the first two columns of strings."""
-    texts = [name for name in rows.column_names if name != label and rows.features[name].dtype.endswith("string")]
+def _text_columns(source: _Split, label: str) -> tuple[str, ...]:
+    """`sentence1` and `sentence2` if they are there, otherwise the first two columns that are not all numbers."""
+    others = [name for name in source.columns if name != label]
+    texts = [name for name in others if name in _NAMES_OF_TEXT or not _all_numbers(source.rows, name)]
+    if not texts and len(others) == 1 and any(isinstance(row.get(others[0]), str) for row in source.rows):
+        texts = others
     return ("sentence1", "sentence2") if {"sentence1", "sentence2"} <= set(texts) else tuple(texts[:2])
 
 
-def _checked(rows: Dataset, task: GlueTask, label: str, split: str, problems: list[str]) -> Dataset:
-    """The text columns as strings, and labels as numbers."""
-    is_test = split.startswith("test")
-    wanted = [*task.columns, *([] if is_test and label not in rows.column_names else [label])]
-    if missing := [name for name in wanted if name not in rows.column_names]:
-        there = ", ".join(rows.column_names)
-        problems.append(f"{split} rows: no column {', '.join(map(repr, missing))}; there is {there}")
-        return rows
-    empty = [name for name in task.columns if any(value is None for value in rows[name])]
-    if empty:
-        problems.append(f"{split} rows: some have nothing in {', '.join(map(repr, empty))}")
-        return rows
-    if label in wanted and not is_test:
-        labels = _numbers(rows[label], task, label, split, problems)
-        if len(labels) < len(rows):
-            return rows
-    else:
-        labels = [-1.0 if task.is_regression else -1] * len(rows)
-    texts = {name: [str(value) for value in rows[name]] for name in task.columns}
+def _all_numbers(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column, of an index perhaps, holds nothing but numbers, or nothing."""
+    return all(_is_number_or_nothing(row.get(name)) for row in rows)
+
+
+def _is_number_or_nothing(value: object) -> bool:
+    if isinstance(value, str):
+        return not value.strip() or is_number(value.strip())
+    return value is None or isinstance(value, bool | int | float)
+
+
+def _checked(split: _Split, task: GlueTask, label: str, name: str, lines: list[str]) -> Dataset | None:
+    """The text columns, and labels as numbers. None, and more `lines`, where a row is not as it must be."""
+    problems, columns = Problems(split.origin), split.columns
+    is_test = name.startswith("test")
+    missing = [wanted for wanted in (*task.columns, *([] if is_test else [label])) if wanted not in columns]
+    if missing:
+        lines.append(f"{split.origin}: no column {', '.join(map(repr, missing))}; there is {', '.join(columns)}")
+        return None
+    for number, row in enumerate(split.rows, start=1):
+        if problem := _text_problem(row, task.columns):
+            problems.add(number, problem)
+    labels = [-1.0 if task.is_regression else -1] * len(split.rows)
+    if not is_test:
+        labels = numbers_of(split.rows, task, label, problems)
+    if problems.by_reason:
+        lines += problems.lines()
+        return None
+    texts = {column: [row[column] for row in split.rows] for column in task.columns}
     return Dataset.from_dict({**texts, LABEL: labels})
 
 
-def _numbers(values: Sequence[Any], task: GlueTask, label: str, split: str, problems: list[str]) -> list[Any]:
-    """Labels as class numbers or scores; those that the task does not have are a problem, and left out."""
-    numbers, strange = [], {}
-    by_name = {name: index for index, name in enumerate(task.labels)}
-    if not any(name.isdigit() for name in task.labels):  # otherwise the names are numbers themselves
-        by_name |= {str(index): index for index in range(len(task.labels))}
-    for value in values:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if task.is_regression:
-            try:
-                numbers.append(float(value))
-            except (TypeError, ValueError):
-                strange[value] = None
-        elif str(value) in by_name:
-            numbers.append(by_name[str(value)])
-        else:
-            strange[value] = None
-    if strange:
-        shown = ", ".join(repr(value) for value in list(strange)[:5])
-        known = "a number" if task.is_regression else f"one of {', '.join(task.labels)}, or its number from 0"
-        problems.append(f"{split} rows: {label} {shown} is not {known}")
-    return numbers
+def _text_problem(row: Row, columns: tuple[str, ...]) -> str | None:
+    for name in columns:
+        if row.get(name) is None:
+            return f"there is nothing in {name!r}"
+        if not isinstance(row[name], str):
+            return f"{name} is not text but {show(row[name])}"
+    if not any(row[name].strip() for name in columns):
+        return f"there is no text in {' or '.join(map(repr, columns))}"
+    return None

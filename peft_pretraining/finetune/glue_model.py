@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from peft_pretraining.config import DEFAULT_TOKENIZER
+from peft_pretraining.data.plain_text import plain_text_tokenizer
 from peft_pretraining.finetune.glue_settings import GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask
+from peft_pretraining.finetune.loading import check_finite, loaded
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.loading import load_pretrained
 from peft_pretraining.safe_loading import without_code
@@ -35,7 +37,7 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     """The model in float32, with the task's labels in its configuration; a head that it lacks is drawn from torch's
     random numbers. Raises `ConfigError` where model or tokenizer cannot be loaded."""
     name, where = settings.model_name_or_path, {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
-    config = _loaded(
+    config = loaded(
         lambda: without_code(AutoConfig.from_pretrained(name, trust_remote_code=False, **where)),
         f"--model_name_or_path {name}",
     )
@@ -50,23 +52,11 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     # Before the model is made, whose embedding would otherwise never train a wrong row. Models of one direction look
     # for the last token that is not this one.
     config.pad_token_id = tokenizer.pad_token_id
-    model = load_pretrained(
-        AutoModelForSequenceClassification,
-        name,
-        f"--model_name_or_path {name}",
-        new_head=True,
-        config=config,
-        dtype=torch.float32,
-        **where,
-    )
+    flag = f"--model_name_or_path {name}"
+    options = {"new_head": True, "config": config, "dtype": torch.float32, **where}
+    model = load_pretrained(AutoModelForSequenceClassification, name, flag, **options)
+    check_finite(model, flag)
     return model, tokenizer
-
-
-def _loaded(load: Callable[[], Any], what: str) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError([f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}"]) from error
 
 
 def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -77,7 +67,7 @@ def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dic
         name = DEFAULT_TOKENIZER
     if name != settings.model_name_or_path:
         where = {"cache_dir": where["cache_dir"]}
-    tokenizer = _loaded(
+    tokenizer = loaded(
         lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where), f"the tokenizer {name}"
     )
     if tokenizer.pad_token_id is None:
@@ -106,12 +96,14 @@ def encoder(
 ) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
     """A function for `Dataset.map(batched=True)`: texts to token ids, at most `length` of them.
 
-    Raises `ConfigError` at a token that the model's table (`vocabulary` rows) does not have.
+    A text that spells a special token is ordinary text, as in pre-training. Raises `ConfigError` at a token that the
+    model's table (`vocabulary` rows) does not have.
     """
+    plain = plain_text_tokenizer(tokenizer)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [rows[name] for name in task.columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=length, padding="max_length" if pad else False)
+        encoded = plain(*texts, truncation=True, max_length=length, padding="max_length" if pad else False)
         largest = max((max(ids, default=0) for ids in encoded["input_ids"]), default=0)
         if largest >= vocabulary:
             raise ConfigError(

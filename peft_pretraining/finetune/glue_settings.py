@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.finetune.glue_tasks import GLUE_TASKS
+from peft_pretraining.finetune.settings import EntryPoint
 from peft_pretraining.flags import Given, boolean, comma_separated, positive_int, setting, string
 
 DEFAULTS: dict[str, Any] = {"rank": 4}
@@ -91,3 +92,20 @@ def check_settings(
     for name, needed in needs.items():
         if needed and left_out(name):
             problems.append(f"--{name} is required beside --{files[0]}")
+
+
+ENTRY = EntryPoint(
+    GlueSettings,
+    prog="run_glue.py",
+    description="Fine-tune an encoder or a LLaMA on a GLUE task, or on CSV or JSON files, with any of the methods.",
+    defaults=DEFAULTS,
+    check_task=check_settings,
+)
+
+
+def hub_names(settings: GlueSettings) -> list[str]:
+    """What has to come from the hub, or from its cache: not a folder or a file."""
+    names = [settings.model_name_or_path, settings.tokenizer_name]
+    if not any(getattr(settings, name) for name in _FILES):
+        names.append(f"--task_name {settings.task_name}")
+    return [name for name in names if name and not Path(name).is_dir()]

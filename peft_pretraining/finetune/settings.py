@@ -2,7 +2,8 @@
 
 One flat set of flags: the fields of `MethodConfig` and `FactorConfig` with the selectors of selection.py, those of
 `TrainingArguments` (training_flags.py), those here, and the fields of the task's dataclass, which the entry point
-passes. Every problem is reported at once.
+passes. Every problem is reported at once, before torch and transformers are imported; what transformers itself finds
+wrong with the values comes after that.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
-
-from transformers import TrainingArguments
-from transformers.utils import is_torch_xla_available
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from peft_pretraining import factor_config, selection, validate
 from peft_pretraining.cli import warn_without_effect
 from peft_pretraining.config import Config, MethodConfig, OptimizerConfig
 from peft_pretraining.factor_config import FactorConfig
-from peft_pretraining.finetune.training_flags import training_flags, training_values
+from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
 from peft_pretraining.flags import ConfigError, Flag, Given, boolean, comma_separated, integer, parse_command_line
 from peft_pretraining.methods import METHODS
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ class FineTuning(Generic[T]):
     overwrite_output_dir: bool = False
     warnings: tuple[str, ...] = ()
     given: Mapping[str, Given] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Every field of `TrainingArguments` as it was asked for, whatever this machine makes of it."""
 
     def with_seed(self, seed: int, output_dir: str) -> FineTuning[T]:
         """The run of one of the seeds."""
@@ -58,6 +61,8 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise ValueError("must be integers, comma-separated")
     if len(set(seeds)) < len(seeds):
         raise ValueError("must not name a seed twice")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError("must be between 0 and 4294967295")
     return seeds
 
 
@@ -91,61 +96,91 @@ def finetuning_flags(task_type: type) -> list[Flag]:
     return own + rest
 
 
-def load(
-    argv: Sequence[str],
-    task_type: type[T],
-    *,
-    prog: str,
-    description: str,
-    defaults: Mapping[str, Any] | None = None,
-    check_task: Callable[[T, Mapping[str, Given], list[str], list[str]], None] | None = None,
-) -> FineTuning[T]:
-    """Parse and check a command line. Raises `ConfigError` with all problems at once.
+@dataclass(frozen=True)
+class EntryPoint(Generic[T]):
+    """What sets one entry point's command line apart."""
 
-    defaults: settings of any kind, by their flags' names, that the entry point sets differently; a value that a method
-        has as its own default wins over them.
-    check_task: is given the task's settings, what was given, and the lists of problems and warnings to add to.
-    """
+    task_type: type[T]
+    """A dataclass of `flags.setting` fields: the task's own settings."""
+    prog: str
+    description: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of any kind, by their flags' names, that the entry point sets differently; a value that a method has as
+    its own default wins over them."""
+    check_task: Callable[[T, Mapping[str, Given], list[str], list[str]], None] | None = None
+    """Is given the task's settings, what was given, and the lists of problems and warnings to add to."""
+
+
+@dataclass(frozen=True)
+class Checked(Generic[T]):
+    """A command line that is right as far as can be told without torch and transformers."""
+
+    config: Config
+    task: T
+    values: dict[str, Any]
+    """The keyword arguments of `TrainingArguments`."""
+    given: Mapping[str, Given]
+    warnings: tuple[str, ...]
+
+
+def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
+    """Parse and check a command line, without torch. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     warnings: list[str] = []
-    given = parse_command_line(finetuning_flags(task_type), argv, prog=prog, description=description, problems=problems)
-    defaults = dict(defaults or {})
-    names = {item.name for item in dataclasses.fields(task_type)}
-    own = {name: value for name, value in defaults.items() if name in names}
-    task = task_type(**{**own, **{name: item.value for name, item in given.items() if name in names}})
-    if check_task is not None:
-        check_task(task, given, problems, warnings)
+    flags = finetuning_flags(entry.task_type)
+    given = parse_command_line(flags, argv, prog=entry.prog, description=entry.description, problems=problems)
+    names = {item.name for item in dataclasses.fields(entry.task_type)}
+    own = {name: value for name, value in entry.defaults.items() if name in names}
+    task = entry.task_type(**{**own, **{name: item.value for name, item in given.items() if name in names}})
+    if entry.check_task is not None:
+        entry.check_task(task, given, problems, warnings)
 
     values = training_values(given, problems, warnings)
-    fields = TrainingArguments.__dataclass_fields__
-    values = {**{name: value for name, value in defaults.items() if name in fields}, **values}
-    training = _training_arguments(values, given, problems, warnings)
-    config = _config(given, defaults, training, problems, warnings)
+    fields = training_defaults()
+    values = {**{name: value for name, value in entry.defaults.items() if name in fields}, **values}
+    if "output_dir" not in values:
+        problems.append("--output_dir is required")
+    elif "output_dir" in values and os.path.exists(values["output_dir"]) and not os.path.isdir(values["output_dir"]):
+        problems.append(f"--output_dir {values['output_dir']} is not a folder")
+    if not values.get("do_train") and not values.get("do_eval") and not values.get("do_predict"):
+        values["do_train"] = values["do_eval"] = True
+    if "seeds" in given and "seed" in given:
+        warnings.append("--seed has no effect beside --seeds")
+    config = _config(given, entry.defaults, {**fields, **values}, problems, warnings)
+    if problems:
+        raise ConfigError(problems)
+    return Checked(config, task, values, given, tuple(warnings))
+
+
+def load(argv: Sequence[str], entry: EntryPoint[T]) -> FineTuning[T]:
+    """Parse and check a command line. Raises `ConfigError` with all problems at once."""
+    checked = check(argv, entry)
+    given, warnings, problems = checked.given, list(checked.warnings), []
+    training = _training_arguments(dict(checked.values), problems, warnings)
+    if training is not None and training.fp16 and not problems:
+        _check_fp16(checked.config, problems)
     if problems:
         raise ConfigError(problems)
     return FineTuning(
-        config,
+        checked.config,
         training,
-        task,
+        checked.task,
         lora_all_modules="lora_all_modules" in given and given["lora_all_modules"].value,
         target_modules_given="target_modules" in given,
         seeds=given["seeds"].value if "seeds" in given else (),
         overwrite_output_dir="overwrite_output_dir" in given and given["overwrite_output_dir"].value,
         warnings=tuple(warnings),
         given=given,
+        values={**training_defaults(), **checked.values},
     )
 
 
-def _training_arguments(
-    values: dict[str, Any], given: Mapping[str, Given], problems: list[str], warnings: list[str]
-) -> TrainingArguments | None:
+def _training_arguments(values: dict[str, Any], problems: list[str], warnings: list[str]) -> TrainingArguments | None:
     """None if there is a problem with them."""
     import torch
+    from transformers import TrainingArguments
+    from transformers.utils import is_torch_xla_available
 
-    if "output_dir" not in values:
-        problems.append("--output_dir is required")
-    if not values.get("do_train") and not values.get("do_eval") and not values.get("do_predict"):
-        values["do_train"] = values["do_eval"] = True
     has_accelerator = torch.accelerator.is_available() or is_torch_xla_available()
     if values.get("use_cpu") or not has_accelerator:
         for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
@@ -154,12 +189,12 @@ def _training_arguments(
         values["use_cpu"] = True  # accelerate divides the work of processes on CPUs only when told so
         values.setdefault("dataloader_pin_memory", False)
     values.setdefault("ddp_broadcast_buffers", False)  # every process has the same; factors' pools must not travel
-    if "seeds" in given and "seed" in given:
-        warnings.append("--seed has no effect beside --seeds")
+    if os.environ.get("WORLD_SIZE", "1") == "1" and values.pop("ddp_backend", None) is not None:
+        warnings.append("--ddp_backend has no effect without torchrun")
     try:
-        training = TrainingArguments(**{"output_dir": "unused", **values})
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        problems.append(f"transformers' TrainingArguments: {' '.join(str(error).split())}")
+        training = TrainingArguments(**values)
+    except Exception as error:  # its checks, accelerate's and the files that values name: each has its own exceptions
+        problems.append(f"transformers' TrainingArguments: {' '.join(str(error).split()) or type(error).__name__}")
         return None
     if training.n_gpu > 1:
         warnings.append(f"one of {training.n_gpu} devices is used: start one process for each with torchrun")
@@ -170,11 +205,11 @@ def _training_arguments(
 def _config(
     given: dict[str, Given],
     defaults: Mapping[str, Any],
-    training: TrainingArguments | None,
+    values: Mapping[str, Any],
     problems: list[str],
     warnings: list[str],
 ) -> Config:
-    """The method's settings; what `TrainingArguments` has, too, is copied from there."""
+    """The method's settings; what `TrainingArguments` has, too, is copied from its `values`."""
     chosen = selection.choose(given, problems)
     names = {
         *(item.name for item in dataclasses.fields(MethodConfig)),
@@ -188,32 +223,47 @@ def _config(
     settings |= {"method": chosen.method, "optimizer": chosen.rule}
     settings["per_layer"] = settings.get("per_layer", False) or chosen.per_layer
     if settings.get("stagger_refresh") is None:
-        settings["stagger_refresh"] = settings["per_layer"]
-    if training is not None:
-        settings |= _shared_settings(given, training)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        reads_per_layer = chosen.method in METHODS and "per_layer" in METHODS[chosen.method].options
+        settings["stagger_refresh"] = reads_per_layer and settings["per_layer"]
+    settings |= _shared_settings(given, values)
+    world_size = _world_size(problems)
     config = Config.from_settings({**settings, "world_size": world_size})
     if chosen.method in METHODS:
         config = factor_config.resolve(config, given, problems)
         validate.check_method(config, problems, warnings)
-        _check_possible(config, training, problems)
+        _check_possible(config, problems)
         warn_without_effect(given, config, warnings)
     return config
 
 
-def _shared_settings(given: Mapping[str, Given], training: TrainingArguments) -> dict[str, Any]:
+def _world_size(problems: list[str]) -> int:
+    """How many processes torchrun started; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        problems.append(f"the environment variable WORLD_SIZE must be a positive integer, got {text!r}")
+        return 1
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        if int(text) > 1:
+            problems.append(
+                f"the environment variable WORLD_SIZE is {text} without {', '.join(missing)}: start with torchrun"
+            )
+    return int(text)
+
+
+def _shared_settings(given: Mapping[str, Given], values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that `TrainingArguments` has under a name of its own."""
     shared = {
-        **{"lr": training.learning_rate, "weight_decay": training.weight_decay, "seed": training.seed},
-        **{"adam_beta1": training.adam_beta1, "adam_beta2": training.adam_beta2},
-        **{"clip_grad_norm": training.max_grad_norm, "gradient_accumulation": training.gradient_accumulation_steps},
+        **{"lr": values["learning_rate"], "weight_decay": values["weight_decay"], "seed": values["seed"]},
+        **{"adam_beta1": values["adam_beta1"], "adam_beta2": values["adam_beta2"]},
+        "clip_grad_norm": values["max_grad_norm"],
+        "gradient_accumulation": values["gradient_accumulation_steps"],
     }
     if "adam_epsilon" in given:  # otherwise the method's default
-        shared["adam_eps"] = training.adam_epsilon
+        shared["adam_eps"] = values["adam_epsilon"]
     return shared
 
 
-def _check_possible(config: Config, training: TrainingArguments | None, problems: list[str]) -> None:
+def _check_possible(config: Config, problems: list[str]) -> None:
     """What the methods can do in pre-training but not here."""
     method, name = config.method, config.method.method
     if method.refresh_accumulation > 1 and "refresh_accumulation" in METHODS[name].options:
@@ -224,8 +274,15 @@ def _check_possible(config: Config, training: TrainingArguments | None, problems
         problems.append("--optimizer adam_zero: sharded optimizer states are for pre-training")
     if config.factors.lora_only:
         problems.append("--lora_only drops the weights that fine-tuning starts from")
-    per_layer = method.per_layer and "per_layer" in METHODS[name].options
-    if per_layer and config.batch.world_size > 1:
+    if _is_per_layer(config) and config.batch.world_size > 1:
         problems.append("per-layer updates: fine-tuning has them in one process only")
-    if training is not None and training.fp16 and (per_layer or name == "golore_adapter"):
+
+
+def _is_per_layer(config: Config) -> bool:
+    return config.method.per_layer and "per_layer" in METHODS[config.method.method].options
+
+
+def _check_fp16(config: Config, problems: list[str]) -> None:
+    name = config.method.method
+    if _is_per_layer(config) or name == "golore_adapter":
         problems.append(f"--fp16: {name} takes gradients before they are unscaled; use --bf16")

@@ -6,6 +6,7 @@ from torch import nn
 
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.targets import is_linear, shared_weights
 
 LLAMA_TARGETS = ("q_proj", "v_proj")
 LLAMA_ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -21,7 +22,8 @@ def target_modules(model: nn.Module, finetuning: FineTuning) -> tuple[str, ...]:
     """
     if finetuning.target_modules_given:
         return finetuning.config.method.target_modules
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    shared = shared_weights(model)  # as a tied head's: no target
+    names = [name for name, module in model.named_modules() if is_linear(module) and name not in shared]
     for few, every in ((LLAMA_TARGETS, LLAMA_ALL_TARGETS), (BERT_TARGETS, BERT_ALL_TARGETS)):
         if all(any(target in name for name in names) for target in few):
             return every if finetuning.lora_all_modules else few

@@ -11,17 +11,22 @@ small numbers (`method_state.json`) and, for methods with factors, the weights a
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import mean_over_processes
+from peft_pretraining.finetune.checkpointing import CheckpointingTrainer, reading
+from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINER_STATE, TRAINING_WEIGHTS, RunFailed
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
@@ -31,11 +36,11 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.tracking import log
 from peft_pretraining.train import state_bytes
 
-METHOD_STATE = "method_state.json"
-TRAINING_WEIGHTS = "training_weights.safetensors"
+LARGEST_ROW_OF_SKIPS = 10
+"""Updates in a row without a finite gradient after which a run ends."""
 
 
-class MethodTrainer(Trainer):
+class MethodTrainer(CheckpointingTrainer):
     """A `Trainer` for a model that it converts itself; everything else is passed on.
 
     The method's settings are those of `finetuning`, completed by the layers that the model has and by the number of
@@ -43,7 +48,7 @@ class MethodTrainer(Trainer):
     """
 
     def __init__(self, finetuning: FineTuning, model: PreTrainedModel, **arguments: Any):
-        super().__init__(model=model, args=finetuning.training, **arguments)
+        super().__init__(finetuning, model=model, **arguments)
         # Losses are means over a micro-batch. The default would be to trust that any model which takes further keywords
         # divides by the whole batch's targets itself; classifiers do not, and gradients would be too large.
         self.model_accepts_loss_kwargs = False
@@ -51,16 +56,49 @@ class MethodTrainer(Trainer):
         self.add_callback(StopOnRequest())
         self._micro_batch = 0
         self._skipped = False
+        self._skips_in_a_row = 0
         self.method: TrainingMethod | None = None
         if self.train_dataset is None:
             return
-        config = finetuning.config
-        if "target_modules" in METHODS[config.method.method].options:
-            config = config.replace(target_modules=target_modules(model, finetuning))
-        max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        self.method_config: Config = config.replace(num_training_steps=max_steps)
-        self.method = load_method(config.method.method)(self.method_config)
-        self.method.convert(self.model)
+        with bad_input():
+            config = finetuning.config
+            if "target_modules" in METHODS[config.method.method].options:
+                config = config.replace(target_modules=target_modules(model, finetuning))
+            max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+            self._check_schedule(max_steps)
+            self.method_config: Config = config.replace(num_training_steps=max_steps)
+            self.method = load_method(config.method.method)(self.method_config)
+            self._adopt(self.method.convert(self.model))
+
+    def _check_schedule(self, max_steps: int) -> None:
+        """Raise now what is wrong with `--lr_scheduler_kwargs`, not after the model has been converted."""
+        try:
+            self.create_scheduler(max_steps, torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+            why = " ".join(str(error).split())
+            raise ConfigError([f"--lr_scheduler_type {kind} with these --lr_scheduler_kwargs: {why}"]) from error
+        self.lr_scheduler, self._created_lr_scheduler = None, False
+
+    def _adopt(self, model: nn.Module | None) -> None:
+        """Train what `convert` returned, which may be another module than it was given."""
+        if model is None or model is self.model:
+            return
+        self.model = self.model_wrapped = self.callback_handler.model = model
+        if self.place_model_on_device:
+            self._move_model_to_device(model, self.args.device)
+
+    def train_to_the_end(self, resume_from: str | None) -> dict[str, Any]:
+        """Train, from a checkpoint or from the beginning; `Trainer`'s numbers. Raises `RunFailed` where the weights are
+        not finite in the end."""
+        if resume_from is not None:
+            with reading():
+                TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE))
+        metrics = self.train(resume_from_checkpoint=resume_from).metrics
+        self.check_finite()
+        if self.state.global_step == self._initial_global_step:  # nothing was left to do, and nothing is known of it
+            metrics = {name: value for name, value in metrics.items() if name in ("epoch", "total_flos")}
+        return metrics
 
     def _get_dataloader(self, *arguments: Any, **keywords: Any) -> Any:
         return shielded(super()._get_dataloader(*arguments, **keywords))
@@ -99,7 +137,14 @@ class MethodTrainer(Trainer):
         if self._skipped:
             log.warning("skipped update %d: the gradient is not finite", self.state.global_step)
             self.bare_optimizer.zero_grad(set_to_none=True)
+            self._skips_in_a_row += 1
+            if self._skips_in_a_row == LARGEST_ROW_OF_SKIPS:
+                raise RunFailed(
+                    f"the gradients of {LARGEST_ROW_OF_SKIPS} updates in a row, up to {self.state.global_step}, are "
+                    f"not finite: {self.where_to_go_on()} (a lower --learning_rate may help)"
+                )
         else:
+            self._skips_in_a_row = 0
             self.method.before_optimizer_step(self.model, self.bare_optimizer, self.state.global_step)
 
     def after_optimizer_step(self) -> None:
@@ -122,7 +167,8 @@ class MethodTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The method's. As in transformers, `--weight_decay` spares biases and the weights of norms."""
         if self.optimizer is None:
-            self.optimizer = self.method.build_optimizer(self.model)
+            with bad_input():
+                self.optimizer = self.method.build_optimizer(self.model)
             if self.args.weight_decay:
                 _spare(self.optimizer, self.model, set(self.get_decay_parameter_names(self.model)))
         return self.optimizer
@@ -154,13 +200,13 @@ class MethodTrainer(Trainer):
             state_dict = self.method.merged_state_dict(self.model)
         super()._save(output_dir, state_dict)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_training_weights(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
+        if not self._load_training_weights(checkpoint):
+            super()._load_weights(checkpoint, model)
 
-    def _load_best_model(self) -> None:
+    def _load_best_weights(self) -> None:
         if not self._load_training_weights(self.state.best_model_checkpoint):
-            super()._load_best_model()
+            super()._load_best_weights()
 
     def _load_training_weights(self, checkpoint: str) -> bool:
         """False for a method without factors, whose checkpoints hold nothing but the plain model."""
@@ -177,11 +223,12 @@ class MethodTrainer(Trainer):
             (Path(output_dir) / METHOD_STATE).write_text(json.dumps(state, indent=2))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self._check_same_method(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.method.load_state_dict(json.loads((Path(checkpoint) / METHOD_STATE).read_text())["state"])
+        with reading():
+            if checkpoint is not None:
+                self._check_same_method(Path(checkpoint))
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self.method.load_state_dict(json.loads((Path(checkpoint) / METHOD_STATE).read_text())["state"])
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it continues."""
@@ -226,6 +273,17 @@ class _AroundTheStep(TrainerCallback):
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer.after_optimizer_step()
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """A `ValueError`, of settings that do not go with the model, becomes a `ConfigError` of one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([" ".join(str(error).split())]) from error
 
 
 def _reduce(args: TrainingArguments) -> Any:

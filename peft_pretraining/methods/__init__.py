@@ -73,7 +73,7 @@ METHODS: dict[str, MethodEntry] = {
     "switchlora": MethodEntry("peft_pretraining.methods.switchlora:SwitchLoRA", (*_FACTORS, *_SWITCHING)),
     "golore_adapter": MethodEntry(
         "peft_pretraining.methods.golore_adapter:GoLoreAdapter",
-        (*_FACTORS, *_ADAPTER, "lora_only", "quantize"),
+        (*(name for name in _FACTORS if name != "lora_plus_ratio"), *_ADAPTER, "lora_only", "quantize"),
         ("adamw", "sgd"),
         _GALORE_EPS,
         ("scale",),

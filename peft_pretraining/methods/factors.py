@@ -61,6 +61,11 @@ class FactorMethod(TrainingMethod):
         """s, which is the same for layers that are too small for the whole rank."""
         return self.config.factors.lora_alpha / self.config.method.rank
 
+    @property
+    def b_ratio(self) -> float:
+        """The rate of B over that of A (LoRA+)."""
+        return self.config.factors.lora_plus_ratio
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All A, all B, and everything else that is trained, each with its own rate."""
         settings, factors = self.config.optimizer, self.config.factors
@@ -69,7 +74,7 @@ class FactorMethod(TrainingMethod):
         all_b = [layer.lora_B for layer in layers if layer.lora_B.requires_grad]
         in_factors = {*all_a, *all_b}
         others = [param for param in model.parameters() if param.requires_grad and param not in in_factors]
-        ratios = (1.0, factors.lora_plus_ratio, factors.dense_lr_ratio)
+        ratios = (1.0, self.b_ratio, factors.dense_lr_ratio)
         groups = zip((all_a, all_b, others), ratios, strict=True)
         return [
             {"params": params, "lr": settings.lr * ratio, "initial_lr": settings.lr * ratio}

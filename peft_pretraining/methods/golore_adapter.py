@@ -36,6 +36,11 @@ class GoLoreAdapter(FactorMethod):
     def scale(self) -> float:
         return -self.config.method.scale
 
+    @property
+    def b_ratio(self) -> float:
+        """Which of the two factors is trained depends on a layer's shape, and means nothing: one rate for all."""
+        return 1.0
+
     def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
         """Both factors are zero: the first refresh makes the basis."""
         rank, dropout = self.config.method.rank, self.config.factors.lora_dropout

@@ -54,8 +54,8 @@ def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Map
         own, found = getattr(model.config, name, None), getattr(tokenizer, name)
         stated = given.get(name)
         if found is None and name != "bos_token_id":
-            continue
-        if found is not None and found >= model.config.vocab_size:
+            found = own
+        if isinstance(found, int) and found >= model.config.vocab_size:
             lines.append(
                 f"the tokenizer's {name} {found} is beyond the model's vocabulary of {model.config.vocab_size}: "
                 "exports have none"

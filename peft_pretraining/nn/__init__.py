@@ -1,5 +1,10 @@
 """Linear layers whose weight is frozen and whose updates live in two low-rank factors."""
 
-from peft_pretraining.nn.low_rank_linear import LowRankLinear, low_rank_layers, merged_state_dict, wrap_linears
+from peft_pretraining.nn.low_rank_linear import (
+    LowRankLinear,
+    low_rank_layers,
+    merged_state_dict,
+    wrap_linears,
+)
 
 __all__ = ["LowRankLinear", "low_rank_layers", "merged_state_dict", "wrap_linears"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_pretraining.data.tokenizer import PlainText
+from peft_pretraining.data.plain_text import PlainText
 from peft_pretraining.finetune.options.tasks import Example
 from peft_pretraining.flags import ConfigError
 

@@ -1,28 +1,25 @@
-"""From rows of the hub or of local JSON lines to the examples for training, dev and test."""
+"""From rows of the hub or of local files to the examples for training, dev and test."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from peft_pretraining import rng
-from peft_pretraining.data.sources import json_objects, one_line
+from peft_pretraining.data.sources import one_line
 from peft_pretraining.finetune.options.settings import CONSECUTIVE, OptionSettings
 from peft_pretraining.finetune.options.tasks import Example, OptionTask
+from peft_pretraining.finetune.rows import Problems, Row, read_rows
 from peft_pretraining.flags import ConfigError
 
 log = logging.getLogger("peft_pretraining")
 
 _HELD_OUT = 10  # one in so many, where no number is given
 _TEST_SEED = 0  # the test examples are the same for every --train_set_seed
-_MESSAGES_SHOWN = 5
 
-Row = dict[str, Any]
 Groups = list[list[Example]]
 """Examples, divided into those that stay in one split."""
 
@@ -80,18 +77,13 @@ def _files(settings: OptionSettings) -> dict[str, str]:
 
 
 def _file_rows(settings: OptionSettings) -> dict[str, tuple[str, list[Row]]]:
-    """Name and rows of each split's file. `ConfigError` with a line per file that cannot be read, or is empty."""
+    """Name and rows of each split's file. `ConfigError` with all problems of all files."""
     found, problems = {}, []
     for split, path in _files(settings).items():
         try:
-            rows = [row for _, row in json_objects(Path(path))]
-        except (OSError, ValueError, EOFError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
-            problems.append(f"{path}: cannot be read ({why})")
-            continue
-        if not rows:
-            problems.append(f"{path}: holds no rows")
-        found[split] = (path, rows)
+            found[split] = (path, read_rows(path))
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
     return found
@@ -120,16 +112,12 @@ def _hub_rows(task: OptionTask) -> dict[str, tuple[str, list[Row]]]:
 
 def _groups(task: OptionTask, settings: OptionSettings, origin: str, rows: list[Row], problems: list[str]) -> Groups:
     """The examples of checked rows, divided as `--split_by` says; each kind of problem is one line."""
-    wrong: dict[str, list[int]] = {}
+    wrong = Problems(origin, names_all=False)
     for number, row in enumerate(rows, start=1):
         if problem := task.row_problem(row):
-            wrong.setdefault(problem, []).append(number)
-    for problem, numbers in list(wrong.items())[:_MESSAGES_SHOWN]:
-        others = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
-        problems.append(f"{origin}: row {numbers[0]}{others}: {problem}")
-    if len(wrong) > _MESSAGES_SHOWN:
-        problems.append(f"{origin}: {len(wrong) - _MESSAGES_SHOWN} further problems of the same kinds")
-    if wrong:
+            wrong.add(number, problem)
+    if wrong.by_reason:
+        problems += wrong.lines()
         return []
     examples = [task.example(row, number) for number, row in enumerate(rows)]
     if settings.split_by is None:

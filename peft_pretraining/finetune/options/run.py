@@ -14,12 +14,15 @@ from transformers.trainer_utils import SaveStrategy
 
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.finetune import settings as finetune_settings
+from peft_pretraining.finetune.folder import begin
+from peft_pretraining.finetune.loading import check_finite
 from peft_pretraining.finetune.options.encoding import EncodedExample, OptionEncoder
 from peft_pretraining.finetune.options.examples import Splits, load_splits
-from peft_pretraining.finetune.options.settings import DEFAULTS, OptionSettings, check
+from peft_pretraining.finetune.options.settings import ENTRY, OptionSettings
 from peft_pretraining.finetune.options.tasks import TASKS
 from peft_pretraining.finetune.options.trainer import OptionTrainer, by_length
-from peft_pretraining.finetune.results import RESULTS_FILE, Results, newest_checkpoint, run_seeds, write_json
+from peft_pretraining.finetune.output import RESULTS_FILE, Results, check_losses, check_metric, write_json
+from peft_pretraining.finetune.results import run_seeds
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.loading import load_pretrained
@@ -33,18 +36,16 @@ PREDICTIONS_FILE = "predictions.jsonl"
 LONGEST = 2048
 """Tokens of prompt and option, unless told otherwise or the model has fewer positions."""
 
-DESCRIPTION = "Fine-tune a causal language model on an option task with any of the methods, or test it in context."
-
 
 def parse(argv: Sequence[str]) -> FineTuning[OptionSettings]:
     """The settings of a command line. Raises `ConfigError` with all problems at once."""
-    finetuning = finetune_settings.load(
-        argv, OptionSettings, prog="run_tasks.py", description=DESCRIPTION, defaults=DEFAULTS, check_task=check
-    )
+    finetuning = finetune_settings.load(argv, ENTRY)
     training = finetuning.training
     chooses = training.load_best_model_at_end or training.save_strategy == SaveStrategy.BEST
     if chooses and "metric_for_best_model" not in finetuning.given:
         training.metric_for_best_model, training.greater_is_better = "accuracy", True
+    elif training.metric_for_best_model is not None:
+        check_metric(training.metric_for_best_model, TASKS[finetuning.task.task_name].metrics)
     training.remove_unused_columns = False  # examples are not dictionaries
     if "lora_all_modules" in finetuning.given:
         return finetuning
@@ -59,33 +60,36 @@ def run(argv: Sequence[str]) -> Results:
         log.warning(warning)
     with finetuning.training.main_process_first(desc="reading the data"):
         splits = load_splits(TASKS[finetuning.task.task_name], finetuning.task)
-    return run_seeds(finetuning, lambda one: run_one(one, splits))
+    return run_seeds(finetuning, lambda one, start: run_one(one, splits, start), lambda one: _described(one, splits))
 
 
-def run_one(finetuning: FineTuning[OptionSettings], splits: Splits) -> Results:
+def run_one(finetuning: FineTuning[OptionSettings], splits: Splits, resume_from: str | None) -> Results:
     """One run in its output folder. Returns what its `all_results.json` has."""
     settings, training = finetuning.task, finetuning.training
     set_seed(training.seed)  # of the factors' first values
     tokenizer = load_tokenizer(settings.tokenizer or settings.model_name)
     model = load_model(settings, training.device)
     train, dev, test = encode(settings, splits, tokenizer, model)
-    log.info("%d rows for training, %d for dev, %d for the test", len(train), len(dev), len(test))
+    first = f"{len(splits.train)} demonstrations" if settings.trainer == "none" else f"{len(train)} rows for training"
+    log.info("%s, %d for dev, %d for the test", first, len(dev), len(test))
     trains = settings.trainer == "regular" and training.do_train
     trainer = OptionTrainer(finetuning, model, tokenizer, train if trains else None, dev)
+    begin(finetuning, resume_from)
     results: Results = _described(finetuning, splits)
     if trains:
-        results |= _train(trainer, finetuning)
+        results |= _train(trainer, finetuning, resume_from)
     if dev and training.do_eval:
         results |= trainer.evaluate()
     if test and not settings.no_eval and (training.do_eval or training.do_predict):
         results |= run_test(trainer, test, settings, Path(training.output_dir))
+    check_losses(results)
     if trainer.is_world_process_zero():
         write_results(results, settings, Path(training.output_dir))
     return results
 
 
-def _train(trainer: OptionTrainer, finetuning: FineTuning[OptionSettings]) -> Results:
-    results: Results = dict(trainer.train(resume_from_checkpoint=newest_checkpoint(finetuning)).metrics)
+def _train(trainer: OptionTrainer, finetuning: FineTuning[OptionSettings], resume_from: str | None) -> Results:
+    results: Results = trainer.train_to_the_end(resume_from)
     if finetuning.task.save_model:
         trainer.save_model()  # merged, and the best one with --load_best_model_at_end
     trainer.save_state()
@@ -107,6 +111,7 @@ def load_model(settings: OptionSettings, device: torch.device) -> PreTrainedMode
     name = settings.model_name
     revision = settings.model_revision or "main"
     model = load_pretrained(AutoModelForCausalLM, name, f"--model_name {name}", dtype=dtype, revision=revision)
+    check_finite(model, f"--model_name {name}")
     # Rows are padded with any token, and masked; the padding token's own weights are to be trained like others.
     model.get_input_embeddings().padding_idx = None
     return model

@@ -66,8 +66,11 @@ def collate_right_options(examples: Sequence[EncodedExample], only_option: bool 
     return batch | {"labels": F.pad(batch["targets"], (1, 0), value=IGNORED)}
 
 
-def token_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-likelihood of every target, in float32 at least; 0 where it is ignored. (sequences, kept)"""
+def token_log_likelihoods(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Log-likelihood of every target, in float32 at least; 0 where it is ignored. (sequences, kept)
+
+    smoothing: the share of the mean over the vocabulary in each of them, as in `torch.nn.functional.cross_entropy`.
+    """
     targets = batch["targets"]
     kept = targets.shape[1]
     logits = model(
@@ -81,6 +84,8 @@ def token_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
         logits = logits.float()
     rows, positions = batch["rows"], torch.arange(kept, device=targets.device)
     chosen = logits[rows[:, None], positions, targets.clamp(min=0)]  # (sequences, kept), no copy of the vocabulary
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1)[rows]
     return (chosen - logits.logsumexp(-1)[rows]).masked_fill(targets == IGNORED, 0.0)
 
 
@@ -103,12 +108,18 @@ def calibrated_scores(means: Tensor, examples: int, calibrated: bool) -> Tensor:
     return scores[0] - scores[1] if calibrated else scores[0]
 
 
-def right_option_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies of a batch of `collate_right_options`, and over how many tokens."""
-    return -token_log_likelihoods(model, batch).sum(), int((batch["targets"] != IGNORED).sum())
+def right_option_loss(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, int]:
+    """Sum of the cross-entropies of a batch of `collate_right_options`, and over how many tokens.
+
+    smoothing: of the labels, over the vocabulary.
+    """
+    return -token_log_likelihoods(model, batch, smoothing).sum(), int((batch["targets"] != IGNORED).sum())
 
 
-def classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies over the options' mean log-likelihoods, and over how many examples."""
+def classification_loss(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, int]:
+    """Sum of the cross-entropies over the options' mean log-likelihoods, and over how many examples.
+
+    smoothing: of the labels, over the options.
+    """
     scores = option_scores(model, batch)
-    return F.cross_entropy(scores, batch["answers"], reduction="sum"), len(scores)
+    return F.cross_entropy(scores, batch["answers"], reduction="sum", label_smoothing=smoothing), len(scores)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft_pretraining.finetune.options.tasks import TASKS, find_task
+from peft_pretraining.finetune.settings import EntryPoint
 from peft_pretraining.flags import Given, boolean, integer, non_negative_int, positive_int, setting, string
 
 CONSECUTIVE = "twins"
@@ -138,10 +140,9 @@ def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[s
             if is_set:
                 problems.append(f"--{flag}: the rows of {task.name} have no options of their own")
     sampling = given.get("train_sampling_strategy")
-    if "group_by_length" in given or (sampling and sampling.value == "group_by_length"):
-        problems.append("--group_by_length is not built for option tasks")
-    if "optim" in given:
-        problems.append("--optim: use --optimizer")
+    by_length = sampling is not None and sampling.value in ("group_by_length", "batch_rebalance")
+    if by_length or ("group_by_length" in given and given["group_by_length"].value):
+        problems.append(f"--{sampling.spelling if by_length else 'group_by_length'}: not built for option tasks")
     for name, why in WITHOUT_EFFECT.items():
         if name in given:
             warnings.append(f"--{name} has no effect: {why}")
@@ -179,3 +180,20 @@ def _unread(settings: OptionSettings) -> list[str]:
     if settings.data_file and settings.no_eval:
         names.remove("num_eval")  # these rows are still held out
     return names
+
+
+ENTRY = EntryPoint(
+    OptionSettings,
+    prog="run_tasks.py",
+    description="Fine-tune a causal language model on an option task with any of the methods, or test it in context.",
+    defaults=DEFAULTS,
+    check_task=check,
+)
+
+
+def hub_names(settings: OptionSettings) -> list[str]:
+    """What has to come from the hub, or from its cache: not a folder or a file."""
+    names = [settings.model_name, settings.tokenizer]
+    if not any((settings.train_file, settings.validation_file, settings.test_file, settings.data_file)):
+        names.append(f"--task_name {settings.task_name}")
+    return [name for name in names if name and not Path(name).is_dir()]

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peft_pretraining.finetune.rows import show
+
 Fields = Mapping[str, str]
 
 
@@ -37,6 +39,11 @@ class Example:
     def demonstration(self) -> str:
         right = self.choices[self.label]
         return (right.prompt + right.text).strip()
+
+
+def _text_of(label: Any) -> str:
+    """What a label is looked up by: text is taken without the spaces around it."""
+    return label.strip() if isinstance(label, str) else show(label)
 
 
 def _as_they_are(fields: Fields) -> dict[str, str]:
@@ -83,7 +90,7 @@ class OptionTask:
         choices = zip(prompts, self.options, content_free, strict=True)
         return Example(
             tuple(Choice(*(text.format(**fields) for text in choice)) for choice in choices),
-            self.labels[str(row[self.label_column])],
+            self.labels[_text_of(row[self.label_column])],
             number,
         )
 
@@ -91,15 +98,17 @@ class OptionTask:
         """Why no example can be made of a row; None if one can."""
         for name in (*self.columns, self.label_column):
             if name not in row:
-                return f"no column {name!r} (there is {', '.join(row) or 'none'})"
+                return f"no column {name!r} (there is {', '.join(row)[:200] or 'none'})"
         for name in self.columns:
             if name in self.own_options and (row[name] is None or not str(row[name]).strip()):
                 return f"{name} is empty: a choice needs {len(self.options)} options"
             if not isinstance(row[name], str):
-                return f"{name} is not text but {row[name]!r}"
-        if str(row[self.label_column]) not in self.labels:
-            label = row[self.label_column]
-            return f"{self.label_column} {label!r} is not in the label set {', '.join(self.labels)}"
+                return f"{name} is not text but {show(row[name])}"
+        if not any(row[name].strip() for name in self.columns):
+            return f"there is no text in {' or '.join(self.columns)}"
+        label = row[self.label_column]
+        if isinstance(label, float | list | dict) or label is None or _text_of(label) not in self.labels:
+            return f"{self.label_column} {show(label)} is not in the label set {', '.join(self.labels)}"
         return self.problem({name: row[name] for name in self.columns})
 
 

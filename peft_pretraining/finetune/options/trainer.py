@@ -72,7 +72,8 @@ class OptionTrainer(MethodTrainer):
     ) -> Tensor:
         """The sum over this micro-batch, over the number of tokens (or examples) in the whole update."""
         assert not return_outputs  # evaluation does not come here
-        total, count = (classification_loss if self._classification else right_option_loss)(model, inputs)
+        loss = classification_loss if self._classification else right_option_loss
+        total, count = loss(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             return total / count
         # Gradients are averaged over the processes, while the number is that of all of them.
