@@ -107,10 +107,10 @@ def run_script(main: Callable[[], int]) -> int:
     if code not in (0, EXIT_REQUEUE) and processes.has_launcher():
         leave_at_once(code)
     if "torch.distributed" in sys.modules:
-        from peft_pretraining.distributed.leaving import end_group_threads
+        from peft_pretraining.distributed.leaving import leave_groups
 
-        if not end_group_threads():  # something unknown refers to a group: its threads must not see the end
-            atexit._run_exitfuncs()
+        if not leave_groups():
+            atexit._run_exitfuncs()  # everything that the interpreter's end would do and anybody would miss
             leave_at_once(code)
     return code
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import helpers
+import interrupting
 import kill_and_resume
 import pytest
 import torch
@@ -155,13 +156,28 @@ def test_kill_and_resume(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("method, more", [("galore", ()), ("full_rank", ()), ("galore", ("--async_save",))])
+@pytest.mark.parametrize("method, more", [("full_rank", ()), ("galore", ("--async_save",))])
 def test_kill_ten_times_and_resume(tmp_path, capsys, method, more):
-    options = ["--kills", 10, "--in_save", 4, "--stops", 2, "--method", method, "--work_dir", tmp_path, *more]
+    options = ["--kills", 10, "--in_save", 4, "--stops", 4, "--method", method, "--work_dir", tmp_path, *more]
     code = kill_and_resume.main([str(option) for option in options])
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert printed.count("SIGKILL") >= 10 and printed.count("during the save of model_") >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layout", ["single", "fsdp"])
+def test_kill_twelve_times_at_every_moment(tmp_path, capsys, layout):
+    options = ["--kills", 12, "--layout", layout, "--work_dir", tmp_path, "--moments", *interrupting.MOMENTS]
+    assert kill_and_resume.main([str(option) for option in options]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_a_fine_tuning(tmp_path, capsys):
+    options = ["--kills", 4, "--stops", 2, "--fine_tuning", "--save_every", 8, "--updates", 120, "--work_dir", tmp_path]
+    assert kill_and_resume.main([str(option) for option in options]) == 0, capsys.readouterr().out
 
 
 def test_crash_between_checkpoints_is_recorded_once(command, undisturbed, tmp_path):

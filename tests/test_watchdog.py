@@ -11,7 +11,7 @@ import psutil
 import pytest
 from helpers import PROJECT
 
-from peft_pretraining.watchdog import EXIT_STUCK, FIRST_UPDATE_FACTOR, Watchdog
+from peft_pretraining.watchdog import EXIT_STUCK, FIRST_UPDATE_FACTOR, Watchdog, goes_on, watched
 
 BEGIN = """
 import ctypes, sys, threading, time
@@ -82,6 +82,32 @@ def test_an_update_that_fails_is_not_watched_any_more(tmp_path):
             raise ZeroDivisionError
         time.sleep(0.7)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what, factor", [("a save", 2), ("an evaluation's batch", 2)])
+def test_whatever_is_watched_ends_too(tmp_path, what, factor):
+    """Saves, evaluations and restores, in which another rank may never come to a collective."""
+    body = f"""
+@watchdog.watched({what!r}, {factor})
+def act(): watchdog.goes_on(); time.sleep(60)
+with Watchdog(0.2, folder, 1): act()
+"""
+    done = python(body, tmp_path)
+    assert done.returncode == EXIT_STUCK
+    assert f"rank 1: {what} took more than 0.4 s (--step_timeout 0.2, times 2 for this)" in done.stderr
+
+
+def test_progress_gives_it_as_long_again(tmp_path):
+    @watched("an evaluation's batch", 1)
+    def evaluate():
+        for _ in range(4):
+            goes_on()
+            time.sleep(0.6)
+
+    with Watchdog(1.5, tmp_path, 0):
+        evaluate()
+    assert list(tmp_path.iterdir()) == []
+    evaluate()  # nothing is open
 
 
 def test_off_by_default(tmp_path):
