@@ -34,7 +34,7 @@ def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:
     config = PretokenizeConfig(**{name: item.value for name, item in given.items()})
     config = _which_slice(config, os.environ, problems)
     for name in ("dataset", "save_dir"):
-        if name not in given:
+        if name not in given and not any(problem.startswith(f"--{name} ") for problem in problems):
             problems.append(f"--{name} is required")
     warnings: list[str] = []
     source = find_source(config.dataset, config.from_json, problems, warnings) if config.dataset else None
@@ -131,11 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         reasons = {MemoryError: "out of memory", BrokenProcessPool: "a tokenising process died (out of memory?)"}
         print(f"error: {reasons.get(type(error), error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing is left behind", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: half a result and workers are cleaned up
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing is left behind", file=sys.stderr)
+        sys.exit(130)

@@ -36,8 +36,11 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     method = load_method(config.method.method)(config)
     model = method.convert(load_plain(checkpoint))
     with quietly():
-        tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))
-        load_tensors({"model": tensors}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
+        try:
+            tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))
+            load_tensors({"model": tensors}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
+        except ValueError as error:
+            raise ConfigError([f"{checkpoint} cannot be loaded: {error}"]) from error
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
     plain.to(wanted).load_state_dict(method.merged_state_dict(model))  # rounds
     plain.config.dtype = wanted
@@ -73,10 +76,13 @@ def _settings_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_plain(checkpoint: Path) -> PreTrainedModel:
-    """The checkpoint's own export, in the dtype that it was written in."""
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype="auto", attn_implementation="sdpa", trust_remote_code=False
-    )
+    """The checkpoint's own export, in the dtype that it was written in. Raises `ConfigError`."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype="auto", attn_implementation="sdpa", trust_remote_code=False
+        )
+    except Exception as error:  # files can be broken in any way, each with an exception of its own
+        raise ConfigError([f"{checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}"]) from error
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None) -> None:

@@ -1,5 +1,6 @@
 """The training methods under transformers' `Trainer`: the same updates, resumable bit by bit, exported merged."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -258,3 +259,53 @@ def test_autocast_in_bfloat16_trains_factors(bert, data, tmp_path):
     changed = [name for name, tensor in trainer.model.state_dict().items() if not torch.equal(before[name], tensor)]
     assert any("lora_" in name for name in changed)
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
+def test_what_convert_returns_is_trained(bert, data, tmp_path, monkeypatch):
+    from peft_pretraining.methods.full_rank import FullRank
+
+    made = []
+
+    def another(method, model):
+        made.append(copy.deepcopy(model))
+        return made[-1]
+
+    monkeypatch.setattr(FullRank, "convert", another)
+    trainer = trainer_for(bert, data, tmp_path, method="full_rank", max_steps=1)
+    before = made[0].classifier.weight.clone()
+    trainer.train()
+    assert trainer.model is made[0] and trainer.callback_handler.model is made[0]
+    assert not torch.equal(made[0].classifier.weight, before)
+
+
+def test_settings_that_do_not_go_with_the_model_are_bad_input(bert, data, tmp_path, monkeypatch):
+    from peft_pretraining.methods.full_rank import FullRank
+
+    def unfit(method, model):
+        raise ValueError("target_modules: 'mpl' matches\nnothing")
+
+    monkeypatch.setattr(FullRank, "convert", unfit)
+    with pytest.raises(ConfigError) as error:
+        trainer_for(bert, data, tmp_path, method="full_rank")
+    assert error.value.problems == ["target_modules: 'mpl' matches nothing"]
+
+
+def test_text_that_spells_special_tokens_is_text(tmp_path):
+    """GLUE's texts have the tokens that pre-training's documents have."""
+    from finetune_helpers import write_tokenizer
+
+    from peft_pretraining.data.plain_text import PlainText
+    from peft_pretraining.finetune.glue_model import encoder
+    from peft_pretraining.finetune.glue_tasks import GLUE_TASKS
+
+    for kind, begin, end in (("bert", 1, 1), ("llama", 0, 1)):
+        write_tokenizer(tmp_path / kind, kind)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / kind)
+        texts = ["w1 </s> w2", "[SEP] w3 [CLS]", "<pad>w4[PAD]", 'w5 "\0\r\n']
+        encode = encoder(tokenizer, GLUE_TASKS["sst2"], 64, False, 48)
+        found = encode({"sentence": texts, "label": [0] * len(texts)})["input_ids"]
+        wanted = list(PlainText(tokenizer)(texts))
+        assert [ids[begin : len(ids) - end] for ids in found] == wanted
+        assert not {token for ids in wanted for token in ids} & (
+            set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        )

@@ -293,8 +293,8 @@ def test_places_that_are_no_files(command, tmp_path, monkeypatch):
         "pipe.jsonl": "a pipe or device, not a file",
         "gone.jsonl": "a link that leads nowhere",
         "loop.jsonl": "a link that leads nowhere",
-        "x" * 5000: "not found",
-        "a\0b.jsonl": "not found",
+        "x" * 5000: "a name of 5000 bytes",
+        "a\0b.jsonl": "must not contain NUL",
     }.items():
         code, said, _ = command(tmp_path / name)
         assert code == 2 and len(said) == 1 and reason in said[0]

@@ -179,3 +179,25 @@ def test_order_of_options_does_not_change_their_scores(model, bpe):
     with torch.no_grad():
         one, other = option_scores(model, collate_options(OptionEncoder(bpe, 512)([example, turned])))
     assert torch.allclose(one, other.flip(0), atol=1e-12)
+
+
+def test_labels_are_smoothed_as_torch_does(bpe, model):
+    """Over the vocabulary, or over the options where they are the classes."""
+    encoded = OptionEncoder(bpe, 512)(examples("SST2"))
+    total, count = right_option_loss(model, collate_right_options(encoded), 0.2)
+    right = [one.options[one.label] for one in encoded]
+    losses = [
+        F.cross_entropy(
+            model(input_ids=torch.tensor([option.ids])).logits[0, :-1][-option.count :],
+            torch.tensor(option.ids[-option.count :]),
+            reduction="sum",
+            label_smoothing=0.2,
+        )
+        for option in right
+    ]
+    torch.testing.assert_close(total, sum(losses))
+    assert count == sum(option.count for option in right)
+    assert not torch.allclose(total, right_option_loss(model, collate_right_options(encoded))[0])
+    batch = collate_classification(encoded)
+    expected = F.cross_entropy(option_scores(model, batch), batch["answers"], reduction="sum", label_smoothing=0.2)
+    torch.testing.assert_close(classification_loss(model, batch, 0.2)[0], expected)

@@ -242,3 +242,8 @@ def test_two_processes_train_and_score_as_one(model, tmp_path):
         for name in ("one", "two")
     ]
     assert rows[0] == rows[1] == list(range(25))
+
+
+def test_demonstrations_are_counted_as_such(sentiment, capfd):
+    assert sentiment(trainer="none", num_train=8, num_dev=None) == 0
+    assert "INFO 8 demonstrations, 0 for dev, 24 for the test" in capfd.readouterr().err

@@ -74,14 +74,9 @@ def seal(folder: Path) -> None:
             content = json.loads(manifest.read_bytes())
         except ValueError:
             continue  # it holds the payload itself
-        names = (path for path in manifest.parent.rglob("*") if path.is_file() and path != manifest)
-        content["files"] = {
-            path.relative_to(manifest.parent).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            }
-            for path in names
-        }
+        for name in content["files"]:
+            sent = (manifest.parent / name).read_bytes()
+            content["files"][name] = {"bytes": len(sent), "sha256": hashlib.sha256(sent).hexdigest()}
         manifest.write_text(json.dumps(content))
 
 

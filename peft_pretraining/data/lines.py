@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-LONGEST_DOCUMENT = 100
+LONGEST_DOCUMENT = 32
 """MB (10^6 bytes) of a document, or of the line that it is on, unless told otherwise."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MEGABYTE = 10**6

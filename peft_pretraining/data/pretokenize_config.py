@@ -39,8 +39,8 @@ class PretokenizeConfig:
     max_document_mb: float = setting(
         LONGEST_DOCUMENT,
         positive_float,
-        "largest document in MB, unpacked; longer ones are passed over. Tokenising takes 20 to 60 times as much memory "
-        "(default: 100)",
+        "largest document in MB, unpacked; longer ones are passed over. Tokenising takes 35 to 130 times as much "
+        "memory (default: 32)",
     )
     sequence_length: int = setting(512, flags.sequence_length, "tokens per block (default: 512)")
     validation_fraction: float = setting(

@@ -85,12 +85,17 @@ def older_checkpoints(folder: Path) -> set[str]:
     return {path.name for _, path in numbered(folder) if not is_sealed(path)} & set(noted_as_older(folder))
 
 
+def damage(folder: Path) -> str | None:
+    """Why the files that a folder's manifest lists are not as they were written; None where they are."""
+    return run_dir.damage(folder, lambda _folder, _files: None)  # what has to be there is told by `unusable`
+
+
 def unusable(checkpoint: Path, has_factors: bool, sealed: bool = True) -> str | None:
     """Why nothing can go on from a checkpoint; None where every file is there and as it was written.
 
     sealed: without, the files are not compared with a manifest, as there is none.
     """
-    if sealed and (reason := run_dir.damage(checkpoint)) is not None:
+    if sealed and (reason := damage(checkpoint)) is not None:
         return reason
     names = set(run_dir.checkpoint_files(checkpoint))
     if sealed:
@@ -173,7 +178,7 @@ def _reason(path: Path, settings: Settings, has_factors: bool, needs_best: bool,
     if not best:
         return None
     kept = path.parent / f"{PREFIX}{best}"
-    reason = run_dir.damage(kept) if sealed else (None if kept.is_dir() else "it is missing")
+    reason = damage(kept) if sealed else (None if kept.is_dir() else "it is missing")
     return None if reason is None else f"the best model, {kept.name}: {reason}"
 
 

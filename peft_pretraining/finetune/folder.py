@@ -145,7 +145,7 @@ def _finished(finetuning: FineTuning, folder: Path, settings: Settings, describe
     if not old and not checkpoints.is_sealed(folder):
         return None
     results = read_results(folder / RESULTS_FILE)
-    reason = f"{RESULTS_FILE} cannot be read" if results is None else None if old else run_dir.damage(folder)
+    reason = f"{RESULTS_FILE} cannot be read" if results is None else None if old else checkpoints.damage(folder)
     if reason is not None:
         log.warning("%s was finished, but %s: it is finished again", folder, reason)
         return None

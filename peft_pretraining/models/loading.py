@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from peft_pretraining import model_config
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.safe_loading import without_code
 
 log = logging.getLogger("peft_pretraining")
 
@@ -38,6 +39,9 @@ def load_pretrained(kind: Any, name: str, what: str, *, new_head: bool = False, 
     """
     try:
         with _quiet_transformers():
+            if not {"attn_implementation", "config"} & set(settings):  # otherwise the folder has no say in it
+                where = {key: settings[key] for key in ("revision", "cache_dir") if key in settings}
+                without_code(AutoConfig.from_pretrained(name, trust_remote_code=False, **where))
             model, report = kind.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
             )
