@@ -1,7 +1,8 @@
 """`torchrun_main.py` with faults in it, for torchrun: `faulty_run.py FAULTS.json FLAGS...`.
 
 FAULTS.json may have "hang": [rank, update], whose data loader then hangs, once; "bad": updates whose batches are
-noise; "crash": an update that raises an error; "digests": a folder in which each rank leaves the SHA-256 of its weights
+noise; "crash": an update that raises an error; "crash_in_save": a rank that raises one, and "hang_in_save": a rank that
+hangs, before the first collective of a save; "digests": a folder in which each rank leaves the SHA-256 of its weights
 and its counters at the end. Statistics of spikes count from the tenth update on.
 """
 
@@ -13,13 +14,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import helpers
 from test_spikes import bad_batches
 
-from peft_pretraining import build, spikes
+from peft_pretraining import build, checkpoint, spikes
 from peft_pretraining.data import blocks
+from peft_pretraining.signals import run_script
 
 _MARK = 10**9  # above any sample's index: the number of the update, passed on to the data loader's worker
 
@@ -60,6 +64,13 @@ def leave_digests(folder: Path, rank: int) -> None:
     build.train = observed
 
 
+def fail_in_save(act: Callable[[], Any]) -> None:
+    def failing(self, state):
+        act()
+
+    checkpoint.Checkpointer._snapshot = failing
+
+
 def crash_in(update: int, flags: tuple[str, ...]) -> int:
     with helpers.before_update(update, lambda: 1 / 0):
         return helpers.run(flags)
@@ -70,6 +81,10 @@ def main(faults_file: str, *flags: str) -> int:
     spikes.FIRST_UPDATES, spikes.WINDOW = 10, 15
     if faults.get("hang", [None])[0] == rank:
         hang_once(faults["hang"][1], 8, Path(faults_file).with_suffix(".hung"))
+    if faults.get("crash_in_save") == rank:
+        fail_in_save(lambda: 1 / 0)
+    if faults.get("hang_in_save") == rank:
+        fail_in_save(lambda: time.sleep(3600))
     if "digests" in faults:
         leave_digests(Path(faults["digests"]), rank)
     if "crash" in faults:
@@ -79,4 +94,4 @@ def main(faults_file: str, *flags: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(run_script(lambda: main(*sys.argv[1:])))

@@ -51,7 +51,11 @@ class Launched:
         before = log.stat().st_size if log.exists() else 0
         environment = helpers.child_environment(**{_MARK: str(folder)})
         with open(log, "a") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, cwd=log.parent, env=environment)
+            process = subprocess.Popen(
+                command,
+                **{"stdout": file, "stderr": file, "cwd": log.parent, "env": environment},
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # should this script run under nohup
+            )
         return cls(process, folder, log, before)
 
     def said(self) -> str:

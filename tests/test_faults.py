@@ -140,7 +140,32 @@ def test_a_crash_ends_the_process_at_once_its_workers_too(flags, tmp_path):
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
     ended = time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime
     assert ended < 10 and time.monotonic() - began < 100
-    assert not [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("CRASH_TEST")]
+    left = [p for p in psutil.process_iter(["environ", "cmdline", "ppid"]) if (p.info["environ"] or {}).get("CRASH_TEST")]
+    assert not left, [(p.info["cmdline"], p.info["ppid"]) for p in left]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_an_error_on_one_rank_before_a_save_begins_ends_the_other(flags, tmp_path, layout):
+    """Not after the hours that the ranks give each other for a save."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [*ONE_NODE, FAULTY, faults(tmp_path, crash_in_save=1), *flags(run, distributed_type=layout)]
+    with launched(command, log) as agent:
+        wait_until(lambda: update_reached(run, 10), agent, log)
+        processes = [psutil.Process(pid) for pid in ranks(agent).values()]
+        began = time.monotonic()
+        assert agent.wait(PATIENCE) == 1
+        assert not psutil.wait_procs(processes, timeout=10)[1] and time.monotonic() - began < 60
+    assert "ZeroDivisionError: division by zero" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_before_a_save_is_ended_by_the_watchdog(flags, tmp_path, monkeypatch):
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [*ONE_NODE, FAULTY, faults(tmp_path, hang_in_save=1), *flags(run, step_timeout=0.5)]
+    with launched(command, log) as agent:
+        assert agent.wait(PATIENCE) == 1, log.read_text()
+    assert "a save took more than 30 s (--step_timeout 0.5, times 60 for this); exit code 124" in log.read_text()
 
 
 def test_both_ranks_skip_the_same_updates(undisturbed):
