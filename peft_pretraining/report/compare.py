@@ -48,8 +48,8 @@ class RunRecord:
         try:
             config = run_dir.read_run_config(folder)
             if config is None or not metrics.is_file():
-                message = f"{folder} is not the folder of a run ({run_dir.CONFIG_FILE} is missing or empty, or there are no metrics)"
-                raise ConfigError([message])
+                why = f"{run_dir.CONFIG_FILE} is missing or empty, or there are no metrics"
+                raise ConfigError([f"{folder} is not the folder of a run ({why})"])
         except OSError as error:
             raise ConfigError([f"{folder}: cannot be read ({error.strerror})"]) from None
         except ConfigError:
