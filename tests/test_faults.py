@@ -140,7 +140,9 @@ def test_a_crash_ends_the_process_at_once_its_workers_too(flags, tmp_path):
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
     ended = time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime
     assert ended < 10 and time.monotonic() - began < 100
-    left = [p for p in psutil.process_iter(["environ", "cmdline", "ppid"]) if (p.info["environ"] or {}).get("CRASH_TEST")]
+    left = [
+        p for p in psutil.process_iter(["environ", "cmdline", "ppid"]) if (p.info["environ"] or {}).get("CRASH_TEST")
+    ]
     assert not left, [(p.info["cmdline"], p.info["ppid"]) for p in left]
 
 
