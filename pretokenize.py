@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import FrameType
 
 from peft_pretraining.data.pretokenize import CannotWrite, pretokenize
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
@@ -119,6 +120,13 @@ def _place_problems(config: PretokenizeConfig, source: Source | None) -> list[st
     return []
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    """An exception, so that half a result and workers are cleaned up; further signals do not disturb that."""
+    for further in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(further, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, source = load(sys.argv[1:] if argv is None else argv)
@@ -134,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: half a result and workers are cleaned up
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _end)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

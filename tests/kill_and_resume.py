@@ -189,7 +189,8 @@ def _interrupted(run, folder: Path, options: argparse.Namespace, table: collecti
     for number, interruption in enumerate(_plan(options, rng), 1):
         for _ in range(_ATTEMPTS):
             hit = _interrupt(run, interruption, number, log, options, rng)
-            table[interruption.moment if hit else "training", interruption.target, _name(interruption)] += 1
+            kind = "kill" if interruption.signal == signal.SIGKILL else "stop"
+            table[interruption.moment if hit else "training", interruption.target, kind] += 1
             if hit or interruption.moment not in ("save", "async_save"):
                 break
     launched = Launched.begin(run.command(run.interrupted), run.interrupted, log)
