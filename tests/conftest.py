@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of several processes starve each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: the scripts that tests start would ignore it, too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Coverage is measured in the processes that run the tests, not in those that tests start: these would import torch, a
 # third of their time, under the tracer.
 if "PYTEST_XDIST_WORKER" in os.environ:
