@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -115,3 +116,12 @@ def command(data_dir, model_json, tmp_path):
         return [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
 
     return build
+
+
+@pytest.fixture
+def caplog(caplog):
+    """pytest's, which hears the package's log even where a run before has taken that to stderr alone."""
+    log = logging.getLogger("peft_pretraining")
+    before, log.propagate = log.propagate, True
+    yield caplog
+    log.propagate = before

@@ -58,6 +58,14 @@ def test_text_is_kept(name, tmp_path):
     assert task.labels == ("0", "1")
 
 
+def test_columns_of_text_that_are_not_used_are_named(tmp_path, caplog):
+    content = "question,answer,source,label\na,b,c,1\nd,e,f,0\n"
+    with caplog.at_level("WARNING", "peft_pretraining"):
+        task, _ = load(write(tmp_path, "three.csv", content))
+    assert task.columns == ("question", "answer")
+    assert "the texts are in 'question' and 'answer'; 'source' is not used (--text_columns)" in caplog.text
+
+
 REFUSED = {
     "missing.csv": (
         "sentence,label\nfine,1\n,0\nnone,\nother,0\n",

@@ -113,19 +113,25 @@ def _infer_task(settings: GlueSettings, source: _Split, label: str, problems: Pr
     """A task of one's own, from the training rows. Raises `ConfigError` where there is no label or no text."""
     if label not in source.columns:
         raise ConfigError([f"{source.origin}: no column {label!r}; there is {', '.join(source.columns)}"])
-    texts = settings.text_columns or _text_columns(source, label)
-    if not texts:
+    found = settings.text_columns or _text_columns(source, label)
+    if not found:
         raise ConfigError([f"{source.origin}: no column of text beside {label!r}: name it with --text_columns"])
+    texts, unused = found[:2], found[2:]
+    if unused:
+        log.warning(
+            "%s: the texts are in %s; %s is not used (--text_columns)",
+            *(source.origin, " and ".join(map(repr, texts)), ", ".join(map(repr, unused))),
+        )
     return infer_task(source.rows, texts, label, problems)
 
 
 def _text_columns(source: _Split, label: str) -> tuple[str, ...]:
-    """`sentence1` and `sentence2` if they are there, otherwise the first two columns that are not all numbers."""
+    """`sentence1` and `sentence2` if they are there, otherwise the columns that are not all numbers, in their order."""
     others = [name for name in source.columns if name != label]
     texts = [name for name in others if name in _NAMES_OF_TEXT or not _all_numbers(source.rows, name)]
     if not texts and len(others) == 1 and any(isinstance(row.get(others[0]), str) for row in source.rows):
         texts = others
-    return ("sentence1", "sentence2") if {"sentence1", "sentence2"} <= set(texts) else tuple(texts[:2])
+    return ("sentence1", "sentence2") if {"sentence1", "sentence2"} <= set(texts) else tuple(texts)
 
 
 def _all_numbers(rows: Sequence[Row], name: str) -> bool:
