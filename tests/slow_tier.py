@@ -25,8 +25,29 @@ CROSSES: dict[str, tuple[str, ...]] = {
         "test_signal_during_an_evaluation[1-0]",
         "test_an_update_that_is_not_finite_is_skipped[full_rank-*]",
     ),
+    "test_resume_projection": (
+        "test_stop_and_resume_changes_no_bit[adafactor]",
+        "test_stop_and_resume_changes_no_bit[lion]",
+        "test_stop_and_resume_changes_no_bit[random]",
+        "test_stop_and_resume_changes_no_bit[full-rank adamw8bit]",
+    ),
+    "test_run_tasks": ("test_every_optimizer_learns[adam-*]", "test_every_optimizer_learns[sgd-*]"),
+    "test_streamed_runs": (
+        "test_stop_in_the_middle_of_a_shard_and_resume_changes_no_bit[3-0-plain]",
+        "test_stop_in_the_middle_of_a_shard_and_resume_changes_no_bit[17-1-gz]",
+    ),
 }
-FIRST = ("test_faults", "test_resume", "test_factor_runs", "test_saving", "test_layouts", "test_factor_ranks")
+FIRST = (
+    "test_faults",
+    "test_layouts",
+    "test_resume",
+    "test_saving",
+    "test_streamed_runs",
+    "test_factor_runs",
+    "test_factor_ranks",
+    "test_distributed_projection",
+    "test_trust",
+)
 """Files that take longest: started first, so that no process has one left when the others are done."""
 
 
