@@ -23,6 +23,8 @@ from typing import Any
 
 import filelock
 
+from peft_pretraining.plain_files import regular
+
 log = logging.getLogger("peft_pretraining")
 
 LOCK_FILE = ".lock"
@@ -138,7 +140,7 @@ class FolderLock:
 def read_owner(folder: str | Path) -> Owner:
     """Returns who holds the folder, from its owner file; all unknown where that cannot be read."""
     try:
-        content: Any = json.loads((Path(folder) / OWNER_FILE).read_text())
+        content: Any = json.loads(regular(Path(folder) / OWNER_FILE).read_text())
         launcher = content["launcher"]
         return Owner(
             str(content["host"]),

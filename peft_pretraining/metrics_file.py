@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.plain_files import regular
+
 LONGEST_LINE = 1 << 20
 """Bytes; the records that a run writes have a few hundred."""
 _NAMED_LINES = 5
@@ -53,7 +55,7 @@ def read_records(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def read_lines(path: str | Path) -> Iterator[Line]:
     """Every line that is not blank. Raises `OSError` when the file cannot be read."""
-    with open(path, "rb") as file:
+    with open(regular(Path(path)), "rb") as file:
         number = 0
         while raw := file.readline(LONGEST_LINE + 1):
             number += 1

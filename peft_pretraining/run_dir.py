@@ -21,6 +21,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.plain_files import regular
+
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 MANIFEST_FILE = "manifest.json"
@@ -71,7 +73,7 @@ def lacks_of_a_run(folder: Path, files: Collection[str]) -> str | None:
     if _WEIGHTS_INDEX not in files:
         return "model.safetensors"
     try:
-        parts = json.loads((folder / _WEIGHTS_INDEX).read_text())["weight_map"].values()
+        parts = json.loads(regular(folder / _WEIGHTS_INDEX).read_text())["weight_map"].values()
         return next((str(name) for name in parts if name not in files), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{_WEIGHTS_INDEX} that can be read"
@@ -83,7 +85,7 @@ def damage(folder: Path, lacks: Callable[[Path, Collection[str]], str | None] = 
     `lacks` gives the name of a file that the checkpoint must have and its manifest does not list.
     """
     try:
-        listed = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+        listed = json.loads(regular(folder / MANIFEST_FILE).read_text())["files"]
         files = {name: _entry(name, entry) for name, entry in listed.items()}
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is missing"

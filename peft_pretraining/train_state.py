@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining import run_dir
+from peft_pretraining.plain_files import regular
 
 FORMAT = 1
 """Of the checkpoints that are written here. Those without a number came before it, and are read all the same."""
@@ -69,7 +70,7 @@ def read_counters(folder: Path) -> dict[str, Any]:
     """
     path = folder / run_dir.STATE_FILE
     try:
-        if path.stat().st_size > _LARGEST_FILE:
+        if regular(path).stat().st_size > _LARGEST_FILE:
             raise ValueError(f"it has more than {_LARGEST_FILE} bytes")
         counters = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

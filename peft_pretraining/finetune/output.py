@@ -11,6 +11,7 @@ from typing import Any
 from peft_pretraining import run_dir
 from peft_pretraining.finetune.checkpoints import RunFailed
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.plain_files import regular
 
 RESULTS_FILE = "all_results.json"
 SPEED = ("_runtime", "_per_second")
@@ -61,7 +62,7 @@ def _clean(value: Any) -> Any:
 def read_results(path: Path) -> Results | None:
     """None for a file that is no JSON object, as one that was cut off."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(regular(path).read_text())
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
