@@ -187,6 +187,7 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(command, tmp_path, offlin
     (first,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert complete_history(first, len(helpers.records(tmp_path / "run"))) == helpers.records(tmp_path / "run")
 
+    time.sleep(1.1)  # wandb names its folders by the second in which a run begins
     assert helpers.run([*argv, *RESUME]) == 0
     (second,) = set((tmp_path / "run" / "wandb").glob("offline-run-*")) - {first}
     before, records = list(wandb_history(first)), helpers.records(tmp_path / "run")
