@@ -131,6 +131,15 @@ def test_a_killed_rank_and_a_hanging_one_come_back(flags, undisturbed, tmp_path)
     helpers.assert_same_run(run, undisturbed)
 
 
+def workers_of(folder: Path) -> list[psutil.Process]:
+    """Processes that were started with this folder in their environment."""
+    return [
+        process
+        for process in psutil.process_iter(["environ"])
+        if (process.info["environ"] or {}).get("CRASH_TEST") == str(folder)
+    ]
+
+
 def test_a_crash_ends_the_process_at_once_its_workers_too(flags, tmp_path):
     """Not the 30 s after which torchrun would kill it, and not never."""
     command = [sys.executable, FAULTY, faults(tmp_path, crash=12), *flags(tmp_path / "run")]
@@ -140,10 +149,8 @@ def test_a_crash_ends_the_process_at_once_its_workers_too(flags, tmp_path):
     assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
     ended = time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime
     assert ended < 10 and time.monotonic() - began < 100
-    left = [
-        p for p in psutil.process_iter(["environ", "cmdline", "ppid"]) if (p.info["environ"] or {}).get("CRASH_TEST")
-    ]
-    assert not left, [(p.info["cmdline"], p.info["ppid"]) for p in left]
+    _, left = psutil.wait_procs(workers_of(tmp_path), timeout=5)  # the kernel kills them a moment later
+    assert not left, [(process.cmdline(), process.ppid()) for process in left]
 
 
 @pytest.mark.slow
