@@ -103,11 +103,28 @@ def _say_what_is_wrong(path: Path, found: Sorted, state: TrainState, first_updat
     if found.doubled:
         said.append(f"{found.doubled} records stood there more than once: kept once")
     begun = first_update if first_update is not None else min(found.updates, default=1) - 1
-    missing = [step for step in range(begun + 1, state.update_step + 1) if step not in found.updates]
-    if missing:
-        said.append(
-            f"{len(missing)} of {state.update_step - begun} updates have no record (between {missing[0]} and "
-            f"{missing[-1]})"
-        )
+    if missing := _missing(found.updates, begun + 1, state.update_step):
+        count, first, last = missing
+        said.append(f"{count} of {state.update_step - begun} updates have no record (between {first} and {last})")
     if said:
         log.warning("%s: %s", path, "; ".join(said))
+
+
+def _missing(updates: set[int], first: int, last: int) -> tuple[int, int, int] | None:
+    """How many of the updates from `first` to `last` are not in `updates`, the first of them and the last; or None.
+
+    The bounds come from files and may be anything: nothing here grows with their distance.
+    """
+    present = sorted(step for step in updates if first <= step <= last)
+    count = last - first + 1 - len(present)
+    if count <= 0:
+        return None
+    for step in present:
+        if step != first:
+            break
+        first += 1
+    for step in reversed(present):
+        if step != last:
+            break
+        last -= 1
+    return count, first, last

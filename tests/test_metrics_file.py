@@ -59,3 +59,12 @@ def test_a_file_that_is_missing_or_a_folder_has_no_records(tmp_path):
     missing = tmp_path / "missing"
     assert metrics_file.read_records(missing) == ([], [f"{missing}: cannot be read (No such file or directory)"])
     assert read(tmp_path, b"") == ([], [])
+
+
+def test_missing_updates_are_counted_whatever_the_bounds():
+    from peft_pretraining.resumed_metrics import _missing
+
+    assert _missing({3, 4, 6}, 1, 7) == (4, 1, 7)
+    assert _missing({1, 2, 3, 6, 7}, 1, 7) == (2, 4, 5)
+    assert _missing({1, 2, 3}, 1, 3) is None
+    assert _missing({1}, 1, 10**15) == (10**15 - 1, 2, 10**15)  # of a file that somebody made up
