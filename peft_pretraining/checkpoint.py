@@ -57,6 +57,11 @@ _SECONDS_TO_RETRY = 2.0
 class NotRestored(RuntimeError):
     """A checkpoint cannot be loaded into this run; all ranks raise it, with the same reason on one line."""
 
+    def __init__(self, reason: str, undamaged: bool = False) -> None:
+        super().__init__(reason)
+        self.undamaged = undamaged
+        """Whether it is whole, only another run's or that of other settings."""
+
 
 @dataclass
 class Checkpointer:
@@ -190,7 +195,8 @@ class Checkpointer:
         self._attempt(lambda: self._take_older_forms(described.state_dict_metadata))
         tensors = self._tensors()
         tensors["model"] = without_unsaved_rests(tensors["model"], described)
-        self._attempt(lambda: _compare(described, tensors, self._names_on_all_ranks(tensors)))
+        names = self._names_on_all_ranks(tensors)
+        self._attempt(lambda: _compare(described, tensors, names), undamaged=True)
         counters = self._attempt(lambda: read_counters(folder))
         state = self._attempt(lambda: state_of(counters))
         self._attempt(
@@ -208,7 +214,7 @@ class Checkpointer:
             names = {param: f"optimizer.{name}" for name, param in self.model.named_parameters()}
             self.optimizer.adopt_saved_form(saved, names)
 
-    def _attempt(self, act: Callable[[], T]) -> T:
+    def _attempt(self, act: Callable[[], T], undamaged: bool = False) -> T:
         """Do one step of loading on all ranks; if it fails on one, all raise `NotRestored`."""
         result, reason = None, None
         try:
@@ -217,7 +223,7 @@ class Checkpointer:
             reason = one_line(error)
         reasons = [reason for reason in self.ranks.gather(reason) if reason is not None]
         if reasons:
-            raise NotRestored(reasons[0])
+            raise NotRestored(reasons[0], undamaged)
         return result
 
     def _names_on_all_ranks(self, tensors: dict[str, Any]) -> set[str]:

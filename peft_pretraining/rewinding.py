@@ -16,7 +16,7 @@ from peft_pretraining import resume
 from peft_pretraining.distributed import free_gathered_weights
 from peft_pretraining.failures import NotFinite
 from peft_pretraining.resume import Candidate
-from peft_pretraining.starting import restore_first
+from peft_pretraining.starting import StartingPoint, restore_first
 from peft_pretraining.tracking import log
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def go_back(run: Run, error: NotFinite) -> None:
     log.error("%s; going back (--rewind_on_nan %d)", error, wanted)
     reached = copy.deepcopy(state)
     found = _in_order_of_trial(run, wanted) if run.group.is_main else iter(())
-    restored = restore_first(found, checkpointer, run.group, [])
+    restored = restore_first(StartingPoint(checkpointer.record, found=found), checkpointer, run.group)
     if restored is None:
         raise NotFinite(f"{error}; there is no checkpoint to go back to") from error
     free_gathered_weights(run.model)

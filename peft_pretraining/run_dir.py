@@ -25,6 +25,7 @@ from peft_pretraining.plain_files import regular
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+WANDB_RUN_FILE = "wandb_run.json"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "training_state.json"
 TENSORS_DIR = "training_state"

@@ -35,6 +35,8 @@ class StartingPoint:
     """Good ones, newest first; only on the main process."""
     skipped: list[str] = field(default_factory=list)
     """One line for each that cannot be used; only on the main process."""
+    of_other_settings: bool = False
+    """Whether one of those skipped is whole, and only does not fit; only on the main process."""
 
 
 def take_folder(save_dir: Path) -> FolderLock | ConfigError:
@@ -90,10 +92,11 @@ def _record_of_checkpoint(folder: Path) -> RunRecord | None:
     return record if record is not None and record.id is not None else None
 
 
-def _nothing_left(save_dir: Path, skipped: list[str]) -> ConfigError:
-    return ConfigError(
-        [*skipped, f"--save_dir {save_dir}: every checkpoint is damaged; --allow_restart True starts over"]
-    )
+def _nothing_left(save_dir: Path, skipped: list[str], of_other_settings: bool = False) -> ConfigError:
+    what = "every checkpoint is damaged; --allow_restart True starts over"
+    if of_other_settings:  # a good run lies there: it must not be started over
+        what = "no checkpoint fits these settings: give those that it was begun with, or another --save_dir"
+    return ConfigError([*skipped, f"--save_dir {save_dir}: {what}"])
 
 
 def _usable(candidates: Iterator[Candidate], skipped: list[str]) -> Iterator[Candidate]:
@@ -110,16 +113,14 @@ def _skip(folder: Path, problem: str, skipped: list[str]) -> None:
     log.warning(skipped[-1])
 
 
-def restore_first(
-    found: Iterator[Candidate], checkpointer: Checkpointer, group: ProcessGroup, skipped: list[str]
-) -> TrainState | None:
-    """Restore the first of the checkpoints that can be loaded; None when there is none.
+def restore_first(start: StartingPoint, checkpointer: Checkpointer, group: ProcessGroup) -> TrainState | None:
+    """Restore the first of the checkpoints found that can be loaded; None when there is none.
 
-    All ranks call it, and come to the same one; the main process alone has `found` and keeps in `skipped` why others
-    could not be.
+    All ranks call it, and come to the same one; the main process alone knows them, and keeps in `start` why others
+    could not be loaded.
     """
     while True:
-        candidate = group.from_main(_next(found) if group.is_main else None)
+        candidate = group.from_main(_next(start.found) if group.is_main else None)
         if isinstance(candidate, ConfigError):
             raise candidate
         if candidate is None:
@@ -131,7 +132,8 @@ def restore_first(
             return checkpointer.restore(candidate.folder)
         except NotRestored as error:
             if group.is_main:
-                _skip(candidate.folder, str(error), skipped)
+                _skip(candidate.folder, str(error), start.skipped)
+                start.of_other_settings |= error.undamaged
 
 
 def _next(found: Iterator[Candidate]) -> Candidate | ConfigError | None:
@@ -150,11 +152,12 @@ def restored_state(
     """
     if not start.from_checkpoint:
         return TrainState() if start.warm_start is None else _warm_start(config, start.warm_start)
-    state = restore_first(start.found, checkpointer, group, start.skipped)
+    state = restore_first(start, checkpointer, group)
     if state is None:
-        if start.in_own_folder and config.run.allow_restart:
+        fits_not = group.from_main(start.of_other_settings)
+        if start.in_own_folder and config.run.allow_restart and not fits_not:
             return None
-        problem = _nothing_left(checkpointer.save_dir, start.skipped) if start.in_own_folder else None
+        problem = _nothing_left(checkpointer.save_dir, start.skipped, fits_not) if start.in_own_folder else None
         raise group.from_main(problem or ConfigError(_about_resume_from(start.skipped)))
     if group.is_main:
         checkpointer.retention.passed_over_since(state.update_step)

@@ -16,12 +16,11 @@ from peft_pretraining import resumed_metrics, run_dir
 from peft_pretraining.config import Config
 from peft_pretraining.failures import FolderLost
 from peft_pretraining.folder_lock import FolderLock
+from peft_pretraining.plain_files import regular
 from peft_pretraining.train_state import TrainState
 from peft_pretraining.wandb_run import WandbRun
 
 log = logging.getLogger("peft_pretraining")
-
-_WANDB_RUN_FILE = "wandb_run.json"
 
 
 def start_logging(is_main: bool) -> None:
@@ -132,7 +131,7 @@ def _start_wandb(save_dir: Path, config: Config) -> Any:
     """
     import wandb
 
-    run_id, tracking = _wandb_run_id(save_dir / _WANDB_RUN_FILE), config.tracking
+    run_id, tracking = _wandb_run_id(save_dir / run_dir.WANDB_RUN_FILE), config.tracking
     settings = {
         "project": tracking.wandb_project or "peft_pretraining",
         "name": tracking.name or save_dir.name,
@@ -161,7 +160,7 @@ def _start_wandb(save_dir: Path, config: Config) -> Any:
 def _wandb_run_id(path: Path) -> str:
     """The one that is kept in a file, or a new one, which is written there."""
     try:
-        kept = json.loads(path.read_text())["id"]
+        kept = json.loads(regular(path).read_text())["id"]
         if isinstance(kept, str) and kept:
             return kept
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft_pretraining import model_config, resume, run_dir, train_state
+from peft_pretraining import model_config, resume, resumed_metrics, run_dir, train_state
 from peft_pretraining.config import Config
 from peft_pretraining.methods import METHODS
 from peft_pretraining.validate import BYTES, FileFacts, identity_of
@@ -72,9 +72,14 @@ def _check_content(folder: Path, config: Config, facts: FileFacts, problems: lis
             "folder"
         )
         return
-    for name in (run_dir.CONFIG_FILE, run_dir.METRICS_FILE):
+    for name in (run_dir.CONFIG_FILE, run_dir.METRICS_FILE, run_dir.WANDB_RUN_FILE):
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             problems.append(f"{folder / name} is not a file: move it away")
+            return
+    for path in (folder / resumed_metrics.DAMAGED_FILE, folder / resumed_metrics.UNDONE_FILE):
+        # They are appended to: a link would lead out of the folder, and a pipe would wait for ever.
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            problems.append(f"{path} is not a file, or is a link: move it away")
             return
     _check_same_run(config, facts, folder, f"--save_dir {folder} holds another run", problems, warnings)
 

@@ -85,6 +85,28 @@ def test_whole_models_are_read(change, shape, saved):
     assert torch.equal(model.get_input_embeddings().weight, weights[TABLE].float())
 
 
+@pytest.mark.parametrize(
+    "passed_over", [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}]
+)
+@pytest.mark.parametrize("from_weights", [False, True])
+def test_keys_that_are_passed_over_do_not_change_what_is_returned(passed_over, from_weights, saved, tmp_path):
+    settings, folder = json.loads(write_model(tmp_path / "m.json", **passed_over).read_text()), None
+    if from_weights:
+        folder = saved()
+        config = folder / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **passed_over}))
+    model = build_model(ModelConfig(), settings, folder and str(folder), CPU, 0)
+    found = model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert found.logits.shape == (1, 3, 128) and found.attentions is None and found.hidden_states is None
+    model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("passed_over", [{"id2label": {"a": 1}}, {"num_labels": "x"}])
+def test_values_of_keys_that_are_passed_over_do_no_harm(passed_over, tmp_path):
+    settings = json.loads(write_model(tmp_path / "m.json", **passed_over).read_text())
+    build_model(ModelConfig(), settings, None, CPU, 0)
+
+
 def test_a_broken_or_absent_file_is_one_line(saved, tmp_path):
     folder = saved()
     (folder / "model.safetensors").write_bytes(b"xx")

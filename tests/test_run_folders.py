@@ -241,6 +241,28 @@ def test_no_manifest_ends_in_an_exception(finished, content):
     assert reason and "\n" not in reason
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_good_run_is_not_started_over_for_another_setting(finished, command, capsys, restart):
+    """It is whole: whoever asks for a new start means damaged ones."""
+    before = {path: path.read_bytes() for path in finished.glob("model_*/**/*") if path.is_file()}
+    code, err = resumed(command, capsys, dtype="bfloat16", allow_restart=restart)
+    assert code == 2 and "is torch.float32 instead of torch.bfloat16: see --dtype" in err
+    assert "no checkpoint fits these settings" in err
+    assert "starts over" not in err
+    assert {path: path.read_bytes() for path in finished.glob("model_*/**/*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_whole_checkpoints_of_other_settings_are_not_started_over(command, tmp_path, capsys, restart):
+    sgd = {"method": "full_rank", "optimizer": "sgd", "save_dir": tmp_path / "sgd", "num_training_steps": 10}
+    assert helpers.run(command(**sgd, momentum=0)) == 0
+    capsys.readouterr()
+    again = [*command(**{**sgd, "num_training_steps": 12}, momentum=0.9, allow_restart=restart), *RESUME]
+    code, err = helpers.run(again), capsys.readouterr().err
+    assert code == 2 and "no checkpoint fits these settings" in err and "starts over" not in err
+    assert helpers.checkpoints(tmp_path / "sgd") == [10]
+
+
 # config.yaml
 
 
@@ -263,12 +285,23 @@ def test_a_config_that_grows_without_bounds(finished, command, capsys):
     assert code == 2 and "config.yaml cannot be read (" in err
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "wandb_run.json", "metrics.damaged.jsonl", "metrics.undone.jsonl"]
+)
 def test_a_folder_in_place_of_a_file(finished, command, capsys, name):
-    (finished / name).unlink()
+    (finished / name).unlink(missing_ok=True)
     (finished / name).mkdir()
     code, err = resumed(command, capsys)
     assert code == 2 and f"{finished / name} is not a file" in err
+
+
+@pytest.mark.parametrize("name", ["metrics.damaged.jsonl", "metrics.undone.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_appended_through_a_link_or_to_a_pipe(finished, command, tmp_path, capsys, name, kind):
+    elsewhere = tmp_path / "elsewhere"
+    os.mkfifo(finished / name) if kind == "pipe" else (finished / name).symlink_to(elsewhere)
+    code, err = resumed(command, capsys)
+    assert code == 2 and f"{finished / name} is not a file, or is a link" in err and not elsewhere.exists()
 
 
 # What changes the function that a checkpoint computes.

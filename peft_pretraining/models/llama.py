@@ -12,6 +12,7 @@ from peft_pretraining.config import ModelConfig
 from peft_pretraining.distributed.gathering import put
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.model_keys import KEYS
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -58,6 +59,9 @@ def build_model(
             weights_from,
             what,
             dtype=dtype,
+            return_dict=True,
+            output_attentions=False,
+            output_hidden_states=False,
             attn_implementation=config.attn_implementation,
             revision=config.model_revision or "main",
         )
@@ -77,8 +81,9 @@ def build_model(
 def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
     """The model on the meta device: shapes without memory."""
     # With a padding id the embedding would zero that row and never train it; with -1, the last one.
-    left_out = ("torch_dtype", "dtype", "pad_token_id")
-    llama = LlamaConfig(**{key: value for key, value in shape.items() if key not in left_out})
+    # What is said to be passed over is: `return_dict` or `output_attentions` would change what the model returns.
+    read = KEYS.keys() - {"pad_token_id"}
+    llama = LlamaConfig(**{key: value for key, value in shape.items() if key in read})
     pad_token_id = shape.get("pad_token_id")
     llama._attn_implementation = config.attn_implementation
     with torch.device("meta"):
