@@ -149,7 +149,7 @@ def examine(
     if record is None or record.id is None:
         return Candidate(folder, note=f"{folder} has no run id (an older version wrote it): taken as one of this run")
     if run_id is not None and record.id != run_id:
-        reason = f"it belongs to another run (id {record.id[:40]} instead of {run_id})"
+        reason = f"it belongs to another run (id {record.id[:40]} instead of {run_id[:40]})"
         return Candidate(folder, reason, foreign=True)
     if identity is not None and (differing := differences(record, identity)):
         return Candidate(folder, f"it was trained with {differing[0]}")

@@ -1,6 +1,8 @@
 """Saved weights are used as a whole or not at all, and exports have their tokenizer's ids of special tokens."""
 
 import json
+import pickle
+from pathlib import Path
 
 import helpers
 import pytest
@@ -114,6 +116,21 @@ def test_a_broken_or_absent_file_is_one_line(saved, tmp_path):
         with pytest.raises(ConfigError, match="cannot be loaded") as refused:
             load_pretrained(AutoModelForCausalLM, str(name), "--model_name")
         assert "\n" not in str(refused.value)
+
+
+def test_the_reason_says_more_than_a_key_and_advises_nothing_unsafe(saved, tmp_path):
+    folder = saved()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    with pytest.raises(ConfigError, match="cannot be loaded: KeyError: 'metadata'"):
+        load_pretrained(AutoModelForCausalLM, str(folder), "--model_name")
+    pickled = saved()
+    for file in pickled.glob("model*"):
+        file.unlink(missing_ok=True)
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps(Path))
+    with pytest.raises(ConfigError, match="pickled together with other objects, which are not read") as refused:
+        load_pretrained(AutoModelForCausalLM, str(pickled), "--model_name")
+    assert "weights_only" not in str(refused.value)
 
 
 def test_another_kind_of_model_is_not_loaded_into_a_llama(tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.projection import RIGHT
 from peft_pretraining.optim.update_rules import AdamW8bit
+from peft_pretraining.optim.vector_adamw import VectorAdamW
 
 # Saved states.
 
@@ -62,6 +63,48 @@ def test_a_state_with_settings_that_are_wrong_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 0.01 and optimizer.param_groups[0]["rank"] == 2
+
+
+NO_STATES = {
+    "text": lambda state: state["state"][0].update(exp_avg="x"),
+    "a number": lambda state: state["state"][0].update(exp_avg=3.0),
+    "complex": lambda state: state["state"][0].update(exp_avg=state["state"][0]["exp_avg"].to(torch.complex64)),
+    "sparse": lambda state: state["state"][0].update(exp_avg=state["state"][0]["exp_avg"].to_sparse()),
+    "meta": lambda state: state["state"][0].update(exp_avg=state["state"][0]["exp_avg"].to("meta")),
+    "8 bits without scales": lambda state: state["state"][0].update(exp_avg=state["state"][0]["exp_avg"].byte()),
+    "no state": lambda state: state.pop("state"),
+    "a list of states": lambda state: state.update(state=[]),
+    "no groups": lambda state: state.pop("param_groups"),
+    "one group": lambda state: state.update(param_groups=state["param_groups"][0]),
+    "a group without parameters": lambda state: state["param_groups"][0].pop("params"),
+}
+
+
+@pytest.mark.parametrize("harm", NO_STATES.values(), ids=NO_STATES)
+def test_what_is_no_state_is_refused_before_anything_is_loaded(harm):
+    """The first parameter's would be loaded already when the second's fails."""
+    first, second = parameter((6, 5), dtype=torch.float32), parameter((6, 5), dtype=torch.float32)
+    saved, optimizer = (LowRankOptimizer([{"params": [one, two]}]) for one, two in ((first, second), (second, first)))
+    for one in (first, second):
+        one.grad = torch.ones_like(one)
+    saved.step()
+    state = copy.deepcopy(saved.state_dict())
+    if "state" in state:
+        state["state"] = {1: state["state"][1], 0: state["state"][0]}
+    harm(state)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"not the state of an optimizer|^the state's exp_avg"):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, tensors in before["state"].items():
+        assert all(torch.equal(value, after["state"][index][key]) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("vectors", [True, False, 1.0, 2, "0"])
+def test_vectors_that_are_no_dimension_are_refused(vectors):
+    with pytest.raises(ValueError, match=f"vectors must be None, or 0 or 1 for matrices, got {vectors!r}"):
+        VectorAdamW([{"params": [nn.Parameter(torch.zeros(3, 4))], "vectors": vectors}])
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion", "sgd"])

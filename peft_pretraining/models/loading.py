@@ -82,7 +82,10 @@ def check_is_llama(name: str, what: str, revision: str | None = None) -> None:
 
 
 def _on_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())[:300]
+    if "weights_only" in text:  # torch goes on to explain how to run the code in the file
+        return "its weights are pickled together with other objects, which are not read (docs/security.md)"
+    return text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}".strip(": ")
 
 
 @contextlib.contextmanager

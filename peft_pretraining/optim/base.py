@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -124,6 +124,7 @@ class _Loading:
 
     def check(self, optimizer: InPlaceOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Refuse what does not fit, and give torch the groups in this optimizer's order, without the state."""
+        _check_form(state_dict)
         groups, own = state_dict["param_groups"], optimizer.param_groups
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
             return None  # which torch refuses
@@ -141,6 +142,7 @@ class _Loading:
             optimizer._check_saved_group(saved, ours)
             for index, param in zip(saved["params"], ours["params"], strict=True):
                 self.saved[param] = states.pop(index, {})
+                _check_values(self.saved[param], param)
                 _check_shapes(self.saved[param], optimizer.state[param], *optimizer._may_differ(param))
         self.own = {param: optimizer._follow(param) for param in self.saved}
         return {**state_dict, "state": states, "param_groups": groups}
@@ -200,6 +202,28 @@ def _in_order(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def _few(names: list[str]) -> str:
     """The first of many names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+
+
+def _check_form(state_dict: Any) -> None:
+    """Raises `ValueError` for what no optimizer's `state_dict` returned."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("not the state of an optimizer: it has no `state` and `param_groups`")
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+        raise ValueError("not the state of an optimizer: `state` must map each parameter to its tensors")
+    if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
+        raise ValueError("not the state of an optimizer: `param_groups` must be a list of groups with `params`")
+
+
+def _check_values(state: Mapping[str, Any], param: Tensor) -> None:
+    """Raises `ValueError` for what cannot be copied into a tensor of the state: nothing must be half loaded."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the state's {key} must be a tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided or value.is_complex() or (value.is_meta and not param.is_meta):
+            raise ValueError(f"the state's {key} cannot be loaded: {value.layout}, {value.dtype}, on {value.device}")
+        if value.dtype == torch.uint8 and f"{key}_absmax" not in state:
+            raise ValueError(f"the state's {key} has 8 bits, but no scales ({key}_absmax) beside it")
 
 
 def _check_shapes(

@@ -54,7 +54,7 @@ class VectorAdamW(InPlaceOptimizer):
         states = {}
         for param in group["params"]:
             vectors = group["vectors"]
-            if vectors not in (None, 0, 1) or (vectors is not None and param.ndim != 2):
+            if vectors is not None and (type(vectors) is not int or vectors not in (0, 1) or param.ndim != 2):
                 raise ValueError(f"vectors must be None, or 0 or 1 for matrices, got {vectors!r} for {param.ndim} dims")
             count = () if vectors is None else (param.shape[vectors],)
             if vectors is not None and Shard.of(param).dim == vectors:
