@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from peft_pretraining.data.hub import work_offline_if_unreachable
 from peft_pretraining.finetune.entry import run_entry
 from peft_pretraining.finetune.options.settings import ENTRY, hub_names
 from peft_pretraining.finetune.settings import check
-from peft_pretraining.hub import work_offline_if_unreachable
-from peft_pretraining.signals import run_script
+from peft_pretraining.runtime.signals import run_script
 
 
 def _run(argv: Sequence[str]) -> None:

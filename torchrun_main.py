@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_pretraining.launcher import bad_input, check_launcher
-from peft_pretraining.signals import run_script
+from peft_pretraining.runtime.launcher import bad_input, check_launcher
+from peft_pretraining.runtime.signals import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         check_launcher()
-        from peft_pretraining import cli
+        from peft_pretraining.config import cli
 
         launch = cli.load(sys.argv[1:] if argv is None else argv)
         # Heavy imports wait until the input is known to be good.
-        from peft_pretraining.build import run
-        from peft_pretraining.watchdog import Watchdog
+        from peft_pretraining.runtime.watchdog import Watchdog
+        from peft_pretraining.training.build import run
 
         settings = launch.config.run
         with Watchdog(settings.step_timeout, Path(settings.save_dir or "."), int(os.environ.get("RANK", "0"))):

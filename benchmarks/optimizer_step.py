@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.bases import Refresh
 from peft_pretraining.optim.projection import LEFT, Bases
-from peft_pretraining.profiling import peak_memory_bytes
+from peft_pretraining.training.profiling import peak_memory_bytes
 
 PRODUCTS, PLAIN, OSD, FUSED = "two products per layer", "plain update", "OSD's update", "torch's fused AdamW"
 REFRESHES = {"exact": "exact", "gram": "gram", "randomized": "randomized, warm", "randomized_cold": "randomized, cold"}

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft_pretraining.build import distributed_model, reduced_model
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import ProcessGroup
-from peft_pretraining.loss import token_loss_sum
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.models.loss import token_loss_sum
+from peft_pretraining.training.build import distributed_model, reduced_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp-whole": {"reduce_low_rank": False},

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from throughput import PROJECT, synchronise, write_random_blocks  # which makes the package importable
 
-from peft_pretraining import cli, run_dir
-from peft_pretraining.build import build
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.config import cli
 from peft_pretraining.distributed import ProcessGroup
-from peft_pretraining.signals import StopRequest
+from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.train import Run, next_micro_batches, train_step
+from peft_pretraining.training.build import build
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import non_convergence_config
 from non_convergence_config import Run, Settings
 
 from peft_pretraining.flags import ConfigError, exit_with_problems
-from peft_pretraining.workers import obey_the_parent
+from peft_pretraining.runtime.workers import obey_the_parent
 
 if TYPE_CHECKING:
     from descent import Trajectory

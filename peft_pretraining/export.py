@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_pretraining import resume, run_dir
-from peft_pretraining.checkpoint import describe, quietly, without_unsaved_rests
+from peft_pretraining.checkpoint import resume, run_dir
+from peft_pretraining.checkpoint.checkpointer import describe, quietly, without_unsaved_rests
+from peft_pretraining.checkpoint.safe_loading import load_tensors
+from peft_pretraining.checkpoint.train_state import read_counters
 from peft_pretraining.config import Config, config_flags
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.models.token_ids import adopt, read_tokenizer
-from peft_pretraining.safe_loading import load_tensors
-from peft_pretraining.train_state import read_counters
 
 log = logging.getLogger("peft_pretraining")
 

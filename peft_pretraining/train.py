@@ -16,24 +16,25 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from peft_pretraining import rng, spikes
-from peft_pretraining.checkpoint import Checkpointer
+from peft_pretraining import rng
+from peft_pretraining.checkpoint.checkpointer import Checkpointer
+from peft_pretraining.checkpoint.failures import NotFinite
+from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
+from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.data.data import Data
 from peft_pretraining.distributed import ProcessGroup, synchronised_backward
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.evaluate import evaluate
-from peft_pretraining.failures import NotFinite
-from peft_pretraining.loss import Batch, count_targets, token_loss_sum
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.profiling import Profiler
-from peft_pretraining.progress import Update, report
-from peft_pretraining.rewinding import go_back
-from peft_pretraining.schedule import rate_multiplier
-from peft_pretraining.signals import EXIT_REQUEUE, StopRequest
-from peft_pretraining.tracking import Tracker, log
-from peft_pretraining.train_state import TrainState
-from peft_pretraining.watchdog import Watchdog
+from peft_pretraining.models.loss import Batch, count_targets, token_loss_sum
+from peft_pretraining.runtime.signals import EXIT_REQUEUE, StopRequest
+from peft_pretraining.runtime.watchdog import Watchdog
+from peft_pretraining.training import spikes
+from peft_pretraining.training.evaluate import evaluate
+from peft_pretraining.training.profiling import Profiler
+from peft_pretraining.training.progress import Update, report
+from peft_pretraining.training.rewinding import go_back
+from peft_pretraining.training.tracking import Tracker, log
 
 
 @dataclass

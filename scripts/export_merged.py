@@ -15,7 +15,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))  # works from any folder, without installation
 
-from peft_pretraining import run_dir  # noqa: E402
+from peft_pretraining.checkpoint import run_dir  # noqa: E402
 from peft_pretraining.flags import ConfigError, exit_with_problems  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

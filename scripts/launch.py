@@ -27,10 +27,10 @@ from types import FrameType
 
 import recipe
 
-from peft_pretraining import cli
+from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError, exit_with_problems, non_negative_int, positive_int
-from peft_pretraining.processes import set_death_signal
-from peft_pretraining.signals import EXIT_ABORTED, EXIT_REQUEUE, SIGNALS
+from peft_pretraining.runtime.processes import set_death_signal
+from peft_pretraining.runtime.signals import EXIT_ABORTED, EXIT_REQUEUE, SIGNALS
 
 GRACE_SECONDS = "120"  # torchrun's own 30 s are short for a checkpoint of several billion weights
 SECONDS_TO_START = 2.0  # that a request to stop waits for torchrun to have training processes

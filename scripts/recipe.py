@@ -16,8 +16,8 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))  # works from any folder, without installation
 
-from peft_pretraining import cli, yaml_file  # noqa: E402
-from peft_pretraining.flags import ConfigError  # noqa: E402
+from peft_pretraining.config import cli  # noqa: E402
+from peft_pretraining.flags import ConfigError, yaml_file  # noqa: E402
 from peft_pretraining.methods import METHODS  # noqa: E402
 
 RECIPES = PROJECT / "configs" / "recipes"

@@ -25,8 +25,7 @@ import study_folder
 from study_folder import RunFailed, is_number
 from sweep import evaluations, perplexity_of, train
 
-from peft_pretraining import yaml_file
-from peft_pretraining.flags import ConfigError, exit_with_problems
+from peft_pretraining.flags import ConfigError, exit_with_problems, yaml_file
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))  # works from any folder, without installation
 
-from peft_pretraining import run_dir  # noqa: E402
+from peft_pretraining.checkpoint import run_dir  # noqa: E402
+from peft_pretraining.checkpoint.folder_lock import FolderInUse, FolderLock  # noqa: E402
 from peft_pretraining.flags import ConfigError  # noqa: E402
-from peft_pretraining.folder_lock import FolderInUse, FolderLock  # noqa: E402
 
 SETTINGS_FILE = "study.json"
 

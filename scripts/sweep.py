@@ -19,8 +19,9 @@ from pathlib import Path
 import study_folder
 from study_folder import PROJECT, RunFailed, distinct_numbers, is_number
 
-from peft_pretraining import metrics_file, run_dir
+from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.flags import ConfigError, exit_with_problems
+from peft_pretraining.report import metrics_file
 
 
 def main() -> int:

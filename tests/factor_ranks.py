@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_pretraining import build
+from peft_pretraining.training import build
 
 
 def digest(run) -> str:

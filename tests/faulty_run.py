@@ -21,9 +21,10 @@ from typing import Any
 import helpers
 from test_spikes import bad_batches
 
-from peft_pretraining import build, checkpoint, spikes
+from peft_pretraining.checkpoint import checkpointer
 from peft_pretraining.data import blocks
-from peft_pretraining.signals import run_script
+from peft_pretraining.runtime.signals import run_script
+from peft_pretraining.training import build, spikes
 
 _MARK = 10**9  # above any sample's index: the number of the update, passed on to the data loader's worker
 
@@ -68,7 +69,7 @@ def fail_in_save(act: Callable[[], Any]) -> None:
     def failing(self, state):
         act()
 
-    checkpoint.Checkpointer._snapshot = failing
+    checkpointer.Checkpointer._snapshot = failing
 
 
 def crash_in(update: int, flags: tuple[str, ...]) -> int:

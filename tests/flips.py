@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import write_blocks, write_model
 
-from peft_pretraining import cli
+from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
 
 OPERATIONAL = {
@@ -124,8 +124,8 @@ def _train(launch: cli.Launch, save_dir: Path) -> list[Any]:
     """The records and the digest of the last weights; nothing is saved."""
     import torch
 
-    from peft_pretraining import build
-    from peft_pretraining.checkpoint import Checkpointer
+    from peft_pretraining.checkpoint.checkpointer import Checkpointer
+    from peft_pretraining.training import build
 
     weights = hashlib.sha256()
 

@@ -282,9 +282,9 @@ def _run_cases(path: Path) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from peft_pretraining import build
     from peft_pretraining.distributed.sharding import local
     from peft_pretraining.train import state_bytes
+    from peft_pretraining.training import build
 
     rank, results, train, no_sync = int(os.environ["RANK"]), [], build.train, DistributedDataParallel.no_sync
 

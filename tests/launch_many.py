@@ -34,7 +34,7 @@ _HOLD_LOCK = """
 import atexit, ctypes, sys
 atexit.register(ctypes.PyDLL(None).usleep, 300_000)  # called last, as it is registered first; keeps the lock meanwhile
 import torchrun_main
-from peft_pretraining.signals import run_script
+from peft_pretraining.runtime.signals import run_script
 sys.exit(run_script(torchrun_main.main))
 """
 

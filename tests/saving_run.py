@@ -27,8 +27,10 @@ from pathlib import Path
 import helpers
 import torch.distributed as dist
 
-from peft_pretraining import build, checkpoint, checkpoint_writer, train
+from peft_pretraining import train
+from peft_pretraining.checkpoint import checkpointer, writer
 from peft_pretraining.distributed.sharding import local
+from peft_pretraining.training import build
 
 ROOM = 300
 """Bytes, about one record of `metrics.jsonl`. Python ignores SIGXFSZ: a write beyond them fails with EFBIG."""
@@ -50,17 +52,17 @@ def no_room(first: int, last: int | None, room_at_retry: bool) -> Iterator[None]
 
     train.train_step = watched
     if room_at_retry:
-        checkpoint.time.sleep = lambda seconds: give_room()
+        checkpointer.time.sleep = lambda seconds: give_room()
     try:
         yield
     finally:
-        train.train_step, checkpoint.time.sleep = train_step, sleep
+        train.train_step, checkpointer.time.sleep = train_step, sleep
         give_room()
 
 
 @contextlib.contextmanager
 def watched_completion(seen: list[list[int]], slow: tuple[int, float] | None) -> Iterator[None]:
-    complete = checkpoint_writer.complete
+    complete = writer.complete
 
     def watched(temporary, final, files):
         seen.append(helpers.checkpoints(final.parent))
@@ -68,11 +70,11 @@ def watched_completion(seen: list[list[int]], slow: tuple[int, float] | None) ->
             time.sleep(slow[1])
         complete(temporary, final, files)
 
-    checkpoint_writer.complete = watched
+    writer.complete = watched
     try:
         yield
     finally:
-        checkpoint_writer.complete = complete
+        writer.complete = complete
 
 
 def run_case(case: dict, rank: int) -> dict:
@@ -111,7 +113,7 @@ def main(cases_file: str) -> None:
     init, destroy = dist.init_process_group, dist.destroy_process_group
     dist.init_process_group = lambda *args, **settings: None if dist.is_initialized() else init(*args, **settings)
     dist.destroy_process_group = lambda: None
-    checkpoint._SECONDS_TO_RETRY = 0.1
+    checkpointer._SECONDS_TO_RETRY = 0.1
     path, rank = Path(cases_file), int(os.environ.get("RANK", "0"))
     results = [run_case(case, rank) for case in json.loads(path.read_text())]
     if dist.is_initialized():

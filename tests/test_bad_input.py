@@ -10,7 +10,8 @@ import pytest
 from conftest import BLOCK, write_blocks, write_model
 
 import torchrun_main
-from peft_pretraining import launcher, run_dir
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.runtime import launcher
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_flash_attention_without_the_package(command, refused, monkeypatch):
 
 def test_flash_attention_on_the_cpu(command, refused, monkeypatch):
     found = importlib.machinery.ModuleSpec("flash_attn", None)
-    monkeypatch.setattr("peft_pretraining.validate.importlib.util.find_spec", lambda name: found)
+    monkeypatch.setattr("peft_pretraining.config.validate.importlib.util.find_spec", lambda name: found)
     only(refused(command(attn_implementation="flash_attention_2")), "needs CUDA")
 
 

@@ -15,7 +15,7 @@ from helpers import GALORE, METHODS, RESUME, stop_after
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from peft_pretraining import checkpoint_writer, run_dir
+from peft_pretraining.checkpoint import run_dir, writer
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_checkpoints_of_a_run(command, tmp_path, changes, kept):
 
 
 def test_older_ones_go_only_when_a_newer_one_is_complete(command, tmp_path, monkeypatch):
-    complete, seen = checkpoint_writer.complete, []
+    complete, seen = writer.complete, []
 
     def watched(temporary, final, files):
         seen.append(helpers.checkpoints(tmp_path / "run"))
@@ -174,7 +174,7 @@ def test_older_ones_go_only_when_a_newer_one_is_complete(command, tmp_path, monk
             raise helpers.MachineGone
         complete(temporary, final, files)
 
-    monkeypatch.setattr(checkpoint_writer, "complete", watched)
+    monkeypatch.setattr(writer, "complete", watched)
     with pytest.raises(helpers.MachineGone):
         helpers.run(command(save_every=4, keep_checkpoints=1))
     assert seen == [[], [4], [8], [12]]
@@ -246,9 +246,7 @@ def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path, bit):
     tensors = ("training_state/.metadata", "training_state/__0_0.distcp", "model.safetensors")
     for name in ("training_state.json", "config.json", *tensors):
         (temporary / name).write_bytes(name.encode() * 7)
-    checkpoint_writer.complete(
-        temporary, folder, checkpoint_writer.seal(temporary, run_dir.checkpoint_files(temporary))
-    )
+    writer.complete(temporary, folder, writer.seal(temporary, run_dir.checkpoint_files(temporary)))
     assert run_dir.newest_good_checkpoint(tmp_path) == (folder, [])
     path = folder / "manifest.json"
     whole = path.read_bytes()

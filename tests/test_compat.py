@@ -13,7 +13,8 @@ from compat.write_runs import LAST, METHODS, STOPPED, command, digest
 from helpers import RESUME
 from safetensors.torch import load_file
 
-from peft_pretraining import export, run_dir
+from peft_pretraining import export
+from peft_pretraining.checkpoint import run_dir
 
 RUNS = Path(__file__).parent / "compat" / "runs"
 MODEL, DATA = RUNS / "llama.json", RUNS / "data"
@@ -50,9 +51,9 @@ def test_nothing_of_it_is_lost_in_loading(tmp_path, method):
     """Saved again as it was loaded, it holds the same bits and counters, whatever the processor."""
     run, old = tmp_path / "run", RUNS / method / f"model_{STOPPED}"
     argv = command(method, run, MODEL, DATA, save_every=STOPPED, resume_from=old)
-    from peft_pretraining import checkpoint
+    from peft_pretraining.checkpoint import checkpointer
 
-    restore = checkpoint.Checkpointer.restore
+    restore = checkpointer.Checkpointer.restore
 
     def restored_and_saved(self, folder):
         state = restore(self, folder)
@@ -61,7 +62,7 @@ def test_nothing_of_it_is_lost_in_loading(tmp_path, method):
         raise helpers.MachineGone
 
     with pytest.MonkeyPatch().context() as patch, pytest.raises(helpers.MachineGone):
-        patch.setattr(checkpoint.Checkpointer, "restore", restored_and_saved)
+        patch.setattr(checkpointer.Checkpointer, "restore", restored_and_saved)
         helpers.run(argv)
     assert helpers.different_tensors(run / f"model_{STOPPED}", old) == []
     before, after = (json.loads((path / "training_state.json").read_text()) for path in (old, run / f"model_{STOPPED}"))

@@ -160,7 +160,7 @@ def test_a_total_batch_that_two_processes_cannot_share(command, monkeypatch, cap
         monkeypatch.setenv(name, value)
     assert helpers.run(command(batch_size=4, total_batch_size=12)) == 2
     assert "--total_batch_size 12 must be --batch_size 4 x" in capsys.readouterr().err
-    monkeypatch.setattr("peft_pretraining.launcher._SECONDS_TO_SPEAK", 0.0)
+    monkeypatch.setattr("peft_pretraining.runtime.launcher._SECONDS_TO_SPEAK", 0.0)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from helpers import GALORE, PROJECT
 
-from peft_pretraining.watchdog import EXIT_STUCK
+from peft_pretraining.runtime.watchdog import EXIT_STUCK
 
 LAST = 80
 BAD = (54, 59)

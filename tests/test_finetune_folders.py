@@ -10,11 +10,11 @@ from finetune_helpers import glue_flags, rows, write_bert, write_rows
 from safetensors.torch import load_file, save_file
 
 import run_glue
+from peft_pretraining.checkpoint.folder_lock import FolderLock
 from peft_pretraining.finetune import checkpoints
 from peft_pretraining.finetune.checkpoints import CheckpointUnusable
 from peft_pretraining.finetune.trainer import MethodTrainer
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.folder_lock import FolderLock
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import run_glue as script
 from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.trainer import MethodTrainer
-from peft_pretraining.signals import Stopped
+from peft_pretraining.runtime.signals import Stopped
 
 ALL = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
 

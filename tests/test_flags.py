@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from flag_helpers import FLAGS, parse
 
-from peft_pretraining import cli, flags
+from peft_pretraining import flags
+from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -212,7 +213,7 @@ def test_bad_input_is_found_before_anything_heavy_is_imported(tmp_path, model_js
     script = """
 import json, sys
 import torchrun_main
-from peft_pretraining import cli
+from peft_pretraining.config import cli
 try:
     cli.load(json.loads(sys.argv[1]))
 except cli.ConfigError as error:

@@ -12,12 +12,19 @@ import time
 
 import pytest
 
-from peft_pretraining import folder_lock
-from peft_pretraining.folder_lock import LOCK_FILE, OWNER_FILE, FolderInUse, FolderLock, process_start, read_owner
+from peft_pretraining.checkpoint import folder_lock
+from peft_pretraining.checkpoint.folder_lock import (
+    LOCK_FILE,
+    OWNER_FILE,
+    FolderInUse,
+    FolderLock,
+    process_start,
+    read_owner,
+)
 
 _HOLDER = """
 import sys, time
-from peft_pretraining.folder_lock import FolderLock
+from peft_pretraining.checkpoint.folder_lock import FolderLock
 lock = FolderLock(sys.argv[1]).acquire()
 print("held", flush=True)
 time.sleep(60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_pretraining import cli, foreign_names, planned
+from peft_pretraining.config import cli, foreign_names, planned
 from peft_pretraining.flags import ConfigError
 
 

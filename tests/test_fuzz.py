@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import torchrun_main
-from peft_pretraining import cli, metrics_file, model_config, run_dir
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.config import cli
 from peft_pretraining.data import shards
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.report import compare
+from peft_pretraining.models import model_config
+from peft_pretraining.report import compare, metrics_file
 
 MODEL = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32},
@@ -101,7 +103,7 @@ def test_command_lines(base, words):
 def test_command_lines_as_a_whole(base, words):
     def main():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("peft_pretraining.build.run", lambda launch: 0)
+            patch.setattr("peft_pretraining.training.build.run", lambda launch: 0)
             return torchrun_main.main([*base, *words])
 
     code, errors = quietly(refused_or_taken, main)

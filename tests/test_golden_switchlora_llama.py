@@ -11,8 +11,8 @@ from conftest import write_blocks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_pretraining import build
 from peft_pretraining.nn import low_rank_layers
+from peft_pretraining.training import build
 
 GOLDEN = Path(__file__).parent / "golden" / "switchlora" / "tiny_llama_f32"
 NUMBERS, CASE = load_file(GOLDEN.with_suffix(".safetensors")), json.loads(GOLDEN.with_suffix(".json").read_text())

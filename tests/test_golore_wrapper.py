@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_pretraining.config import ModelConfig, ScheduleConfig
+from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.data.blocks import SampleOrder, TokenBlocks
 from peft_pretraining.GoLore import ReLoRaLinear, ReLoRaModel
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.schedule import rate_multiplier
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])

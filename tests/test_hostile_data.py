@@ -20,6 +20,7 @@ from streaming_helpers import VOCABULARY, group, made_up, open_shards, write_lin
 from transformers import AutoTokenizer
 
 import pretokenize
+from peft_pretraining.checkpoint.folder_lock import FolderLock
 from peft_pretraining.data import lines, streaming
 from peft_pretraining.data.blocks import TokenBlocks, evaluation_batches, training_batches
 from peft_pretraining.data.documents import Complaints, SampleMaker
@@ -30,9 +31,8 @@ from peft_pretraining.data.sources import find_source, open_pieces
 from peft_pretraining.data.streaming import in_order_of_files
 from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import load_tokenizer, train_tokenizer
-from peft_pretraining.evaluate import evaluate
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.folder_lock import FolderLock
+from peft_pretraining.training.evaluate import evaluate
 
 LENGTH = 16
 DEEP = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"

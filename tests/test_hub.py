@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from peft_pretraining import hub
+from peft_pretraining.data import hub
 
 
 @pytest.fixture

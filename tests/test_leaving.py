@@ -12,7 +12,7 @@ BODY = """
 import atexit, sys
 import torch
 import torch.distributed as dist
-from peft_pretraining.signals import run_script
+from peft_pretraining.runtime.signals import run_script
 
 def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import write_model
 
-from peft_pretraining import model_config
-from peft_pretraining.model_config import differences, read_model_json
+from peft_pretraining.models import model_config
+from peft_pretraining.models.model_config import differences, read_model_json
 
 LLAMA3 = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from peft_pretraining.config import Config, ModelConfig
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.loss import IGNORED, count_targets, token_loss_sum
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model
+from peft_pretraining.models.loss import IGNORED, count_targets, token_loss_sum
 from peft_pretraining.models.targets import target_linears
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from peft_pretraining.finetune.options.scoring import (
 )
 from peft_pretraining.finetune.options.tasks import TASKS
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.loss import IGNORED
+from peft_pretraining.models.loss import IGNORED
 
 
 @pytest.fixture(scope="module", params=["bpe", "sentencepiece"])

@@ -16,9 +16,10 @@ sys.path.insert(0, str(PROJECT / "scripts"))
 import launch  # noqa: E402
 import recipe  # noqa: E402
 
-from peft_pretraining import cli, methods, model_config, selection  # noqa: E402
-from peft_pretraining.config import ScheduleConfig, schedule_problems  # noqa: E402
+from peft_pretraining import methods  # noqa: E402
+from peft_pretraining.config import ScheduleConfig, cli, schedule_problems, selection  # noqa: E402  # noqa: E402
 from peft_pretraining.flags import ConfigError, parse_command_line, parse_yaml  # noqa: E402
+from peft_pretraining.models import model_config  # noqa: E402  # noqa: E402
 
 SIZES = ("60m", "130m", "250m", "350m", "1b", "7b")
 METHOD_NAMES = ("full_rank", "galore", "golore", "lora", "online_subspace_descent", "relora", "switchlora")

@@ -16,8 +16,10 @@ import torch
 from conftest import write_blocks, write_model
 from helpers import GALORE, METHODS, REQUEUE, RESUME, poison, poisoned_gradient, poisoned_loss, refreshes, stop_after
 
-from peft_pretraining import checkpoint, checkpoint_writer, evaluate, schedule, train
-from peft_pretraining.config import ScheduleConfig
+from peft_pretraining import train
+from peft_pretraining.checkpoint import checkpointer, writer
+from peft_pretraining.config import ScheduleConfig, schedule
+from peft_pretraining.training import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,7 @@ def only_logs(folder, command, monkeypatch):
 
 def only_an_unfinished_checkpoint(folder, command, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(helpers.MachineGone):
-        patch.setattr(checkpoint_writer, "complete", lambda *_: crash())
+        patch.setattr(writer, "complete", lambda *_: crash())
         helpers.run(command)
     assert helpers.unfinished(folder) == ["model_10.tmp"] and helpers.checkpoints(folder) == []
 
@@ -243,7 +245,7 @@ def test_a_finished_run_has_nothing_left_to_do(command, undisturbed, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", lambda *_: pytest.fail("there is no update left"))
         patch.setattr(train, "evaluate", lambda *_: pytest.fail("every evaluation has been made"))
-        patch.setattr(checkpoint.Checkpointer, "save", lambda *_: pytest.fail("everything has been saved"))
+        patch.setattr(checkpointer.Checkpointer, "save", lambda *_: pytest.fail("everything has been saved"))
         assert helpers.run([*argv, *RESUME]) == 0
     assert helpers.contents(tmp_path / "run") == before
     assert [path.stat().st_mtime_ns for path in files] == times

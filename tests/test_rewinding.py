@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import GALORE, REQUEUE, RESUME, poison, spoil_weights
 
+from peft_pretraining.checkpoint.finite import all_finite, leaves
 from peft_pretraining.distributed import ProcessGroup
-from peft_pretraining.finite import all_finite, leaves
 
 ONE_PROCESS = ProcessGroup(0, 1, 0, 1, torch.device("cpu"))
 
@@ -114,7 +114,7 @@ def test_ten_updates_in_a_row_end_the_run(command, tmp_path, capsys, monkeypatch
 
 def test_checkpoints_of_older_code_that_are_not_finite_count_for_nothing(command, tmp_path, monkeypatch, capsys):
     """It saved whatever there was."""
-    from peft_pretraining import checkpoint, train_state
+    from peft_pretraining.checkpoint import checkpointer, train_state
 
     argv, run = command(**GALORE, save_every=5, keep_checkpoints=2, num_training_steps=400), tmp_path / "run"
     write = train_state.write_counters
@@ -125,8 +125,8 @@ def test_checkpoints_of_older_code_that_are_not_finite_count_for_nothing(command
             write(folder, state, {name: value for name, value in more.items() if name != "run"})
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_pretraining.checkpoint_writer.write_counters", as_before)
-        patch.setattr(checkpoint, "all_finite", lambda *_: True)
+        patch.setattr("peft_pretraining.checkpoint.writer.write_counters", as_before)
+        patch.setattr(checkpointer, "all_finite", lambda *_: True)
         with spoil_weights(11):
             helpers.stop_after(15, command(**GALORE, save_every=5, num_training_steps=400))
     assert {step: is_finite(run / f"model_{step}") for step in (5, 10, 15)} == {5: True, 10: True, 15: False}

@@ -15,8 +15,9 @@ import torch
 import yaml
 from helpers import GALORE, RESUME, stop_after
 
-from peft_pretraining import checkpoint, export, resume, run_dir, train_state
-from peft_pretraining.folder_lock import LOCK_FILE, FolderLock
+from peft_pretraining import export
+from peft_pretraining.checkpoint import checkpointer, resume, run_dir, train_state
+from peft_pretraining.checkpoint.folder_lock import LOCK_FILE, FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +113,11 @@ def test_weights_that_would_be_left_out_are_noticed(finished):
     """torch.distributed.checkpoint loads what is asked for, and passes over the rest."""
     stored = helpers.tensors(finished / "model_20")
     model = {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
-    described = checkpoint.describe(finished / "model_20")
-    checkpoint._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
+    described = checkpointer.describe(finished / "model_20")
+    checkpointer._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
     model.pop("lm_head.weight")
     with pytest.raises(ValueError, match=r"it holds model\.lm_head\.weight, which this run has not"):
-        checkpoint._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
+        checkpointer._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
 
 
 def test_nothing_that_can_be_loaded(command, finished, undisturbed, capsys):
@@ -420,7 +421,7 @@ def test_a_run_holds_its_folder(command, tmp_path, capsys):
 
 def test_two_runs_that_begin_at_once(command, tmp_path, monkeypatch, capsys):
     """Neither has seen the other's folder when it was checked."""
-    from peft_pretraining import build
+    from peft_pretraining.training import build
 
     open_data = build.open_data
 
@@ -501,4 +502,4 @@ def test_state_and_format_of_what_is_written(finished):
     record = resume.record_of(counters)
     assert record.id == yaml.safe_load((finished / "config.yaml").read_text())["run"]["id"]
     assert record.settings["rank"] == 4 and record.identity["method"] == "galore" and record.first_update == 0
-    assert checkpoint.versions() == counters["versions"]
+    assert checkpointer.versions() == counters["versions"]

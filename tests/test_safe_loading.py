@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from peft_pretraining.safe_loading import load_tensors
-from peft_pretraining.tensor_description import read_description
+from peft_pretraining.checkpoint.safe_loading import load_tensors
+from peft_pretraining.checkpoint.tensor_description import read_description
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

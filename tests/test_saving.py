@@ -21,7 +21,7 @@ from conftest import write_blocks, write_model
 from helpers import GALORE, PROJECT, REQUEUE
 from test_faults import PATIENCE, launched, ranks, update_reached, wait_until
 
-from peft_pretraining import checkpoint_writer, run_dir
+from peft_pretraining.checkpoint import run_dir, writer
 
 SCRIPT = str(PROJECT / "tests" / "saving_run.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -215,7 +215,7 @@ def test_killed_during_an_asynchronous_save(two, killed):
 def test_a_thread_that_hangs_does_not_keep_a_crashed_process():
     body = """
 import time
-from peft_pretraining.checkpoint_writer import Background
+from peft_pretraining.checkpoint.writer import Background
 Background().start(lambda: time.sleep(600))
 raise ZeroDivisionError
 """
@@ -311,16 +311,16 @@ def sealed(tmp_path):
     tensors = [f"training_state/{name}" for name in (".metadata", "__0_0.distcp", "__1_0.distcp")]
     for name in ("training_state.json", "config.json", "model.safetensors", *tensors):
         (folder / name).write_text(name)
-    return folder, checkpoint_writer.seal(folder, run_dir.checkpoint_files(folder))
+    return folder, writer.seal(folder, run_dir.checkpoint_files(folder))
 
 
 def test_files_that_the_main_process_cannot_see(sealed, tmp_path, monkeypatch):
     """Another node's, on a disk of its own."""
     folder, files = sealed
     (folder / "training_state" / "__1_0.distcp").unlink()
-    monkeypatch.setattr(checkpoint_writer, "_SECONDS_TO_APPEAR", 0.0)
-    with pytest.raises(checkpoint_writer.NotSaved, match=r"__1_0.distcp cannot be seen .* --save_dir on a file system"):
-        checkpoint_writer.complete(folder, tmp_path / "model_3", files)
+    monkeypatch.setattr(writer, "_SECONDS_TO_APPEAR", 0.0)
+    with pytest.raises(writer.NotSaved, match=r"__1_0.distcp cannot be seen .* --save_dir on a file system"):
+        writer.complete(folder, tmp_path / "model_3", files)
     assert helpers.checkpoints(tmp_path) == []
 
 
@@ -331,6 +331,6 @@ def test_files_that_appear_late(sealed, tmp_path):
     path.write_text(whole[:-3])
     late = threading.Thread(target=lambda: (time.sleep(0.3), path.write_text(whole)))
     late.start()
-    checkpoint_writer.complete(folder, tmp_path / "model_3", files)
+    writer.complete(folder, tmp_path / "model_3", files)
     late.join()
     assert run_dir.damage(tmp_path / "model_3") is None

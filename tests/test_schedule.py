@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_pretraining.config import SCHEDULERS, ScheduleConfig, schedule_problems
-from peft_pretraining.schedule import rate_multiplier
+from peft_pretraining.config.schedule import rate_multiplier
 
 
 def linear(t, w, T, **_):

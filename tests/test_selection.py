@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_pretraining import cli
+from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
 
 
@@ -221,7 +221,7 @@ def test_nothing_heavy_is_imported_before_the_input_is_known_to_be_good(command)
     import sys
 
     code = (
-        "import sys; from peft_pretraining import cli; cli.load(sys.argv[1:], environ={}); "
+        "import sys; from peft_pretraining.config import cli; cli.load(sys.argv[1:], environ={}); "
         "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code, *command()], capture_output=True, text=True, check=True)

@@ -3,8 +3,8 @@
 import pytest
 from conftest import write_model
 
-from peft_pretraining import cli
-from peft_pretraining.factor_config import FACTOR_METHODS
+from peft_pretraining.config import cli
+from peft_pretraining.config.factor_config import FACTOR_METHODS
 from peft_pretraining.flags import ConfigError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_pretraining import cli
+from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
 
 GALORE_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from helpers import PROJECT
 
-from peft_pretraining.launcher import launcher_problems
-from peft_pretraining.signals import EXIT_ABORTED, EXIT_REQUEUE
+from peft_pretraining.runtime.launcher import launcher_problems
+from peft_pretraining.runtime.signals import EXIT_ABORTED, EXIT_REQUEUE
 
 BEGIN = """
 import atexit, ctypes, os, signal, sys, time
 from pathlib import Path
-from peft_pretraining.signals import Stopped, StopRequest, run_script
+from peft_pretraining.runtime.signals import Stopped, StopRequest, run_script
 def say(word): print(word, flush=True)
 def hang():
     mutex = (ctypes.c_char * 64)()

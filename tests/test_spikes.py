@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import GALORE, RESUME, records, run
 
-from peft_pretraining import spikes
 from peft_pretraining.data.blocks import TokenBlocks
+from peft_pretraining.training import spikes
 
 BAD = (54, 59)
 """0-based updates whose batches are noise."""
@@ -176,7 +176,7 @@ def test_a_checkpoint_from_before_spikes_were_counted_is_resumed(command, tmp_pa
     state.write_text(json.dumps(counters))
     manifest = state.with_name("manifest.json")
     files = json.loads(manifest.read_text())["files"]
-    from peft_pretraining.run_dir import file_digest
+    from peft_pretraining.checkpoint.run_dir import file_digest
 
     manifest.write_text(json.dumps({"files": {**files, state.name: file_digest(state)}}))
     assert run([*command(), *RESUME]) == 0

@@ -17,7 +17,7 @@ from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationS
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.data.streaming import Document, DocumentStream, in_order_of_files
 from peft_pretraining.data.tokenizer import TRAINED_EOS, TRAINED_PAD, train_tokenizer
-from peft_pretraining.loss import IGNORED, count_targets, token_loss_sum
+from peft_pretraining.models.loss import IGNORED, count_targets, token_loss_sum
 
 LENGTH = 24
 

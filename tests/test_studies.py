@@ -17,8 +17,8 @@ import study
 import study_folder
 import sweep
 
+from peft_pretraining.checkpoint.folder_lock import FolderLock
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.folder_lock import FolderLock
 
 STUDY = """
 seeds: [42, 1]

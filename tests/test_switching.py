@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from peft_pretraining.config import Config
+from peft_pretraining.methods.switch_schedule import SwitchSchedule, allowed_count
 from peft_pretraining.methods.switchlora import SwitchLoRA
 from peft_pretraining.nn.exchange import exchange
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
-from peft_pretraining.switch_schedule import SwitchSchedule, allowed_count
 
 
 def switched_layer(m=8, n=6, rank=4, dtype=torch.float64, kind="switchlora", shuffled=False, **options):

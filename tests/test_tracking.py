@@ -16,8 +16,8 @@ import yaml
 from conftest import BLOCK
 from helpers import GALORE, METHODS, RESUME, stop_after
 
-from peft_pretraining import tracking
 from peft_pretraining.config import Config
+from peft_pretraining.training import tracking
 
 UPDATE_FIELDS = {
     **{"update_step": int, "loss": float, "lr": float, "grad_norm": float, "tokens_seen": int},

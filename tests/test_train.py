@@ -10,9 +10,9 @@ from conftest import BLOCK
 
 import torchrun_main
 from peft_pretraining.config import ModelConfig, ScheduleConfig
+from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.data.blocks import SampleOrder, TokenBlocks
 from peft_pretraining.models.llama import build_model
-from peft_pretraining.schedule import rate_multiplier
 
 
 def metrics(save_dir: Path) -> list[dict]:

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from peft_pretraining import wandb_run
-from peft_pretraining.wandb_run import WandbRun
+from peft_pretraining.training import wandb_run
+from peft_pretraining.training.wandb_run import WandbRun
 
 
 class Broken:

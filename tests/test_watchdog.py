@@ -11,13 +11,13 @@ import psutil
 import pytest
 from helpers import PROJECT
 
-from peft_pretraining.watchdog import EXIT_STUCK, FIRST_UPDATE_FACTOR, Watchdog, goes_on, watched
+from peft_pretraining.runtime.watchdog import EXIT_STUCK, FIRST_UPDATE_FACTOR, Watchdog, goes_on, watched
 
 BEGIN = """
 import ctypes, sys, threading, time
 from pathlib import Path
-from peft_pretraining import watchdog
-from peft_pretraining.watchdog import Watchdog
+from peft_pretraining.runtime import watchdog
+from peft_pretraining.runtime.watchdog import Watchdog
 folder = Path(sys.argv[1])
 """
 
@@ -118,7 +118,7 @@ def test_off_by_default(tmp_path):
 
 def test_slow_evaluations_and_saves_do_not_trip_it(command, tmp_path, monkeypatch):
     from peft_pretraining import train
-    from peft_pretraining.checkpoint import Checkpointer
+    from peft_pretraining.checkpoint.checkpointer import Checkpointer
 
     for owner, name in ((train, "evaluate"), (Checkpointer, "save")):
         original = getattr(owner, name)

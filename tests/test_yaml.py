@@ -7,7 +7,9 @@ import os
 import pytest
 from flag_helpers import FLAGS, parse_file
 
-from peft_pretraining import cli, flags, yaml_file
+from peft_pretraining import flags
+from peft_pretraining.config import cli
+from peft_pretraining.flags import yaml_file
 
 
 def test_yaml_values_go_through_the_flags_type(tmp_path):

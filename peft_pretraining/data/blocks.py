@@ -23,8 +23,8 @@ from peft_pretraining import rng
 from peft_pretraining.data.folder import read_arguments, read_column
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed.process_group import ProcessGroup
-from peft_pretraining.loss import Batch
-from peft_pretraining.workers import die_with_parent
+from peft_pretraining.models.loss import Batch
+from peft_pretraining.runtime.workers import die_with_parent
 
 T = TypeVar("T")
 

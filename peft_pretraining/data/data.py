@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from peft_pretraining.loss import Batch
+from peft_pretraining.models.loss import Batch
 
 
 class Data(Protocol):

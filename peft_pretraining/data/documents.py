@@ -23,7 +23,7 @@ from peft_pretraining.data.plain_text import PlainText, special_ids
 from peft_pretraining.data.shards import DataError, Shard, document_text, log
 from peft_pretraining.data.streaming import Document, DocumentStream, in_order_of_files
 from peft_pretraining.distributed.process_group import ProcessGroup
-from peft_pretraining.loss import IGNORED, Batch
+from peft_pretraining.models.loss import IGNORED, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,6 +16,7 @@ from peft_pretraining.data.json_rows import one_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
+DEFAULT_TOKENIZER = "t5-base"
 SPLITS = ("train", "validation")
 ARGUMENTS, DATASET, STATE = "args.json", "dataset_dict.json", "state.json"
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from peft_pretraining.checkpoint.folder_lock import FolderInUse, FolderLock
 from peft_pretraining.data.block_writer import write_dataset_dict
 from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.data.plain_text import special_ids
@@ -37,7 +38,6 @@ from peft_pretraining.data.splits import Writers, held_out_draw, train_documents
 from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import load_tokenizer, train_tokenizer
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.folder_lock import FolderInUse, FolderLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_pretraining import flags
-from peft_pretraining.config import DEFAULT_TOKENIZER, setting
+from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.data.sources import Source
-from peft_pretraining.flags import boolean, integer, non_negative_int, number, positive_float, positive_int, string
+from peft_pretraining.flags import (
+    boolean,
+    integer,
+    non_negative_int,
+    number,
+    positive_float,
+    positive_int,
+    setting,
+    string,
+)
 
 MOST_PROCESSES = 64  # one process reads and writes for all of them; with many more it would hold them up
 

@@ -21,7 +21,7 @@ import numpy as np
 from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.data.plain_text import PlainText
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.workers import obey_the_parent
+from peft_pretraining.runtime.workers import obey_the_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,7 @@
-"""Process groups and parallel models. Nothing outside this folder knows about torch.distributed."""
+"""Process groups and parallel models. Nothing outside this folder knows about torch.distributed.
+
+Imports of the package: `flags`, `runtime`.
+"""
 
 from peft_pretraining.distributed.low_rank_reduction import LowRankReduction
 from peft_pretraining.distributed.parallel import (

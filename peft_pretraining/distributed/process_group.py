@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.processes import end_with_launcher
+from peft_pretraining.runtime.processes import end_with_launcher
 
 T = TypeVar("T")
 

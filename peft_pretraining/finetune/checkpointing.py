@@ -28,7 +28,7 @@ from peft_pretraining.finetune.identity import settings_of, write_settings
 from peft_pretraining.finetune.loading import not_finite
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.tracking import log
+from peft_pretraining.training.tracking import log
 
 
 class CheckpointingTrainer(Trainer):

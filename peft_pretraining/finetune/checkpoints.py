@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining import run_dir
+from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.finetune.identity import RUN_FILE, Settings, differences, noted_as_older, read_settings
 from peft_pretraining.flags import ConfigError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from peft_pretraining.finetune.checkpoints import RunFailed
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.launcher import bad_input, check_launcher
-from peft_pretraining.signals import EXIT_REQUEUE, Stopped
+from peft_pretraining.runtime.launcher import bad_input, check_launcher
+from peft_pretraining.runtime.signals import EXIT_REQUEUE, Stopped
 
 EXIT_FAILED = 1
 

@@ -16,7 +16,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from peft_pretraining import run_dir
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.folder_lock import FolderInUse, FolderLock
 from peft_pretraining.finetune import checkpoints
 from peft_pretraining.finetune.checkpoints import CheckpointUnusable
 from peft_pretraining.finetune.identity import (
@@ -30,10 +31,9 @@ from peft_pretraining.finetune.identity import (
 from peft_pretraining.finetune.output import RESULTS_FILE, Results, print_results, read_results
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.folder_lock import FolderInUse, FolderLock
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.tracking import log
+from peft_pretraining.training.tracking import log
 
 T = TypeVar("T")
 RunOne = Callable[[FineTuning, str | None], Results]

@@ -21,7 +21,7 @@ from peft_pretraining.finetune.results import run_seeds
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.trainer import MethodTrainer
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.tracking import log, start_logging
+from peft_pretraining.training.tracking import log, start_logging
 
 _SECOND_SET = "_mm"
 

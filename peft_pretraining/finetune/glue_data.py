@@ -12,7 +12,7 @@ from peft_pretraining.finetune.glue_tasks import GLUE_TASKS, GlueTask
 from peft_pretraining.finetune.labels import infer_task, is_number, numbers_of
 from peft_pretraining.finetune.rows import Problems, Row, read_rows, show
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.tracking import log
+from peft_pretraining.training.tracking import log
 
 HUB_NAME = "nyu-mll/glue"
 LABEL = "label"

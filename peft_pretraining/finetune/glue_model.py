@@ -16,15 +16,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peft_pretraining.config import DEFAULT_TOKENIZER
+from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.plain_text import plain_text_tokenizer
 from peft_pretraining.finetune.glue_settings import GlueSettings
 from peft_pretraining.finetune.glue_tasks import GlueTask
 from peft_pretraining.finetune.loading import check_finite, loaded
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.models.loading import load_pretrained
-from peft_pretraining.safe_loading import without_code
-from peft_pretraining.tracking import log
+from peft_pretraining.models.loading import load_pretrained, without_code
+from peft_pretraining.training.tracking import log
 
 _POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Model types that count positions from the padding's id on, and so have fewer of them than their table has rows."""

@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining import run_dir
+from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.config import MethodConfig
-from peft_pretraining.factor_config import FactorConfig
+from peft_pretraining.config.factor_config import FactorConfig
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.training_table import MAY_CHANGE, OBEYED
 from peft_pretraining.flags import ConfigError

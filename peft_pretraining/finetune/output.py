@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining import run_dir
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.finetune.checkpoints import RunFailed
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.plain_files import regular
 
 RESULTS_FILE = "all_results.json"
 SPEED = ("_runtime", "_per_second")

@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from peft_pretraining import factor_config, selection, validate
-from peft_pretraining.cli import warn_without_effect
-from peft_pretraining.config import Config, MethodConfig, OptimizerConfig
-from peft_pretraining.factor_config import FactorConfig
+from peft_pretraining.config import Config, MethodConfig, OptimizerConfig, factor_config, selection, validate
+from peft_pretraining.config.cli import warn_without_effect
+from peft_pretraining.config.factor_config import FactorConfig
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
 from peft_pretraining.flags import ConfigError, Flag, Given, boolean, comma_separated, integer, parse_command_line
 from peft_pretraining.methods import METHODS

@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from peft_pretraining.data.blocks import leave_signals_to_the_parent
 from peft_pretraining.distributed import mean_over_processes
-from peft_pretraining.signals import Stopped, StopRequest, is_script
-from peft_pretraining.tracking import log
+from peft_pretraining.runtime.signals import Stopped, StopRequest, is_script
+from peft_pretraining.training.tracking import log
 
 
 class StopOnRequest(TrainerCallback):

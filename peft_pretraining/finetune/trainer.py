@@ -33,8 +33,8 @@ from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.tracking import log
 from peft_pretraining.train import state_bytes
+from peft_pretraining.training.tracking import log
 
 LARGEST_ROW_OF_SKIPS = 10
 """Updates in a row without a finite gradient after which a run ends."""

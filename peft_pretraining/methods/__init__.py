@@ -2,7 +2,9 @@
 
 The command line is checked before torch is imported, so an entry names its class instead of importing it, and says
 which settings the method reads (any other method setting that is given has no effect, and the user is told) and where
-its defaults differ from those of `config.py`.
+its defaults differ from those of `config/sections.py`.
+
+Imports of the package: `distributed`, `flags`, `models`, `nn`, `optim`, `rng`. This module is free of torch.
 """
 
 from __future__ import annotations

@@ -7,15 +7,17 @@ it is restored without pickled objects. Every default below is the identity or d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft_pretraining.config import Config
 from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import local, total_norm
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
 
 
 class TrainingMethod:

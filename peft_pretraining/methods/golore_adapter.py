@@ -7,13 +7,12 @@ effective weights follow those of `golore` with ε/s in place of ε for AdamW, a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft_pretraining.config import Config
 from peft_pretraining.distributed.sharding import total_norm
 from peft_pretraining.methods.factors import FactorMethod
 from peft_pretraining.methods.projection import summary
@@ -21,6 +20,9 @@ from peft_pretraining.nn import LowRankLinear, low_rank_layers
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.projection import LEFT
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
 
 
 class GoLoreAdapter(FactorMethod):

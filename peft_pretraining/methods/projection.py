@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft_pretraining.config import Config, MethodConfig
 from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import Shard
 from peft_pretraining.methods.base import TrainingMethod
@@ -18,6 +17,9 @@ from peft_pretraining.methods.targets import named_by_flag
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.optim import LowRankGradients, LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.projection import LEFT, SIDES, projected_sides
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config, MethodConfig
 
 log = logging.getLogger("peft_pretraining")
 

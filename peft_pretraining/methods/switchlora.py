@@ -7,22 +7,25 @@ round: its gradient was computed with the vector that has gone. The newcomer kee
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining import rng
-from peft_pretraining.config import Config
 from peft_pretraining.distributed.sharding import Shard, local, whole_norm
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods.factors import FactorMethod
+from peft_pretraining.methods.switch_schedule import SwitchSchedule, allowed_count
 from peft_pretraining.nn import low_rank_layers
 from peft_pretraining.nn.exchange import exchange, to_device
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
 from peft_pretraining.optim.state_reset import MOMENTS
 from peft_pretraining.optim.vector_adamw import VectorAdamW
-from peft_pretraining.switch_schedule import SwitchSchedule, allowed_count
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
 
 _VECTORS = {"lora_A": 0, "lora_B": 1}
 """Along which dimension a factor's vectors lie."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from peft_pretraining.config import Config
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.targets import TargetError
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
 
 
 @contextlib.contextmanager

@@ -1,1 +1,4 @@
-"""LLaMA models: building, naming the layers that methods act on, exporting."""
+"""LLaMA from its JSON description or saved weights: its shape, its target layers, its loss.
+
+Imports of the package: `distributed`, `flags`, `rng`. Its shape is read without torch.
+"""

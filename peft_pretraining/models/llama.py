@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import rng
-from peft_pretraining.config import ModelConfig
 from peft_pretraining.distributed.gathering import put
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.model_keys import KEYS
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
+from peft_pretraining.models.model_keys import KEYS
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import ModelConfig
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from peft_pretraining import model_config
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.safe_loading import without_code
+from peft_pretraining.models import model_config
 
 log = logging.getLogger("peft_pretraining")
 
@@ -63,6 +63,20 @@ def load_pretrained(kind: Any, name: str, what: str, *, new_head: bool = False, 
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def without_code(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A model's configuration, as it is. Raises `ValueError` where it names code to be fetched: attention or experts'
+    kernels of the hub, `OWNER/NAME`, which transformers would run if the package `kernels` is installed."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in filter(None, parts):
+        for kind in ("attn", "experts"):
+            asked = getattr(part, f"_{kind}_implementation", None)
+            if asked is not None and not re.fullmatch(r"[\w|]+", str(asked)):
+                raise ValueError(
+                    f"its config.json asks for the {kind}_implementation {asked}: code of the hub is not run"
+                )
+    return config
 
 
 def check_is_llama(name: str, what: str, revision: str | None = None) -> None:

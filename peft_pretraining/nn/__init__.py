@@ -1,4 +1,7 @@
-"""Linear layers whose weight is frozen and whose updates live in two low-rank factors."""
+"""Linear layers whose weight is frozen and whose updates live in two low-rank factors.
+
+Imports of the package: `distributed`, `models`, `optim`.
+"""
 
 from peft_pretraining.nn.low_rank_linear import (
     LowRankLinear,

@@ -1,4 +1,7 @@
-"""Optimizers: one for projected gradients, put together from basis rules and update rules."""
+"""Optimizers: one for projected gradients, put together from basis rules and update rules.
+
+Imports of the package: `distributed`, `models`, `rng`.
+"""
 
 from peft_pretraining.optim.low_rank import LowRankOptimizer
 from peft_pretraining.optim.low_rank_gradients import LowRankGradients

@@ -1,1 +1,4 @@
-"""Comparing runs."""
+"""What runs have logged: read, mended after a resumption, compared.
+
+Imports of the package: `checkpoint`, `flags`. Free of torch.
+"""

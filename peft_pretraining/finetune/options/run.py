@@ -26,7 +26,7 @@ from peft_pretraining.finetune.results import run_seeds
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.loading import load_pretrained
-from peft_pretraining.tracking import log, start_logging
+from peft_pretraining.training.tracking import log, start_logging
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

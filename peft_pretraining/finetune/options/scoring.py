@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.finetune.options.encoding import EncodedExample, Scored
-from peft_pretraining.loss import IGNORED
+from peft_pretraining.models.loss import IGNORED
 
 Batch = dict[str, Tensor]
 """`answers` (examples,): index of the right option, first, as Trainer takes the number of examples from there;

@@ -1,0 +1,313 @@
+"""Everything that can be set for a pre-training run, as frozen dataclasses.
+
+Each field is also a flag of `torchrun_main.py` and a key of `--training_config` files: its help text, with units, is
+its documentation. A section's `*_problems` function checks what can be checked without looking at files;
+`validate.py` adds what needs them. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from peft_pretraining.config.distributed_config import DistributedConfig
+from peft_pretraining.config.factor_config import FactorConfig
+from peft_pretraining.data.lines import LONGEST_DOCUMENT
+from peft_pretraining.flags import (
+    Flag,
+    boolean,
+    choice,
+    comma_separated,
+    fraction_below_one,
+    fraction_up_to_one,
+    integer,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    sequence_length,
+    setting,
+    string,
+    text,
+    token_count,
+)
+
+SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr")
+PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
+SUBSPACE_DESCENT_TYPES = (
+    *("random", "continuous", "continuous_adam8bit", "continuous_lion", "continuous_adafactor", "continuous_sgd"),
+)
+SVD_METHODS = ("gram", "exact", "randomized")
+
+
+def _dtype(text: str) -> str:
+    names = {"bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+    return choice("auto", "bfloat16", "float32", "float64")(names.get(text, text))
+
+
+def _update_steps(text: str) -> tuple[int, ...]:
+    return tuple(non_negative_int(item) for item in comma_separated(text))
+
+
+def _profile(text: str) -> int:
+    """Bare or `True` is 5 updates, `False` is none, otherwise a number."""
+    if text in ("", "True", "true"):
+        return 5
+    return 0 if text in ("False", "false") else non_negative_int(text)
+
+
+_profile.value_is_optional = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_config: str | None = setting(None, string, "JSON file with the LLaMA's shape; weights start at random")
+    model_name_or_path: str | None = setting(
+        None, string, "start from this Hugging Face model (name or folder) instead"
+    )
+    model_revision: str | None = setting(None, string, "branch, tag or commit of --model_name_or_path")
+    attn_implementation: str = setting(
+        "sdpa", choice("sdpa", "eager", "flash_attention_2"), "attention kernel: sdpa, eager or flash_attention_2"
+    )
+    dtype: str = setting(
+        "auto", _dtype, "dtype of weights and activations: bfloat16, float32, float64 (default: bfloat16 on CUDA)"
+    )
+    activation_checkpointing: bool = setting(
+        False, boolean, "keep only each layer's input and recompute the rest in the backward pass"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset_path: str | None = setting(None, string, "folder written by pretokenize.py")
+    base_dir: str | None = setting(None, string, "folder of C4's JSON shards, to stream documents (default: the hub's)")
+    from_json_data: bool = setting(False, boolean, "--dataset_path is a folder of JSON shards, as --base_dir is")
+    padding_data: bool | None = setting(None, boolean, "pad documents to --max_length: always so when streaming")
+    tokenizer: str | None = setting(None, string, "for streamed documents and checkpoints (default: the data folder's)")
+    max_length: int | None = setting(
+        None, sequence_length, "tokens per sequence (default: a block; 256 when streaming)"
+    )
+    max_document_mb: float = setting(
+        LONGEST_DOCUMENT, positive_float, "longest line of a shard in MB, unpacked; longer ones are passed over"
+    )
+    workers: int = setting(
+        8,
+        non_negative_int,
+        "data-loading processes per rank; no more than its share of cores are used",
+        ("num_workers",),
+    )
+    eval_tokens: int = setting(
+        10_000_000, token_count, "tokens of the validation set in each evaluation (M, B suffixes)"
+    )
+    skip_batches: tuple[int, ...] = setting(
+        (), _update_steps, "0-based update steps whose batches are skipped, comma-separated (against loss spikes)"
+    )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """All in sequences; total_batch_size = batch_size x gradient_accumulation x world_size."""
+
+    batch_size: int | None = setting(None, positive_int, "sequences per micro-batch and device")
+    gradient_accumulation: int | None = setting(None, positive_int, "micro-batches per update and device")
+    total_batch_size: int | None = setting(None, positive_int, "sequences per update, over all devices")
+    world_size: int = 1  # from torchrun's environment, not a flag
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    optimizer: str = setting("adamw", string, "update rule; galore_adamw and the like also choose the method")
+    lr: float = setting(1e-4, positive_float, "peak learning rate")
+    weight_decay: float = setting(0.0, non_negative_float, "decoupled weight decay, multiplied by the rate")
+    adam_beta1: float = setting(0.9, fraction_below_one, "AdamW: decay of the first moment")
+    adam_beta2: float = setting(0.999, fraction_below_one, "AdamW: decay of the second moment")
+    adam_eps: float = setting(1e-8, positive_float, "AdamW: added to the root of the second moment")
+    beta1: float | None = setting(
+        None, fraction_below_one, "Adafactor: decay of the first moment (default: none); full-rank SGD: --momentum"
+    )
+    momentum: float = setting(0.9, fraction_below_one, "SGD: decay of the momentum buffer")
+    dampening: float = setting(0.9, fraction_up_to_one, "SGD: what is subtracted from 1 to weigh a gradient in it")
+    clip_grad_norm: float = setting(
+        1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
+    )
+    skip_spikes: float = setting(
+        0.0, non_negative_float, "skip updates whose loss or gradient norm is so many standard deviations above its "
+        "running mean; 0 only logs them, above 6"
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """In updates, unless said otherwise."""
+
+    scheduler: str = setting("cosine", choice(*SCHEDULERS), f"learning-rate schedule: {', '.join(SCHEDULERS)}")
+    num_training_steps: int = setting(10_000, positive_int, "updates in the run")
+    max_train_tokens: int | None = setting(
+        None, token_count, "length of the run in tokens (M, B suffixes), instead of --num_training_steps"
+    )
+    num_extra_training_steps: int = setting(0, non_negative_int, "updates after the schedule's end, at its last rate")
+    warmup_steps: int = setting(1000, non_negative_int, "updates of linear warm-up from 0")
+    min_lr_ratio: float = setting(0.1, fraction_below_one, "lowest rate of the cosine schedules, relative to --lr")
+    cycle_length: int | None = setting(
+        None, positive_int, "updates per cycle of the cosine schedules (default: the run)"
+    )
+    restart_warmup_steps: int = setting(0, non_negative_int, "cosine_restarts: warm-up after each restart")
+    adjust_step: int = setting(0, non_negative_int, "cosine_restarts: updates by which the restarts come earlier")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    method: str = setting("full_rank", string, "training method")
+    rank: int = setting(128, positive_int, "rank of the low-rank updates", ("lora_r", "lora_rank"))
+    scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
+    update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
+    proj_type: str = setting(
+        "std",
+        string,
+        f"side of the projection: {', '.join(PROJECTION_TYPES)}; kind of online_subspace_descent: "
+        f"{', '.join(SUBSPACE_DESCENT_TYPES)}",
+    )
+    rand_ratio: float = setting(
+        2.0, non_negative_float, "golore: share of --num_training_steps after which bases are random; above 1 never"
+    )
+    svd_method: str = setting("gram", choice(*SVD_METHODS), f"how bases are computed: {', '.join(SVD_METHODS)}")
+    stagger_refresh: bool | None = setting(
+        None, boolean, "spread the layers' refreshes over --update_proj_gap (default: with --per_layer)"
+    )
+    refresh_accumulation: int = setting(
+        1, positive_int, "total batches whose mean gradient an SVD sees; the update sees its own"
+    )
+    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+    target_modules: tuple[str, ...] = setting(
+        ("attn", "attention", "mlp"), comma_separated, "linear layers whose dotted name contains one of these"
+    )
+    clip_norm: str = setting(
+        "projected", choice("projected", "full"), "norm used for clipping: of projected gradients, or of full ones"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    save_dir: str | None = setting(None, string, "folder of the run (default: checkpoints/{model}-{method}-{time})")
+    save_every: int = setting(10_000, positive_int, "updates between two checkpoints; one follows the last update")
+    eval_every: int = setting(1000, positive_int, "updates between two evaluations")
+    keep_checkpoints: int | None = setting(None, positive_int, "newest checkpoints to keep (default: all)")
+    autoresume: bool = setting(False, boolean, "continue from the newest good checkpoint in --save_dir")
+    allow_restart: bool = setting(False, boolean, "with --autoresume: start over if every checkpoint is damaged")
+    rewind_on_nan: int = setting(
+        0,
+        non_negative_int,
+        "when weights or many updates in a row are not finite: go back so many checkpoints, by itself, and skip the "
+        "batches since; at most three times; 0 ends the run",
+    )
+    resume_from: str | None = setting(
+        None, string, "restore everything from this checkpoint folder", ("continue_from",)
+    )
+    warmed_up_model: str | None = setting(None, string, "start from this checkpoint's weights and counters only")
+    seed: int = setting(42, integer, "seed of initial weights, data order and all other random choices")
+    single_gpu: bool = setting(False, boolean, "no process group: the whole run on one device")
+    deterministic: bool = setting(False, boolean, "deterministic kernels only (needed for bit-equal resume on CUDA)")
+    step_timeout: float = setting(
+        0.0, non_negative_float, "seconds after which an update that hangs ends the process, for a restart; 0 is off"
+    )
+    profile: int = setting(0, _profile, "trace this many updates with torch.profiler (bare: 5)")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    with_tracking: bool = setting(False, boolean, "log to wandb")
+    wandb_project: str | None = setting(None, string, "wandb project (default: peft_pretraining); implies tracking")
+    name: str | None = setting(None, text, "wandb run name (default: the folder's name)")
+    tags: tuple[str, ...] = setting((), comma_separated, "wandb tags, comma-separated")
+    comment: str | None = setting(None, text, "wandb notes")
+    wandb_watch: bool = setting(False, boolean, "let wandb record histograms of weights and gradients")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete, resolved configuration: no field that the run needs is left at None."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
+    factors: FactorConfig = dataclasses.field(default_factory=FactorConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Config:
+        """Sort a flat mapping of setting names into their sections."""
+        sections = {}
+        for section in dataclasses.fields(cls):
+            names = {item.name for item in dataclasses.fields(section.default_factory)}
+            sections[section.name] = section.default_factory(**{k: v for k, v in settings.items() if k in names})
+        return cls(**sections)
+
+    def settings(self) -> dict[str, Any]:
+        """The inverse of `from_settings`: every setting by its flag's name."""
+        return {
+            item.name: getattr(section, item.name)
+            for section in (getattr(self, part.name) for part in dataclasses.fields(self))
+            for item in dataclasses.fields(section)
+        }
+
+    def replace(self, **settings: Any) -> Config:
+        """A copy with some settings changed, named by their flags."""
+        return Config.from_settings({**self.settings(), **settings})
+
+
+def config_flags() -> list[Flag]:
+    """One flag for every field of every section."""
+    return [
+        Flag(item.name, item.metadata["convert"], item.metadata["help"], item.metadata["aliases"])
+        for section in dataclasses.fields(Config)
+        for item in dataclasses.fields(section.default_factory)
+        if item.metadata
+    ]
+
+
+def derive_batch(batch: BatchConfig, problems: list[str]) -> BatchConfig:
+    """Fill in whichever of the batch numbers is missing; a remainder is a problem that names the three numbers."""
+    per_device, accumulation, total = batch.batch_size, batch.gradient_accumulation, batch.total_batch_size
+    world = batch.world_size
+    if per_device is None:
+        divisor = (accumulation or 1) * world
+        if total is None:
+            problems.append("--batch_size is required")
+            return batch
+        per_device = total // divisor
+    elif total is None:
+        accumulation = accumulation or 1
+        total = per_device * accumulation * world
+    if accumulation is None:
+        accumulation = total // (per_device * world) if per_device else 1
+    if per_device * accumulation * world != total:
+        problems.append(
+            f"--total_batch_size {total} must be --batch_size {batch.batch_size or '(missing)'} x "
+            f"--gradient_accumulation {batch.gradient_accumulation or '(any)'} x world size {world}"
+        )
+        return batch
+    return BatchConfig(per_device, accumulation, total, world)
+
+
+def schedule_problems(config: ScheduleConfig, total: int) -> list[str]:
+    """What is wrong with a schedule over `total` updates (`spec`: warm-up within the cycle, whole cycles only)."""
+    problems = []
+    cycle = config.cycle_length or total
+    cyclic = config.scheduler in ("cosine", "cosine_restarts")
+    span, span_name = (cycle, "--cycle_length") if cyclic and config.cycle_length else (total, "--num_training_steps")
+    if config.warmup_steps > span:
+        problems.append(f"--warmup_steps {config.warmup_steps} must not exceed {span_name} {span}")
+    if cyclic and total % cycle:
+        problems.append(f"--num_training_steps {total} must be a multiple of --cycle_length {cycle}")
+    if config.scheduler == "cosine_restarts" and config.adjust_step + config.warmup_steps > cycle:
+        problems.append(
+            f"--adjust_step {config.adjust_step} + --warmup_steps {config.warmup_steps} must not exceed the cycle "
+            f"of {cycle}"
+        )
+    return problems

@@ -1,0 +1,4 @@
+"""The process as its launcher and the operating system see it: signals, worker processes, a watchdog, launchers.
+
+Imports of the package: `flags`. What an entry script needs before torch is free of it.
+"""

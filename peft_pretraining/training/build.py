@@ -1,0 +1,285 @@
+"""From a checked configuration to a run: every object, in the order of their dependencies."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.checkpointer import Checkpointer, versions
+from peft_pretraining.checkpoint.failures import TrainingFailed
+from peft_pretraining.checkpoint.folder_lock import FolderLock
+from peft_pretraining.checkpoint.resume import RunRecord
+from peft_pretraining.checkpoint.train_state import TrainState
+from peft_pretraining.config import Config
+from peft_pretraining.config.cli import Launch
+from peft_pretraining.config.validate import FileFacts
+from peft_pretraining.data.blocks import end_workers
+from peft_pretraining.data.data import Data
+from peft_pretraining.data.folder import DEFAULT_TOKENIZER
+from peft_pretraining.data.shards import DataError
+from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.methods import load_method
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
+from peft_pretraining.models.token_ids import adopt_saved
+from peft_pretraining.train import Run, train
+from peft_pretraining.training.build_data import open_data
+from peft_pretraining.training.profiling import Profiler
+from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
+from peft_pretraining.training.tracking import Tracker, log, start_logging
+
+T = TypeVar("T")
+
+_SECONDS_TO_FINISH = 60.0
+"""How long a run that fails waits for a checkpoint that is being written."""
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+
+
+def run(launch: Launch) -> int:
+    """Build and train; returns the exit code. Raises `ConfigError` for problems only the device or the data show."""
+    group = ProcessGroup.start(launch.config.run.single_gpu)
+    start_logging(group.is_main)
+    disable_progress_bar()  # transformers' bars for single files would break ours
+    with ExitStack() as stack:
+        run = build(launch, group, stack)
+        atexit.register(end_workers)  # after the workers were started: what is registered last is called first
+        exit_code = 1
+        try:
+            exit_code = train(run)
+        except DataError as error:
+            log.error("%s", error)
+        except TrainingFailed as error:
+            if group.is_main:  # it fails on all ranks alike, or on the main process alone
+                log.error("%s", error)
+        finally:
+            run.checkpointer.wait(_SECONDS_TO_FINISH)  # the other ranks' threads write on, whatever their training does
+            run.profiler.stop()
+            run.tracker.close(exit_code)
+    group.stop()  # only after success: with a rank that failed, leaving the group could wait for ever
+    return exit_code
+
+
+def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
+    """Put the run together; `stack` gives its folder back at the end.
+
+    Nothing is written before everything that can fail on bad input has succeeded, but for the mark of who holds a
+    folder that is there already.
+    """
+    config = launch.config
+    for warning in launch.warnings:
+        log.warning(warning)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    save_dir = Path(group.from_main(config.run.save_dir or _default_save_dir(config)))
+    exists = group.from_main(save_dir.is_dir())
+    lock = _hold(save_dir, group, stack) if exists else None
+    start = starting_point(config, launch.identity, save_dir, group)
+    record = replace(start.record, identity=launch.identity, settings=config.settings())
+
+    data = open_data(launch, group)
+    weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
+    parts = assemble(launch, group, save_dir, record, weights_from)
+    state = restored_state(config, start, parts.checkpointer, group)
+    resumed = state if start.in_own_folder else None
+    if state is None:
+        record = replace(record, id=group.from_main(RunRecord.begin().id))
+        parts, state = assemble(launch, group, save_dir, record, weights_from), TrainState()
+    if resumed is None:
+        record = parts.checkpointer.record = replace(record, first_update=state.update_step)
+    model, method, optimizer = parts.model, parts.method, parts.optimizer
+    method.prepare(model, optimizer, group.all_reduce_mean)
+    parallel_model = reduced_model(config, method, group, model, optimizer)
+    if not exists:
+        lock = _begin_folder(save_dir, group, stack)
+    if group.is_main:
+        begin_writing(save_dir, record, versions())
+    group.barrier()
+    _describe(config, save_dir, model, data, group)
+    return Run(
+        config=config,
+        group=group,
+        model=model,
+        parallel_model=parallel_model,
+        method=method,
+        optimizer=optimizer,
+        state=state,
+        data=data,
+        batches=data.training(state.data_position, state.data_state),
+        checkpointer=parts.checkpointer,
+        tracker=Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock),
+        profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
+    )
+
+
+def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:
+    """Let the main process alone do something; all raise the problem that it may return."""
+    found = act() if group.is_main else None
+    if (problem := group.from_main(found if isinstance(found, ConfigError) else None)) is not None:
+        raise problem
+    return found
+
+
+def _hold(save_dir: Path, group: ProcessGroup, stack: ExitStack) -> FolderLock | None:
+    """Take the run's folder, on the main process alone, until `stack` ends."""
+    lock = _on_main(group, lambda: take_folder(save_dir))
+    if lock is not None:
+        stack.callback(lock.release)
+    return lock
+
+
+def _begin_folder(save_dir: Path, group: ProcessGroup, stack: ExitStack) -> FolderLock | None:
+    """Make the folder of a new run, and take it; another run may have been quicker."""
+
+    def make() -> ConfigError | None:
+        try:
+            save_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return ConfigError([f"--save_dir {save_dir}: cannot be made ({error.strerror or error})"])
+        return None
+
+    _on_main(group, make)
+    lock = _hold(save_dir, group, stack)
+
+    def check() -> ConfigError | None:
+        if (save_dir / run_dir.CONFIG_FILE).exists() or run_dir.completed_checkpoints(save_dir):
+            return ConfigError([f"--save_dir {save_dir}: another run has begun there meanwhile; choose another folder"])
+        return None
+
+    _on_main(group, check)
+    return lock
+
+
+@dataclass
+class Parts:
+    """What a checkpoint is loaded into."""
+
+    model: torch.nn.Module
+    method: TrainingMethod
+    optimizer: torch.optim.Optimizer
+    checkpointer: Checkpointer
+
+
+def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRecord, weights_from: str | None) -> Parts:
+    """The parts of a run as they are before its first update."""
+    config = launch.config
+    method = load_method(config.method.method)(config)
+    model = distributed_model(config, launch.facts.model, method, group, weights_from)
+    optimizer = method.build_optimizer(model)
+    checkpointer = Checkpointer(
+        save_dir,
+        group,
+        model,
+        optimizer,
+        method,
+        _tokenizer_saver(config, launch.facts, group.is_main),
+        record,
+        config.run.keep_checkpoints,
+        config.distributed.async_save,
+    )
+    if group.is_main:
+        adopt_saved(model, checkpointer.save_tokenizer, launch.facts.model)
+    return Parts(model, method, optimizer, checkpointer)
+
+
+def distributed_model(
+    config: Config,
+    shape: dict[str, Any],
+    method: TrainingMethod,
+    group: ProcessGroup,
+    weights_from: str | None = None,
+) -> torch.nn.Module:
+    """The training model, with its layers changed and its parameters divided as the settings say.
+
+    `shape` is the model JSON's. Weights that are drawn get their memory last, so that a device never holds more than
+    its part of them; with `weights_from`, a folder or hub name, they are read.
+    """
+    distributed = config.distributed
+    divided = distributed.distributed_type == "fsdp" and group.world_size > 1
+    model = build_model(config.model, shape, weights_from, group.device)
+    if type(method).convert is not TrainingMethod.convert:  # which may read the weights
+        # Dividing a model moves it to the devices, layer by layer: the whole of it need not fit on one.
+        materialize(model, torch.device("cpu") if divided else group.device, config.run.seed)
+        model = method.convert(model)
+    if divided:
+        model = shard(
+            model,
+            group,
+            Sharding(
+                distributed.replicas,
+                distributed.reshard_after_forward,
+                method.sharded_dimension,
+                method.is_replicated,
+            ),
+        )
+    materialize(model, group.device, config.run.seed)
+    return model
+
+
+def reduced_model(
+    config: Config,
+    method: TrainingMethod,
+    group: ProcessGroup,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> torch.nn.Module:
+    """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
+    if method.reduces_gradients:
+        return model
+    low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
+    return parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
+
+
+def _default_save_dir(config: Config) -> str:
+    model = Path(config.model.model_config or config.model.model_name_or_path or "model").stem
+    return f"checkpoints/{model}-{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], None]:
+    """Copies the data folder's tokenizer, or writes the one that was named."""
+    if not is_main:
+        return lambda folder: None
+    source = Path(config.data.dataset_path or "")
+    if facts.tokenizer is None and config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
+        files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+        return lambda folder: [shutil.copy(file, folder) for file in files] and None
+    name = facts.tokenizer or config.data.tokenizer or facts.data.get("tokenizer") or DEFAULT_TOKENIZER
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained
+    except (OSError, ValueError) as error:
+        log.warning("checkpoints will hold no tokenizer: %s cannot be loaded (%s)", name, str(error).splitlines()[0])
+        return lambda folder: None
+
+
+def _describe(config: Config, save_dir: Path, model: torch.nn.Module, data: Data, group: ProcessGroup) -> None:
+    batch = config.batch
+    trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    log.info("run folder %s", save_dir)
+    log.info(
+        "%s on %d x %s, %s: %.2fM parameters, %.2fM trainable",
+        *(config.method.method, group.world_size, group.device.type, resolve_dtype(config.model.dtype, group.device)),
+        *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
+    )
+    log.info(
+        "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %s",
+        *(config.schedule.num_training_steps + config.schedule.num_extra_training_steps, batch.total_batch_size),
+        *(config.data.max_length, batch.batch_size, batch.gradient_accumulation, batch.world_size, data.description),
+    )

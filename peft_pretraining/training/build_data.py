@@ -1,0 +1,162 @@
+"""The data of a run, opened: blocks that were tokenised before, or documents streamed from shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peft_pretraining.config import Config
+from peft_pretraining.config.cli import Launch
+from peft_pretraining.data import blocks
+from peft_pretraining.data.data import Data
+from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationSet, largest_id, training_batches
+from peft_pretraining.data.shards import Shard
+from peft_pretraining.data.streaming import DocumentStream
+from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.distributed import ProcessGroup
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.loss import Batch
+from peft_pretraining.models.model_config import vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENS_SCANNED = 2**30
+"""Tokens whose ids are checked when the data folder does not say how large they are."""
+
+
+def open_data(launch: Launch, group: ProcessGroup) -> Data:
+    """ConfigError for what only reading the data, or the tokenizer, shows."""
+    if launch.facts.shards is not None:
+        return StreamedData(launch, group)
+    model = launch.facts.model
+    vocabulary = None if model is None else vocabulary_size(model)
+    return BlockData(launch.config, *_open_blocks(launch), group, vocabulary)
+
+
+class BlockData:
+    """Blocks of tokens in random access: a position is all the state there is."""
+
+    def __init__(
+        self,
+        config: Config,
+        train: blocks.TokenBlocks,
+        validation: blocks.TokenBlocks,
+        group: ProcessGroup,
+        vocabulary: int | None = None,
+    ):
+        """`vocabulary`: size of the model's table of embeddings, where it is known."""
+        self._config, self._train, self._group, self._vocabulary = config, train, group, vocabulary
+        self.description = f"{len(train)} samples"
+        self.evaluation = _BlockEvaluation(config, validation, group, vocabulary)
+
+    def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
+        config = self._config
+        return blocks.training_batches(
+            self._train,
+            seed=config.run.seed,
+            start=position,
+            batch_size=config.batch.batch_size,
+            accumulation=config.batch.gradient_accumulation,
+            workers=config.data.workers,
+            group=self._group,
+            vocabulary=self._vocabulary,
+        )
+
+    def epoch_at(self, position: int) -> int:
+        return position // len(self._train)
+
+    def state_at(self, position: int) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class _BlockEvaluation:
+    """The evaluation set, iterated from its beginning each time."""
+
+    config: Config
+    blocks: blocks.TokenBlocks
+    group: ProcessGroup
+    vocabulary: int | None
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        max_samples = max(1, self.config.data.eval_tokens // self.config.data.max_length)
+        return blocks.evaluation_batches(
+            self.blocks,
+            max_samples=max_samples,
+            batch_size=self.config.batch.batch_size,
+            group=self.group,
+            vocabulary=self.vocabulary,
+        )
+
+
+def _open_blocks(launch: Launch) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:
+    config, facts = launch.config, launch.facts
+    where = f"--dataset_path {config.data.dataset_path}"
+    try:
+        splits = [
+            blocks.TokenBlocks(config.data.dataset_path, name, config.data.max_length)
+            for name in ("train", "validation")
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError([f"{where}: {' '.join(str(error).split())}"]) from error
+    problems = [f"{where}: split {split.split} is empty" for split in splits if not len(split)]
+    if not problems and "largest_token_id" not in facts.data and facts.model is not None:
+        largest = max(split.largest_token_id(_TOKENS_SCANNED) for split in splits)
+        if largest >= (vocabulary := vocabulary_size(facts.model)):
+            problems.append(f"{where}: token id {largest} is beyond the model's vocabulary of {vocabulary}")
+    if problems:
+        raise ConfigError(problems)
+    return splits[0], splits[1]
+
+
+class StreamedData:
+    """Documents of shards, tokenised as they are needed."""
+
+    def __init__(self, launch: Launch, group: ProcessGroup):
+        config, shards = launch.config, launch.facts.shards
+        self._config, self._shards, self._group = config, shards, group
+        self._stream: DocumentStream | None = None
+        self._maker = SampleMaker(_checked_tokenizer(launch), config.data.max_length)
+        self.description = f"{len(shards.train)} shards of documents ({_gigabytes(shards.train)}, {shards.origin})"
+        self.evaluation = ValidationSet(
+            shards.validation,
+            self._maker,
+            tokens=config.data.eval_tokens,
+            batch_size=config.batch.batch_size,
+            workers=config.data.workers,
+            group=group,
+        )
+
+    def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
+        train = self._shards.train
+        self._stream = DocumentStream(train, self._config.run.seed, position, state)
+        return training_batches(
+            self._stream,
+            self._maker,
+            Complaints(train),
+            start=position,
+            batch_size=self._config.batch.batch_size,
+            workers=self._config.data.workers,
+            group=self._group,
+        )
+
+    def epoch_at(self, position: int) -> int:
+        return self._stream.epoch_at(position)
+
+    def state_at(self, position: int) -> dict[str, Any]:
+        return self._stream.state_at(position)
+
+
+def _checked_tokenizer(launch: Launch) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for, whose ids the model knows."""
+    name, model = launch.facts.tokenizer, launch.facts.model
+    tokenizer = load_tokenizer(name)
+    if model is not None and (largest := largest_id(tokenizer)) >= (vocabulary := vocabulary_size(model)):
+        raise ConfigError([f"--tokenizer {name}: token id {largest} is beyond the model's vocabulary of {vocabulary}"])
+    return tokenizer
+
+
+def _gigabytes(shards: tuple[Shard, ...]) -> str:
+    return f"{sum(shard.size for shard in shards) / 1e9:.3g} GB"

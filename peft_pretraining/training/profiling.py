@@ -1,0 +1,47 @@
+"""Peak memory, and traces of a few updates."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from peft_pretraining.training.tracking import log
+
+_WAIT, _WARMUP = 2, 1  # updates before the trace: the first ones allocate and pick kernels
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest number of bytes so far: allocated on a CUDA device, resident in memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+class Profiler:
+    """Traces `updates` updates of the run into `folder`, one file per rank; does nothing for 0."""
+
+    def __init__(self, updates: int, folder: Path, rank: int):
+        self._profiler = None
+        if updates:
+            self._path = folder / f"trace_rank{rank}.json"
+            folder.mkdir(parents=True, exist_ok=True)
+            schedule = torch.profiler.schedule(wait=_WAIT, warmup=_WARMUP, active=updates, repeat=1)
+            self._profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
+            self._profiler.start()
+
+    def step(self) -> None:
+        """Call after every update."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def stop(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(self._path))
+        log.info("profile written to %s (open it in chrome://tracing)", self._path)

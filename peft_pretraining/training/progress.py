@@ -1,0 +1,123 @@
+"""What is said of each update, and when there were too many bad ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from peft_pretraining.checkpoint.failures import NotFinite, TrainingFailed
+from peft_pretraining.training import spikes
+from peft_pretraining.training.profiling import peak_memory_bytes
+from peft_pretraining.training.tracking import log
+
+if TYPE_CHECKING:
+    from peft_pretraining.train import Run
+
+MOST_IN_A_ROW = 10
+_LARGEST_SKIPPED_SHARE = 0.05
+"""So many updates that are not finite, in a row or of all, end the run."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did."""
+
+    loss: float
+    """Mean over all target tokens of all micro-batches and ranks."""
+    grad_norm: float
+    lr: float
+    samples: int
+    """Sequences read, over all ranks."""
+    tokens: int
+    """Their tokens, without padding."""
+    skipped: bool
+    spikes: list[str] = field(default_factory=list)
+    """What stood out from earlier updates, described."""
+    stop: bool = False
+    """Some rank was asked to stop."""
+    empty: bool = False
+    """Its batches held no token to predict: nothing was computed."""
+
+
+def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
+    """Log one update; raises `TrainingFailed` when too many were skipped."""
+    state, rate = run.state, update.tokens / seconds
+    run.tracker.record(
+        update_step=state.update_step,
+        loss=update.loss,
+        lr=update.lr,
+        grad_norm=update.grad_norm,
+        tokens_seen=state.tokens_seen,
+        throughput_tokens=rate,
+        step_time=seconds,
+        peak_memory_bytes=peak_memory_bytes(run.group.device),
+        **({"skipped": True} if update.skipped else {}),
+        **({"empty": True} if update.empty else {}),
+        **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
+        **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
+        **run.method.metrics(),
+    )
+    bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
+    bar.update()
+    epoch = run.data.epoch_at(state.data_position)
+    if epoch > run.data.epoch_at(state.data_position - update.samples):
+        log.info(
+            "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
+        )
+    count_spikes(run, update)
+    count_empty(run, update)
+    count_nonfinite(run, update)
+
+
+def count_empty(run: Run, update: Update) -> None:
+    """Log an update without a single token to predict: often, if there are many, would drown everything else."""
+    state = run.state
+    state.empty_updates += update.empty
+    if update.empty and _is_power_of_ten(state.empty_updates):
+        log.warning(
+            "passed over update %d: its batches hold no token to predict (empty documents); %d so far",
+            *(state.update_step - 1, state.empty_updates),
+        )
+
+
+def _is_power_of_ten(number: int) -> bool:
+    return 10 ** (len(str(number)) - 1) == number
+
+
+def count_nonfinite(run: Run, update: Update) -> None:
+    """Log an update that was not finite; raises `NotFinite` when these are too many."""
+    state, data = run.state, run.config.data
+    if update.empty:
+        return
+    if not update.skipped or update.spikes or state.update_step - 1 in data.skip_batches:
+        state.nonfinite_in_a_row = 0
+        return
+    state.skipped_updates += 1
+    state.nonfinite_in_a_row += 1
+    log.warning("skipped update %d: loss %s, gradient norm %s", state.update_step - 1, update.loss, update.grad_norm)
+    total = run.config.schedule.num_training_steps
+    what = "had a non-finite loss or gradient"
+    advice = f"lower --lr, or look at the data near update {state.update_step - 1}"
+    if state.nonfinite_in_a_row >= MOST_IN_A_ROW:
+        raise NotFinite(f"{state.nonfinite_in_a_row} updates in a row {what}: {advice}")
+    if state.skipped_updates > _LARGEST_SKIPPED_SHARE * total:
+        raise NotFinite(
+            f"{state.skipped_updates} of {total} updates {what}, more than {_LARGEST_SKIPPED_SHARE:.0%}: {advice}"
+        )
+
+
+def count_spikes(run: Run, update: Update) -> None:
+    """Log an update that stood out, and stop the run when --skip_spikes skips too many."""
+    state = run.state
+    if update.spikes:
+        done = "skipped" if update.skipped else "spike in"
+        log.warning("%s update %d: %s", done, state.update_step - 1, ", ".join(update.spikes))
+    skipped = bool(update.spikes) and update.skipped
+    state.skipped_spikes += skipped
+    state.spikes_in_a_row = state.spikes_in_a_row + 1 if skipped else 0
+    total = run.config.schedule.num_training_steps
+    if problem := spikes.over_the_limit(state.spikes_in_a_row, state.skipped_spikes, total):
+        run.checkpointer.wait()
+        raise TrainingFailed(f"{problem}; {run.checkpointer.where_to_go_on()}")

@@ -1,0 +1,37 @@
+"""Imports between the package's folders go one way, and only where a folder's `__init__` says so."""
+
+import ast
+import re
+
+import pytest
+
+from scripts import architecture
+
+PACKAGE = architecture.PROJECT / "peft_pretraining"
+LOOSE = {"__init__.py", "GoLore.py", "export.py", "rng.py", "train.py"}
+FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+@pytest.fixture(scope="module")
+def arrows():
+    return architecture.arrows()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_what_it_says(folder, arrows):
+    """No more, and nothing that it no longer needs."""
+    docstring = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
+    said = re.search(r"Imports of the package: ([^.]*)\.", docstring).group(1)
+    imported = {below for above, below in arrows if above == folder}
+    assert set(re.findall(r"`(\w+)`", said)) == imported
+    assert imported or said == "nothing"
+
+
+def test_there_are_no_circles(arrows):
+    """But one: the loop, which is to move into the folder of training."""
+    _, circles = architecture.layers(list(arrows))
+    assert circles in ([], [["train", "training"]])
+
+
+def test_no_module_lies_loose():
+    assert {path.name for path in PACKAGE.glob("*.py")} <= LOOSE
