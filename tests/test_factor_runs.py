@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_pretraining import train
 from peft_pretraining.config import ScheduleConfig, schedule
-from peft_pretraining.methods.relora import ReLoRA
-from peft_pretraining.methods.switchlora import SwitchLoRA
+from peft_pretraining.methods.relora.method import ReLoRA
+from peft_pretraining.methods.switchlora.method import SwitchLoRA
 from peft_pretraining.nn import low_rank_layers
 from peft_pretraining.training import build
 

@@ -262,7 +262,7 @@ def test_autocast_in_bfloat16_trains_factors(bert, data, tmp_path):
 
 
 def test_what_convert_returns_is_trained(bert, data, tmp_path, monkeypatch):
-    from peft_pretraining.methods.full_rank import FullRank
+    from peft_pretraining.methods.full_rank.method import FullRank
 
     made = []
 
@@ -279,7 +279,7 @@ def test_what_convert_returns_is_trained(bert, data, tmp_path, monkeypatch):
 
 
 def test_settings_that_do_not_go_with_the_model_are_bad_input(bert, data, tmp_path, monkeypatch):
-    from peft_pretraining.methods.full_rank import FullRank
+    from peft_pretraining.methods.full_rank.method import FullRank
 
     def unfit(method, model):
         raise ValueError("target_modules: 'mpl' matches\nnothing")

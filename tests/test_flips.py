@@ -22,7 +22,7 @@ OF_SCHEDULES = ("warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_
 
 CONTEXTS = (
     *[(method, f"--optimizer {rule}", OF_RULES) for method, entry in methods.METHODS.items()
-      for rule in entry.optimizers if rule not in ("adamw", "adam_zero")],
+      for rule in entry.update_rules if rule not in ("adamw", "adam_zero")],
     *[("full_rank", f"--scheduler {name}", OF_SCHEDULES)
       for name in ("linear", "constant", "cosine_restarts", "cosine_with_min_lr")],
     *[("relora", f"--scheduler {name}", OF_SCHEDULES) for name in ("linear", "cosine_restarts")],
@@ -87,7 +87,7 @@ def test_settings_of_every_run(run, name):
 
 _FAST = [
     *[(method, name) for method in ("galore", "relora", "switchlora", "golore_adapter") for name in
-      dict.fromkeys(name for name in methods.METHODS[method].options if name in OF_METHODS)],
+      dict.fromkeys(name for name in (*methods.METHODS[method].own, *methods.METHODS[method].refused) if name in OF_METHODS)],
     *[("relora", "scale"), ("full_rank", "rank"), ("lora", "momentum")],
 ]  # fmt: skip
 

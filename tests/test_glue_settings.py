@@ -85,8 +85,8 @@ def test_what_training_arguments_have_reaches_the_method():
     assert (found.adam_eps, found.clip_grad_norm) == (1e-7, 0.5)
     assert (config.run.seed, config.batch.gradient_accumulation) == (7, 3)
     aliases = glue.parse((SHORT + "--lr 2e-3 --grad_clipping 0.5 --adam_eps 1e-7 --galore_scale 2").split()).config
-    assert (aliases.optimizer.lr, aliases.optimizer.clip_grad_norm, aliases.optimizer.adam_eps) == (2e-3, 0.5, 1e-7)
-    assert glue.parse((SHORT + "--enable_galore").split()).config.optimizer.adam_eps == 1e-6  # the method's own
+    assert (aliases.optimizer.lr, aliases.optimizer.clip_grad_norm, aliases.rule.adam_eps) == (2e-3, 0.5, 1e-7)
+    assert glue.parse((SHORT + "--enable_galore").split()).config.rule.adam_eps == 1e-6  # the method's own
 
 
 def test_flags_that_transformers_dropped():

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_pretraining.config import Config
-from peft_pretraining.methods.golore import GoLore
-from peft_pretraining.methods.golore_adapter import GoLoreAdapter
+from peft_pretraining.methods.golore.method import GoLore
+from peft_pretraining.methods.golore_adapter.method import GoLoreAdapter
 from peft_pretraining.models.loss import token_loss_sum
 from peft_pretraining.optim.bases import SVDThenRandom
 from peft_pretraining.optim.projection import LEFT

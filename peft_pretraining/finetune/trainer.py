@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from peft_pretraining.config import Config
+from peft_pretraining.config import Config, method_settings
 from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.finetune.checkpointing import CheckpointingTrainer, reading
 from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINER_STATE, TRAINING_WEIGHTS, RunFailed
@@ -62,7 +62,7 @@ class MethodTrainer(CheckpointingTrainer):
             return
         with bad_input():
             config = finetuning.config
-            if "target_modules" in METHODS[config.method.method].options:
+            if "target_modules" in METHODS[config.method.method].own:
                 config = config.replace(target_modules=target_modules(model, finetuning))
             max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
             self._check_schedule(max_steps)
@@ -233,13 +233,8 @@ class MethodTrainer(CheckpointingTrainer):
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it continues."""
         config = self.method_config
-        reads = METHODS[config.method.method].options
         return {
-            "method": config.method.method,
-            "optimizer": config.optimizer.optimizer,
-            "rank": config.method.rank if "rank" in reads else None,
-            "proj_type": config.method.proj_type if "proj_type" in reads else None,
-            "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
+            **method_settings.identity(config),
             "num_training_steps": config.schedule.num_training_steps,
         }
 
@@ -254,7 +249,7 @@ class MethodTrainer(CheckpointingTrainer):
             f"{checkpoint} was begun with {name} {saved.get(name)!r} instead of {value!r} (--overwrite_output_dir "
             "starts over)"
             for name, value in self._identity().items()
-            if saved.get(name) != value
+            if name in saved and saved[name] != value
         ]:
             raise ConfigError(problems)
 

@@ -31,12 +31,27 @@ from peft_pretraining.flags.settings import (
     parse_yaml,
     setting,
 )
+from peft_pretraining.flags.spec import (
+    Allows,
+    Condition,
+    MethodSettings,
+    MethodSpec,
+    RuleSettings,
+    RuleSpec,
+    section_flags,
+)
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "Allows",
+    "Condition",
     "ConfigError",
     "Flag",
     "Given",
+    "MethodSettings",
+    "MethodSpec",
+    "RuleSettings",
+    "RuleSpec",
     "boolean",
     "choice",
     "comma_separated",
@@ -52,6 +67,7 @@ __all__ = [
     "parse_yaml",
     "positive_float",
     "positive_int",
+    "section_flags",
     "sequence_length",
     "setting",
     "string",

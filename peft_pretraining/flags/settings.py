@@ -52,6 +52,10 @@ class Flag:
     """Other programs' names of the same setting: accepted, but not proposed."""
     refused: bool = False
     """It is known only to be refused with its reason."""
+    default: Any = None
+    """What it is where nothing says otherwise."""
+    group: str = ""
+    """Its heading in `--help`."""
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -62,9 +66,15 @@ class Flag:
         return (*self.spellings, *self.foreign)
 
 
-def setting(default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a flag."""
-    return dataclasses.field(default=default, metadata={"convert": convert, "help": help, "aliases": aliases})
+def setting(
+    default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = (), *, identity: bool = False
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    identity: checkpoints compute something else without it, so a run that goes on must share it.
+    """
+    metadata = {"convert": convert, "help": help, "aliases": aliases, "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

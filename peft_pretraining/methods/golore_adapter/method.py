@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining.distributed.sharding import total_norm
-from peft_pretraining.methods.factors import FactorMethod
-from peft_pretraining.methods.projection import summary
+from peft_pretraining.methods._factors.method import FactorMethod
+from peft_pretraining.methods._projection.method import summary
 from peft_pretraining.nn import LowRankLinear, low_rank_layers
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim import LowRankOptimizer
@@ -45,7 +45,7 @@ class GoLoreAdapter(FactorMethod):
 
     def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
         """Both factors are zero: the first refresh makes the basis."""
-        rank, dropout = self.config.method.rank, self.config.factors.lora_dropout
+        rank, dropout = self.config.method.rank, self.config.method.lora_dropout
         return LowRankLinear(linear, rank, self.scale, dropout=dropout, corrected=True)
 
     def convert(self, model: nn.Module) -> nn.Module:
@@ -74,10 +74,7 @@ class GoLoreAdapter(FactorMethod):
             self.parameter_groups(model),
             rule=settings.optimizer,
             lr=settings.lr,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            momentum=settings.momentum,
-            dampening=settings.dampening,
+            **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
         )
         for adapter in self.subspaces:

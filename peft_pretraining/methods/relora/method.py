@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from peft_pretraining import rng
 from peft_pretraining.distributed.gathering import put
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.methods.factors import FactorMethod
+from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.nn import LowRankLinear, low_rank_layers
 from peft_pretraining.nn.initialization import draw_kaiming_a
 from peft_pretraining.optim import state_reset
@@ -25,7 +25,7 @@ class ReLoRA(FactorMethod):
         t = self.own_time(step)
         if t == 0:
             return
-        merge_every = self.config.factors.relora
+        merge_every = self.config.method.relora
         reset_every = self.config.schedule.cycle_length or merge_every
         layers = low_rank_layers(model)
         if t % merge_every == 0:
@@ -48,14 +48,14 @@ class ReLoRA(FactorMethod):
 
     def reset_moments(self, optimizer: Optimizer, layers: list[LowRankLinear], step: int) -> None:
         """Zero the moments of A and B, or part of them; step counts stay."""
-        factors, seed = self.config.factors, self.config.run.seed
+        settings, seed = self.config.method, self.config.run.seed
         for index, param in enumerate(factor for layer in layers for factor in (layer.lora_A, layer.lora_B)):
             moments = state_reset.moments(optimizer, param)
-            if factors.optimizer_random_pruning:
+            if settings.optimizer_random_pruning:
                 generator = rng.generator(seed, "pruned moments", step, index)
-                state_reset.prune_randomly(moments, factors.optimizer_random_pruning, generator)
+                state_reset.prune_randomly(moments, settings.optimizer_random_pruning, generator)
             for moment in moments:
-                if factors.reset_optimizer_on_relora:
+                if settings.reset_optimizer_on_relora:
                     local(moment).zero_()
-                elif factors.optimizer_magnitude_pruning:
-                    state_reset.prune_by_magnitude(moment, factors.optimizer_magnitude_pruning)
+                elif settings.optimizer_magnitude_pruning:
+                    state_reset.prune_by_magnitude(moment, settings.optimizer_magnitude_pruning)

@@ -12,7 +12,7 @@ and from the right, R = G Qᵀ, if m > n. The moments are kept as they are when 
 
 from __future__ import annotations
 
-from peft_pretraining.methods.projection import GradientProjection
+from peft_pretraining.methods._projection.method import GradientProjection
 
 
 class GaLore(GradientProjection):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from peft_pretraining import rng
+from peft_pretraining.methods._factors.rank_sync import assert_equal_on_all_ranks
+from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.methods.full_rank import create_adam_state
-from peft_pretraining.methods.rank_sync import assert_equal_on_all_ranks
-from peft_pretraining.methods.targets import named_by_flag
+from peft_pretraining.methods.full_rank.method import create_adam_state
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict, wrap_linears
-from peft_pretraining.nn.initialization import draw_factors, draw_factors_alone
+from peft_pretraining.nn.initialization import draw_factors
 
 
 class FactorMethod(TrainingMethod):
@@ -36,59 +37,53 @@ class FactorMethod(TrainingMethod):
 
     def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
         """The layer that takes the place of `linear`, the `index`-th of the model."""
-        factors = self.config.factors
+        settings = self.config.method
         layer = LowRankLinear(
             linear,
-            self.config.method.rank,
+            settings.rank,
             self.scale,
-            dropout=factors.lora_dropout,
-            train_scaling=factors.train_scaling,
+            dropout=settings.lora_dropout,
+            train_scaling=settings.train_scaling,
             corrected=self.corrects_weights,
-            lora_only=factors.lora_only,
-            quantize=factors.quantize,
-            double_quant=factors.use_double_quant,
+            quantize=settings.quantize,
+            double_quant=settings.use_double_quant,
         )
-        generator = rng.generator(self.config.run.seed, "factors", index=index)
-        if factors.lora_only:
-            a, b = draw_factors_alone(layer, linear.weight.detach(), generator)
-        else:
-            a, b = draw_factors(layer, factors.init_lora_type, generator, factors.zero_init_B)
-        layer.set_factors(a, b, keep_function=not factors.lora_only)
+        generator = self.generator(index)
+        a, b = draw_factors(layer, settings.init_lora_type, generator, settings.zero_init_B)
+        layer.set_factors(a, b, keep_function=True)
         return layer
+
+    def generator(self, index: int) -> torch.Generator:
+        """That of the first factors of the `index`-th layer."""
+        return rng.generator(self.config.run.seed, "factors", index=index)
 
     @property
     def scale(self) -> float:
         """s, which is the same for layers that are too small for the whole rank."""
-        return self.config.factors.lora_alpha / self.config.method.rank
+        return self.config.method.lora_alpha / self.config.method.rank
 
     @property
     def b_ratio(self) -> float:
         """The rate of B over that of A (LoRA+)."""
-        return self.config.factors.lora_plus_ratio
+        return self.config.method.lora_plus_ratio
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All A, all B, and everything else that is trained, each with its own rate."""
-        settings, factors = self.config.optimizer, self.config.factors
+        lr = self.config.optimizer.lr
         layers = low_rank_layers(model).values()
         all_a = [layer.lora_A for layer in layers if layer.lora_A.requires_grad]
         all_b = [layer.lora_B for layer in layers if layer.lora_B.requires_grad]
         in_factors = {*all_a, *all_b}
         others = [param for param in model.parameters() if param.requires_grad and param not in in_factors]
-        ratios = (1.0, self.b_ratio, factors.dense_lr_ratio)
+        ratios = (1.0, self.b_ratio, self.config.method.dense_lr_ratio)
         groups = zip((all_a, all_b, others), ratios, strict=True)
-        return [
-            {"params": params, "lr": settings.lr * ratio, "initial_lr": settings.lr * ratio}
-            for params, ratio in groups
-            if params
-        ]
+        return [{"params": params, "lr": lr * ratio, "initial_lr": lr * ratio} for params, ratio in groups if params]
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
-        settings = self.config.optimizer
         optimizer = AdamW(
             self.parameter_groups(model),
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
+            **self.config.rule.arguments(),
+            weight_decay=self.config.optimizer.weight_decay,
             fused=True,
         )
         create_adam_state(optimizer)
@@ -114,7 +109,7 @@ class FactorMethod(TrainingMethod):
 
     def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         t = self.own_time(step)
-        every = self.config.factors.check_rank_sync
+        every = self.config.method.check_rank_sync
         if every and t % every == 0:
             assert_equal_on_all_ranks(low_rank_layers(model), self._reduce, step)
 

@@ -14,24 +14,16 @@ from peft_pretraining.optim.update_rules import AdamW8bit
 
 class FullRank(TrainingMethod):
     def build_optimizer(self, model: nn.Module) -> Optimizer:
-        settings = self.config.optimizer
-        betas = (settings.adam_beta1, settings.adam_beta2)
+        settings, own = self.config.optimizer, self.config.rule.arguments()
         if settings.optimizer not in ("adamw", "adam_zero"):
             return LowRankOptimizer(
                 model.named_parameters(),
                 rule=AdamW8bit(torch_epsilon=True) if settings.optimizer == "adamw8bit" else settings.optimizer,
                 lr=settings.lr,
-                betas=None if settings.optimizer == "lion" else betas,
-                eps=settings.adam_eps,
-                beta1=settings.beta1,
-                momentum=settings.momentum,
-                dampening=settings.dampening,
+                **own,
                 weight_decay=settings.weight_decay,
             )
-        arguments = {
-            **{"lr": settings.lr, "betas": betas, "eps": settings.adam_eps},
-            **{"weight_decay": settings.weight_decay, "fused": True},
-        }
+        arguments = {"lr": settings.lr, **own, "weight_decay": settings.weight_decay, "fused": True}
         if settings.optimizer == "adam_zero":
             optimizer = sharded_optimizer(model.parameters(), AdamW, arguments)
         else:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from peft_pretraining import rng
 from peft_pretraining.distributed.sharding import Shard, local, whole_norm
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.methods.factors import FactorMethod
-from peft_pretraining.methods.switch_schedule import SwitchSchedule, allowed_count
+from peft_pretraining.methods._factors.method import FactorMethod
+from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
 from peft_pretraining.nn import low_rank_layers
 from peft_pretraining.nn.exchange import exchange, to_device
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
@@ -44,17 +44,15 @@ class SwitchLoRA(FactorMethod):
         self.switched, self.correction_norm = 0, None  # an update that is skipped switches nothing
 
     def wrap(self, linear: nn.Linear, index: int) -> SwitchedLinear:
-        factors, seed = self.config.factors, self.config.run.seed
-        rank = self.config.method.rank
-        layer = SwitchedLinear(linear, rank, self.scale, dropout=factors.lora_dropout, corrected=True)
-        state = SwitchState(layer, offload=not factors.no_offload_candidates)
+        settings, seed = self.config.method, self.config.run.seed
+        layer = SwitchedLinear(linear, settings.rank, self.scale, dropout=settings.lora_dropout, corrected=True)
+        state = SwitchState(layer, offload=not settings.no_offload_candidates)
         generator = rng.generator(seed, "candidates", index=index)
-        state.fill(layer, factors.init_lora_type, generator, factors.zero_init_B, factors.discontinuous_switch)
+        state.fill(layer, settings.init_lora_type, generator, settings.zero_init_B, settings.discontinuous_switch)
         layer.add_candidates(state)
         return layer
 
     def build_optimizer(self, model: nn.Module) -> VectorAdamW:
-        settings = self.config.optimizer
         for name, layer in low_rank_layers(model).items():
             if Shard.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
                 raise ConfigError([f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
@@ -62,8 +60,7 @@ class SwitchLoRA(FactorMethod):
             layer.switching.divide(layer)
         groups = self.parameter_groups(model)
         groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
-        betas = (settings.adam_beta1, settings.adam_beta2)
-        return VectorAdamW(groups, betas=betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
+        return VectorAdamW(groups, **self.config.rule.arguments(), weight_decay=self.config.optimizer.weight_decay)
 
     def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Switch, reset, freeze; with gradients that were computed before the switch, and clipped."""
@@ -79,32 +76,34 @@ class SwitchLoRA(FactorMethod):
     def requested_count(self, rank: int, step: int, index: int) -> int:
         """Slots of each factor that the schedule would switch, before the clamp."""
         t = self.own_time(step)
-        return SwitchSchedule.of(self.config, self.own_total()).requested_count(t, rank, self.uniform(step, index))
+        return SwitchSchedule.of(self.config.method, self.own_total()).requested_count(
+            t, rank, self.uniform(step, index)
+        )
 
     def plan(self, layer: SwitchedLinear, step: int, index: int) -> Switch:
         """What a layer exchanges in this update."""
-        factors, state = self.config.factors, layer.switching
+        settings, state = self.config.method, layer.switching
         if state.candidates <= layer.rank:
             return Switch()
         requested = self.requested_count(layer.rank, step, index)
         count = allowed_count(requested, layer.rank, state.frozen_count(), state.candidates)
-        if not factors.discontinuous_switch:
-            return state.next_in_ring(count, not factors.zero_init_B)
+        if not settings.discontinuous_switch:
+            return state.next_in_ring(count, not settings.zero_init_B)
         generator = rng.generator(self.config.run.seed, "switched candidates", step, index)
-        return state.next_at_random(count, not factors.zero_init_B, generator)
+        return state.next_at_random(count, not settings.zero_init_B, generator)
 
     def carry_out(self, layers: list[SwitchedLinear], switches: list[Switch], optimizer: Optimizer) -> None:
         """Exchange the vectors of all layers, reset the optimizer's state of their counterparts and freeze those."""
-        factors = self.config.factors
+        settings = self.config.method
         due = [(layer, switch) for layer, switch in zip(layers, switches, strict=True) if switch]
-        corrections = exchange(due, factors.switch_lora_drop)
+        corrections = exchange(due, settings.switch_lora_drop)
         self.switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
-        if factors.cal_delta_norm:
+        if settings.cal_delta_norm:
             shards = [Shard.of(layer.weight) for layer, _ in due]
             self.correction_norm = whole_norm(zip(corrections, shards, strict=True))
         for layer, switch in due:
-            layer.switching.frozen_B[switch.slots_a] = factors.adam_warm_step
-            layer.switching.frozen_A[switch.slots_b] = factors.adam_warm_step
+            layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step
+            layer.switching.frozen_A[switch.slots_b] = settings.adam_warm_step
         # Only this update's slots have the full count, or a negative one (reset without freezing).
         self._reset([(layer.lora_B, "lora_B", switch.slots_a) for layer, switch in due], optimizer)
         self._reset([(layer.lora_A, "lora_A", switch.slots_b) for layer, switch in due], optimizer)
@@ -112,16 +111,16 @@ class SwitchLoRA(FactorMethod):
 
     def _reset(self, slots: list[tuple[Tensor, str, list[int]]], optimizer: Optimizer) -> None:
         """Zero moments and step counts of some vectors of each factor."""
-        factors = self.config.factors
+        settings = self.config.method
         slots = [item for item in slots if item[2]]
-        if factors.remain_switch_state or not slots:
+        if settings.remain_switch_state or not slots:
             return
         indices = to_device([item[2] for item in slots], local(slots[0][0]).device)
         for (factor, name, _), index in zip(slots, indices, strict=True):
             state = optimizer.state[factor]
             for key in MOMENTS:
                 local(state[key]).index_fill_(_VECTORS[name], index, 0)
-            if not factors.remain_switch_step_state:
+            if not settings.remain_switch_step_state:
                 state["step"].index_fill_(0, index, 0)
 
     def _freeze(self, layers: list[SwitchedLinear]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peft_pretraining.config import Config
+    from peft_pretraining.methods.switchlora.settings import SwitchLoRASettings
 
 _LOWEST_RATE = 1e-8
 
@@ -26,14 +26,13 @@ class SwitchSchedule:
     """The rate is always 1."""
 
     @classmethod
-    def of(cls, config: Config, total: int) -> SwitchSchedule:
+    def of(cls, settings: SwitchLoRASettings, total: int) -> SwitchSchedule:
         """The schedule of a run over `total` updates."""
-        factors = config.factors
         return cls(
-            first_interval=factors.switch_lora_interval,
-            descent=factors.switch_lora_descent_rate * total,
-            kind=factors.switch_descend_type,
-            fixed=factors.fix_switch_lora_interval,
+            first_interval=settings.switch_lora_interval,
+            descent=settings.switch_lora_descent_rate * total,
+            kind=settings.switch_descend_type,
+            fixed=settings.fix_switch_lora_interval,
         )
 
     def rate(self, t: int) -> float:

@@ -12,14 +12,16 @@ from torch.optim import Optimizer
 
 from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.methods._low_rank.targets import named_by_flag
+from peft_pretraining.methods._projection.settings import ONLINE_TYPES
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.methods.targets import named_by_flag
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.optim import LowRankGradients, LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.projection import LEFT, SIDES, projected_sides
 
 if TYPE_CHECKING:
-    from peft_pretraining.config import Config, MethodConfig
+    from peft_pretraining.config import Config
+    from peft_pretraining.methods._projection.settings import ProjectionSettings
 
 log = logging.getLogger("peft_pretraining")
 
@@ -55,11 +57,7 @@ class GradientProjection(TrainingMethod):
             ],
             rule=settings.optimizer,
             lr=settings.lr,
-            betas=None if settings.optimizer == "lion" else (settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            beta1=settings.beta1,
-            momentum=settings.momentum,
-            dampening=settings.dampening,
+            **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
             svd_method=method.svd_method,
             seed=self.config.run.seed,
@@ -75,7 +73,7 @@ class GradientProjection(TrainingMethod):
 
     def low_rank_reduction(self, model: nn.Module, optimizer: LowRankOptimizer) -> LowRankReduction | None:
         method, clips = self.config.method, self.config.optimizer.clip_grad_norm > 0
-        if method.proj_type.startswith("continuous"):
+        if method.proj_type in ONLINE_TYPES:
             return None  # a step of the basis needs the whole gradient
         if clips and method.clip_norm == "full":
             log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
@@ -154,12 +152,14 @@ def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
     return metrics
 
 
-def log_per_layer_updates(optimizer: LowRankOptimizer, method: MethodConfig, clip: float, accumulation: int) -> None:
+def log_per_layer_updates(
+    optimizer: LowRankOptimizer, method: ProjectionSettings, clip: float, accumulation: int
+) -> None:
     """Say what is different, and how many bytes of gradients exist at a time."""
     log.info("per-layer updates: every parameter moves inside the backward pass")
     if clip:
         log.info("clipping: each parameter's gradient by its own norm, %g; no global norm exists in time", clip)
-    if method.proj_type.startswith("continuous") and accumulation > 1:
+    if method.proj_type in ONLINE_TYPES and accumulation > 1:
         log.info("online PCA needs whole gradients: with %d micro-batches every layer adds up its own", accumulation)
     elif method.stagger_refresh and accumulation > 1:
         log.info("the first bases come from the first micro-batch of update 0")
@@ -171,7 +171,7 @@ def log_per_layer_updates(optimizer: LowRankOptimizer, method: MethodConfig, cli
     )
 
 
-def gradient_bytes(optimizer: LowRankOptimizer, method: MethodConfig, accumulation: int) -> tuple[int, int, int]:
+def gradient_bytes(optimizer: LowRankOptimizer, method: ProjectionSettings, accumulation: int) -> tuple[int, int, int]:
     """The most bytes of gradients that exist at a time: in ordinary per-layer updates, in per-layer updates that
     refresh bases, and without per-layer updates."""
     subspaces = optimizer.subspaces
@@ -183,7 +183,7 @@ def gradient_bytes(optimizer: LowRankOptimizer, method: MethodConfig, accumulati
     kept = sum(param.numel() * param.element_size() for param in params if param not in subspaces)
     summed = [4 * param.numel() for param in subspaces]  # G and R are added up in float32
     low = sum(4 * space.rule.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
-    if method.proj_type.startswith("continuous"):
+    if method.proj_type in ONLINE_TYPES:
         return whole, whole, whole
     if method.clip_norm == "full":
         return kept + sum(summed) + largest, kept + sum(summed) + largest, whole

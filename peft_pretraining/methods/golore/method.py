@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_pretraining.methods.projection import GradientProjection
+from peft_pretraining.methods._projection.method import GradientProjection
 
 
 class GoLore(GradientProjection):

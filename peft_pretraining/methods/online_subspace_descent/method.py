@@ -8,7 +8,7 @@ At every update, with Ĝ = G / ‖G‖ and the basis Q (r, n) of a weight with m
 
 from __future__ import annotations
 
-from peft_pretraining.methods.projection import GradientProjection
+from peft_pretraining.methods._projection.method import GradientProjection
 
 
 class OnlineSubspaceDescent(GradientProjection):
