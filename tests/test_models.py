@@ -9,7 +9,7 @@ from conftest import write_model
 from transformers import AutoModelForCausalLM
 
 from peft_pretraining.config import Config, ModelConfig, config_flags
-from peft_pretraining.flags import Config
+from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model

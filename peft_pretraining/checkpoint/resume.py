@@ -159,8 +159,8 @@ def examine(
 def differences(record: RunRecord, identity: dict[str, Any]) -> list[str]:
     """What of a run's identity is another now, described.
 
-    What the identity did not hold yet when the run was begun is looked up in the run's settings; what it no longer holds
-    is nothing that the method reads.
+    What the identity did not hold yet when the run was begun is looked up in the run's settings; what it no longer
+    holds is nothing that the method reads.
     """
     begun = {name: record.settings[name] for name in identity if name in record.settings} | record.identity
     known = {name: value for name, value in identity.items() if name in begun}

@@ -1,7 +1,7 @@
 """All settings of a pre-training run, from the command line to checked dataclasses.
 
-Imports of the package: `checkpoint`, `data`, `flags`, `methods`, `models`, `optim`, `report`, `runtime`. Free of torch, and so
-is what it imports.
+Imports of the package: `checkpoint`, `data`, `flags`, `methods`, `models`, `optim`, `report`, `runtime`. Free of
+torch, and so is what it imports.
 """
 
 from peft_pretraining.config.sections import (

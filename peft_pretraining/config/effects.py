@@ -1,8 +1,9 @@
 """Which settings act when: whatever else is given is named in a warning, never ignored unsaid.
 
-A method and its update rule read the settings of their own dataclasses. Of those, and of the rest, some act only beside
-others: the methods' specs say beside which, and `CONDITIONS` for the rest. A test flips every setting of every method and looks whether the
-numbers of a run change, or whether it is told here that they do not. Nothing here imports torch.
+A method and its update rule read the settings of their own dataclasses. Of those, and of the rest, some act only
+beside others: the methods' specs say beside which, and `CONDITIONS` for the rest. A test flips every setting of every
+method and looks whether the numbers of a run change, or whether it is told here that they do not. Nothing here imports
+torch.
 """
 
 from __future__ import annotations

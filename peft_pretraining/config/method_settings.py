@@ -1,6 +1,6 @@
-"""The settings of the chosen method and update rule, and what their specs say of them: for pre-training and fine-tuning.
+"""The settings of the chosen method and update rule, and what their specs say of them.
 
-Nothing here knows a method's name. Nothing here imports torch.
+Pre-training and fine-tuning share it. Nothing here knows a method's name. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class RuleSettings:
 
 @dataclass(frozen=True)
 class Allows:
-    """What a method permits. Everything is refused unless it is declared: a method that says nothing is slow and right."""
+    """What a method permits: nothing that is not declared. A method that says nothing is slow and right."""
 
     projected_gradient: bool = False
     """DDP may average R = PᵀG in place of G between refreshes; otherwise whole gradients are averaged."""

@@ -1,4 +1,4 @@
-"""Settings of the methods with low-rank factors beside their weights, and what there is to check about them. No torch."""
+"""Settings of the methods with low-rank factors beside their weights, and checks of them. No torch."""
 
 from __future__ import annotations
 
