@@ -80,9 +80,9 @@ def test_what_training_arguments_have_reaches_the_method():
         "--max_grad_norm 0.5 --seed 7 --gradient_accumulation_steps 3 --enable_galore"
     )
     config = glue.parse((SHORT + text).split()).config
-    found = config.optimizer
-    assert (found.lr, found.weight_decay, found.adam_beta1, found.adam_beta2) == (2e-3, 0.1, 0.8, 0.95)
-    assert (found.adam_eps, found.clip_grad_norm) == (1e-7, 0.5)
+    found, rule = config.optimizer, config.rule
+    assert (found.lr, found.weight_decay, rule.adam_beta1, rule.adam_beta2) == (2e-3, 0.1, 0.8, 0.95)
+    assert (rule.adam_eps, found.clip_grad_norm) == (1e-7, 0.5)
     assert (config.run.seed, config.batch.gradient_accumulation) == (7, 3)
     aliases = glue.parse((SHORT + "--lr 2e-3 --grad_clipping 0.5 --adam_eps 1e-7 --galore_scale 2").split()).config
     assert (aliases.optimizer.lr, aliases.optimizer.clip_grad_norm, aliases.rule.adam_eps) == (2e-3, 0.5, 1e-7)

@@ -96,7 +96,7 @@ def forms(rule, s, **settings):
     shared |= {"momentum": 0.9, "dampening": 0.0, "lr": 1e-2, **settings}
     adapter = GoLoreAdapter(config(**shared, scale=s))
     equivalent = {"scale": s, "adam_eps": 1e-6 / s} if rule == "adamw" else {"scale": s**2}
-    optimizer_form = GoLore(config(**{**shared, **equivalent}))
+    optimizer_form = GoLore(config(**{**shared, **equivalent, "method": "golore"}))
     made = []
     for method in (adapter, optimizer_form):
         model = method.convert(small_llama())

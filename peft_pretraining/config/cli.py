@@ -15,6 +15,7 @@ from peft_pretraining.config import (
     derive_batch,
     foreign_names,
     legacy,
+    method_help,
     method_settings,
     schedule_problems,
     validate,
@@ -28,7 +29,11 @@ from peft_pretraining.runtime import launcher
 STREAMED_LENGTH = 256
 """Tokens per sequence of streamed documents, unless told otherwise."""
 
-DESCRIPTION = "Pre-train a LLaMA. Run under torchrun, or as a plain script for one process."
+PROG = "torchrun_main.py"
+DESCRIPTION = """Pre-train a LLaMA. Run under torchrun, or as a plain script for one process.
+
+Every flag is also a key of a --training_config file (YAML). `--help METHOD` shows the flags of one method, with its
+defaults; a flag that the chosen method does not read is named in a warning."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
 
 def _parse(argv: Sequence[str], problems: list[str]) -> dict[str, Given]:
     flags = all_flags()
+    method_help.exit_with_help(argv, flags, PROG)
     hints = foreign_names.HINTS
-    given = parse_command_line(
-        flags, argv, prog="torchrun_main.py", description=DESCRIPTION, problems=problems, hints=hints
-    )
+    given = parse_command_line(flags, argv, prog=PROG, description=DESCRIPTION, problems=problems, hints=hints)
     if "training_config" in given:
         given = {**parse_yaml(flags, given["training_config"].value, problems, hints), **given}
     return given

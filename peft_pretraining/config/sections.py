@@ -1,8 +1,8 @@
 """Everything that can be set for a pre-training run, as frozen dataclasses.
 
 Each field is also a flag of `torchrun_main.py` and a key of `--training_config` files: its help text, with units, is
-its documentation. Those of methods and update rules are with these. A section's `*_problems` function checks what can be
-checked without looking at files; `validate.py` adds what needs them. Nothing here imports torch.
+its documentation. Those of methods and update rules are with these. A section's `*_problems` function checks what can
+be checked without looking at files; `validate.py` adds what needs them. Nothing here imports torch.
 """
 
 from __future__ import annotations

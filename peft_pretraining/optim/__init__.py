@@ -1,7 +1,7 @@
 """Optimizers: one for projected gradients, put together from basis rules and update rules.
 
-Imports of the package: `distributed`, `flags`, `models`, `rng`. This module is free of torch, as `rule_settings` is: the
-classes are imported when they are asked for.
+Imports of the package: `distributed`, `flags`, `models`, `rng`. This module is free of torch, as `rule_settings` is:
+the classes are imported when they are asked for.
 """
 
 from __future__ import annotations
