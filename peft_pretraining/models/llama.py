@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import rng
@@ -98,23 +99,39 @@ def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype)
 
 @torch.no_grad()
 def materialize(model: LlamaForCausalLM, device: torch.device, seed: int) -> None:
-    """Give a model on the meta device memory on `device`, and its initial weights, in place. Others are left alone.
+    """Give a model on the meta device memory on `device`, and its initial weights, in place.
 
-    Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as transformers does. Each weight is a
-    function of (seed, its name), drawn in float32 on the CPU and then rounded, one at a time: the same on every device
-    and for every way to distribute the model, and the model never exists twice.
+    What has its weights is left alone. Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as
+    transformers does. Each weight is a function of (seed, its name), drawn in float32 on the CPU and then rounded, one
+    at a time: the same on every device and for every way to distribute the model, and the model never exists twice.
     """
-    if not any(param.is_meta for param in model.parameters()):
+    missing = {name for name, param in model.named_parameters() if param.is_meta}
+    if not missing:
         return
-    model.to_empty(device=device)
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     model.tie_weights()
     rotary = model.model.rotary_emb  # its buffers are computed when it is built, and saved nowhere
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     for name, param in model.named_parameters():
-        if param.ndim < 2:
-            local(param).fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        generator = rng.generator(seed, f"initial weights of {name}")
-        drawn = torch.empty(param.shape, dtype=torch.float32)
-        drawn.normal_(0.0, model.config.initializer_range, generator=generator)
-        put(param, drawn)
+        if name in missing:
+            _initialize(name, param, model.config.initializer_range, seed)
+
+
+@torch.no_grad()
+def materialize_layer(model: LlamaForCausalLM, name: str, device: torch.device, seed: int) -> None:
+    """Give one layer of a model on the meta device what `materialize` would, so that it can be replaced before the
+    others take any memory. One that has its weights is left alone."""
+    layer = model.get_submodule(name)
+    if not any(param.is_meta for param in layer.parameters()):
+        return
+    layer.to_empty(device=device)
+    for key, param in layer.named_parameters():
+        _initialize(f"{name}.{key}", param, model.config.initializer_range, seed)
+
+
+def _initialize(name: str, param: nn.Parameter, std: float, seed: int) -> None:
+    if param.ndim < 2:
+        local(param).fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    generator = rng.generator(seed, f"initial weights of {name}")
+    put(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))

@@ -7,7 +7,8 @@ from peft_pretraining.nn.low_rank_linear import (
     LowRankLinear,
     low_rank_layers,
     merged_state_dict,
+    replace_linear,
     wrap_linears,
 )
 
-__all__ = ["LowRankLinear", "low_rank_layers", "merged_state_dict", "wrap_linears"]
+__all__ = ["LowRankLinear", "low_rank_layers", "merged_state_dict", "replace_linear", "wrap_linears"]

@@ -129,6 +129,10 @@ class LowRankLinear(nn.Module):
             self._rest = self._rest.to(device)
         return self._rest
 
+    def follow_sharding(self) -> None:
+        """W, A and B have been divided over devices: keep of what is no parameter this device's part, too."""
+        _ = self.rest
+
     @torch.no_grad()
     def exact_weight(self) -> Tensor:
         """W with its rest, (m, n) or this device's part, in `working_dtype`."""
@@ -241,12 +245,18 @@ def wrap_linears(
 
     Raises `TargetError` where `target_linears` does.
     """
-    for index, (name, module) in enumerate(target_linears(model, target_modules).items()):
-        linear = as_linear(module)
-        layer = wrap(linear, index)
-        layer.turned = linear is not module
-        model.set_submodule(name, layer)
+    for index, name in enumerate(list(target_linears(model, target_modules))):  # names: each layer goes when replaced
+        replace_linear(model, name, lambda linear, index=index: wrap(linear, index))
     return low_rank_layers(model)
+
+
+def replace_linear(model: nn.Module, name: str, wrap: Callable[[nn.Linear], LowRankLinear]) -> None:
+    """Replace the linear layer `name` of `model` by what `wrap` makes of it."""
+    module = model.get_submodule(name)
+    linear = as_linear(module)
+    layer = wrap(linear)
+    layer.turned = linear is not module
+    model.set_submodule(name, layer)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:

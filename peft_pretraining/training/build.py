@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -28,14 +28,15 @@ from peft_pretraining.data.blocks import end_workers
 from peft_pretraining.data.data import Data
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.shards import DataError
-from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
+from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.train import Run, train
 from peft_pretraining.training.build_data import open_data
+from peft_pretraining.training.build_model import distributed_model, reduced_model
 from peft_pretraining.training.profiling import Profiler
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.training.tracking import Tracker, log, start_logging
@@ -196,54 +197,6 @@ def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRec
     if group.is_main:
         adopt_saved(model, checkpointer.save_tokenizer, launch.facts.model)
     return Parts(model, method, optimizer, checkpointer)
-
-
-def distributed_model(
-    config: Config,
-    shape: dict[str, Any],
-    method: TrainingMethod,
-    group: ProcessGroup,
-    weights_from: str | None = None,
-) -> torch.nn.Module:
-    """The training model, with its layers changed and its parameters divided as the settings say.
-
-    `shape` is the model JSON's. Weights that are drawn get their memory last, so that a device never holds more than
-    its part of them; with `weights_from`, a folder or hub name, they are read.
-    """
-    distributed = config.distributed
-    divided = distributed.distributed_type == "fsdp" and group.world_size > 1
-    model = build_model(config.model, shape, weights_from, group.device)
-    if type(method).convert is not TrainingMethod.convert:  # which may read the weights
-        # Dividing a model moves it to the devices, layer by layer: the whole of it need not fit on one.
-        materialize(model, torch.device("cpu") if divided else group.device, config.run.seed)
-        model = method.convert(model)
-    if divided:
-        model = shard(
-            model,
-            group,
-            Sharding(
-                distributed.replicas,
-                distributed.reshard_after_forward,
-                method.sharded_dimension,
-                method.is_replicated,
-            ),
-        )
-    materialize(model, group.device, config.run.seed)
-    return model
-
-
-def reduced_model(
-    config: Config,
-    method: TrainingMethod,
-    group: ProcessGroup,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> torch.nn.Module:
-    """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
-    if method.reduces_gradients:
-        return model
-    low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
-    return parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
 
 
 def _default_save_dir(config: Config) -> str:
