@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.nn import LowRankLinear, merged_state_dict, wrap_linears
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
+from peft_pretraining.optim.bases import SVDThenRandom
 from peft_pretraining.optim.subspace import Subspace
 from peft_pretraining.optim.update_rules import UpdateRule
 
@@ -54,6 +55,7 @@ class ReLoRaModel(nn.Module):
         svd_method: str = "gram",
     ):
         super().__init__()
+        self.refreshes: Tensor
         if lora_only or not keep_original_weights:
             raise ValueError("lora_only=True and keep_original_weights=False drop the weights that a refresh changes")
         if quantize or use_double_quant:
@@ -94,8 +96,10 @@ class ReLoRaModel(nn.Module):
         for adapter, counters in zip(self._adapters, self._counters, strict=True):
             counters["refreshes"].fill_(step)  # the buffer is what is saved
             counters["last_refresh"].fill_(step - 1)
-            adapter.subspace.rule.rand_ratio = 0.0 if use_rand else 2.0
-            mean_over_processes(adapter.layer.full_gradient)
+            rule = adapter.subspace.rule
+            assert isinstance(rule, SVDThenRandom)
+            rule.rand_ratio = 0.0 if use_rand else 2.0
+            mean_over_processes(adapter.gathered_gradient)
             adapter.project(counters, step)
             moments = optimizer.state.get(adapter.trained, {})
             adapter.commit({**counters, **moments}, step, _first_moment_of(moments), {})
@@ -108,7 +112,8 @@ class ReLoRaModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **settings: Any) -> None:
         """Write the merged, plain model, as transformers' own `save_pretrained` would."""
-        self.wrapped_model.save_pretrained(folder, state_dict=self.merged_state_dict(), **settings)
+        model: Any = self.wrapped_model
+        model.save_pretrained(folder, state_dict=self.merged_state_dict(), **settings)
 
 
 def _first_moment_of(state: dict[str, Any]) -> UpdateRule:

@@ -52,7 +52,8 @@ def shard(
     Gradients are reduced in float32 (float64 for a float64 model).
     """
     mesh = sharding.mesh(group)
-    layers = {f"model.layers.{index}": layer for index, layer in enumerate(model.model.layers)}
+    blocks = model.get_submodule("model.layers")
+    layers = {f"model.layers.{name}": layer for name, layer in blocks.named_children()}
     for name, module in (*layers.items(), ("", model)):
         before(name)
         _shard_module(module, name, mesh, group, sharding)
@@ -63,7 +64,7 @@ def shard(
 def _shard_module(module: nn.Module, name: str, mesh: DeviceMesh, group: ProcessGroup, sharding: Sharding) -> None:
     """Divide the parameters of one module, `name` in the model, that are not divided yet."""
     prefix = f"{name}." if name else ""
-    names: dict[Tensor, str] = {param: prefix + key for key, param in module.named_parameters()}
+    names = {param: prefix + key for key, param in module.named_parameters()}
     devices = group.world_size // sharding.replicas
 
     def placement(param: nn.Parameter) -> ShardPlacement:

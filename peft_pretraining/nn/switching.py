@@ -42,6 +42,13 @@ class SwitchState(nn.Module):
     are the vectors of the pools (`divide`); all else is the same everywhere.
     """
 
+    candidates_A: Tensor
+    candidates_B: Tensor
+    selected_A: Tensor
+    selected_B: Tensor
+    pointers: Tensor
+    frozen_A: Tensor
+    frozen_B: Tensor
     NAMES = ("candidates_A", "candidates_B", "selected_A", "selected_B", "pointers", "frozen_A", "frozen_B")
 
     def __init__(self, layer: LowRankLinear, offload: bool = True):

@@ -89,8 +89,9 @@ class RunRecord:
 def _number(record: dict[str, Any], name: str) -> float | None:
     """A finite number of a record; None where it has none: that of a run that diverged is `null`."""
     value = record.get(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    return value if is_number and math.isfinite(value) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return value if abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def labelled(runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -184,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="write a PNG of loss over tokens to this file")
     parser.add_argument("--json", type=Path, help="write the table's rows to this file")
     arguments = parser.parse_args(argv)
-    runs, problems, warnings = [], [], []
+    runs: list[RunRecord] = []
+    problems: list[str] = []
+    warnings: list[str] = []
     for folder in arguments.runs:
         try:
             runs.append(RunRecord.read(folder, warnings))

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining.checkpoint import run_dir
@@ -132,8 +133,10 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:
     """Let the main process alone do something; all raise the problem that it may return."""
     found = act() if group.is_main else None
-    if (problem := group.from_main(found if isinstance(found, ConfigError) else None)) is not None:
+    problem = group.from_main(found if isinstance(found, ConfigError) else None)
+    if problem is not None:
         raise problem
+    assert not isinstance(found, ConfigError), "a problem of the main process is raised on all"
     return found
 
 
@@ -171,7 +174,7 @@ def _begin_folder(save_dir: Path, group: ProcessGroup, stack: ExitStack) -> Fold
 class Parts:
     """What a checkpoint is loaded into."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     method: TrainingMethod
     optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
@@ -181,7 +184,7 @@ def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRec
     """The parts of a run as they are before its first update."""
     config = launch.config
     method = load_method(config.method.method)(config)
-    model = distributed_model(config, launch.facts.model, method, group, weights_from)
+    model = distributed_model(config, launch.facts.model or {}, method, group, weights_from)
     optimizer = method.build_optimizer(model)
     checkpointer = Checkpointer(
         save_dir,
@@ -204,14 +207,19 @@ def _default_save_dir(config: Config) -> str:
     return f"checkpoints/{model}-{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], None]:
+def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], Any]:
     """Copies the data folder's tokenizer, or writes the one that was named."""
     if not is_main:
         return lambda folder: None
     source = Path(config.data.dataset_path or "")
     if facts.tokenizer is None and config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
         files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-        return lambda folder: [shutil.copy(file, folder) for file in files] and None
+
+        def copy_files(folder: Path) -> None:
+            for file in files:
+                shutil.copy(file, folder)
+
+        return copy_files
     name = facts.tokenizer or config.data.tokenizer or facts.data.get("tokenizer") or DEFAULT_TOKENIZER
     try:
         from transformers import AutoTokenizer

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model, materialize, materialize_layer
-from peft_pretraining.nn import low_rank_layers, replace_linear
+from peft_pretraining.nn import LowRankLinear, low_rank_layers, replace_linear
 
 
 def distributed_model(
@@ -19,7 +22,7 @@ def distributed_model(
     method: TrainingMethod,
     group: ProcessGroup,
     weights_from: str | None = None,
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """The training model, with its layers changed and its parameters divided as the settings say.
 
     `shape` is the model JSON's. Weights that are drawn get their memory last, and those of layers that the method
@@ -33,8 +36,8 @@ def distributed_model(
     model = build_model(config.model, shape, weights_from, group.device)
     if type(method).convert is not TrainingMethod.convert:  # which may read any of the weights
         materialize(model, made_on, seed)
-        model = method.convert(model)
-        replacements = {}
+        model = cast(PreTrainedModel, method.convert(model))
+        replacements: dict[str, Callable[[nn.Linear], LowRankLinear]] = {}
     else:
         replacements = method.replacements(model)
 
@@ -47,14 +50,14 @@ def distributed_model(
         settings = Sharding(
             distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension, method.is_replicated
         )
-        model = shard(model, group, settings, before=replace_within, after=_follow_sharding)
+        shard(model, group, settings, before=replace_within, after=_follow_sharding)
     else:
         replace_within("")
     materialize(model, group.device, seed)
     return model
 
 
-def _follow_sharding(module: torch.nn.Module) -> None:
+def _follow_sharding(module: nn.Module) -> None:
     for layer in low_rank_layers(module).values():
         layer.follow_sharding()
 
@@ -63,9 +66,9 @@ def reduced_model(
     config: Config,
     method: TrainingMethod,
     group: ProcessGroup,
-    model: torch.nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> torch.nn.Module:
+) -> nn.Module:
     """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
     if method.reduces_gradients:
         return model
