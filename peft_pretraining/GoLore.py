@@ -37,6 +37,23 @@ class ReLoRaModel(nn.Module):
     r: rank, at most a layer's smaller side. scale: s. The random bases are functions of (seed, layer's name, number of
     refreshes so far), equal on all ranks. The weights are needed for the full gradient, so `lora_only=True`,
     `keep_original_weights=False` and `quantize` raise `ValueError`.
+
+    >>> model = ReLoRaModel(nn.Sequential(nn.Linear(8, 4)), r=2, target_modules=["0"])
+    >>> trained = [param for param in model.parameters() if param.requires_grad]  # one factor of each layer, and biases
+    >>> optimizer = torch.optim.SGD(trained, lr=0.1)
+    >>> x = torch.randn(16, 8)
+    >>> before = model.merged_state_dict()["0.weight"].clone()
+    >>> for step in range(4):
+    ...     model._config.forward_type = reset_now = step % 2 == 0
+    ...     model(x).square().mean().backward()
+    ...     if reset_now:
+    ...         model.merge_and_reinit(optimizer, use_rand=False)
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> int(model.refreshes)
+    2
+    >>> bool((model.merged_state_dict()["0.weight"] != before).any())
+    True
     """
 
     def __init__(

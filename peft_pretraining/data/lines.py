@@ -43,7 +43,12 @@ class TooLong(bytes):
 
 
 class LineReader:
-    """The lines of a binary file, with their ends, each of at most `limit` bytes or a `TooLong`."""
+    """The lines of a binary file, with their ends, each of at most `limit` bytes or a `TooLong`.
+
+    >>> short, long = LineReader(io.BytesIO(b"short\\n" + 100 * b"x"), limit=10)
+    >>> short, long.size
+    (b'short\\n', 100)
+    """
 
     def __init__(self, file: BinaryIO, limit: int):
         self._file, self._limit = file, limit

@@ -25,7 +25,16 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 class PlainText:
-    """Text to token ids. Text that spells a special token is ordinary text."""
+    """Text to token ids. Text that spells a special token is ordinary text.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    >>> tokenizer.add_special_tokens(["</s>"])
+    1
+    >>> tokenizer.encode("a b </s>").ids, list(PlainText(tokenizer, special=[3])(["a b </s>"]))
+    ([0, 1, 3], [[0, 1, 2]])
+    """
 
     def __init__(self, tokenizer: Tokenizer | PreTrainedTokenizerBase, special: Iterable[int] | None = None):
         """A tokenizer of `tokenizers`, of which a copy is used, or one of `transformers`.

@@ -14,17 +14,15 @@ device's part of W, with rows of B and columns of A that meet it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from peft_pretraining.distributed.gathering import meeting, on_main
+from peft_pretraining.distributed.gathering import meeting
 from peft_pretraining.distributed.sharding import Shard, distribute_like, local
-from peft_pretraining.models.targets import as_linear, target_linears
 from peft_pretraining.nn import weight_rest
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
@@ -46,6 +44,17 @@ class LowRankLinear(nn.Module):
     corrected: W is changed again and again, so that in 16 bits it needs its rest; without, a change is rounded.
     lora_only: drop W; then nothing can be merged.
     quantize: "4bit" or "8bit" keeps W quantised (bitsandbytes); `double_quant` quantises the 4-bit constants, too.
+
+    >>> layer = LowRankLinear(nn.Linear(6, 4), rank=2, scale=0.5)
+    >>> layer.lora_A.shape, layer.lora_B.shape, layer.weight.requires_grad
+    (torch.Size([2, 6]), torch.Size([4, 2]), False)
+    >>> x = torch.randn(3, 6)
+    >>> layer.set_factors(torch.randn(2, 6), torch.randn(4, 2), keep_function=False)
+    >>> before = layer(x)
+    >>> layer.merge()
+    >>> int(layer.lora_B.count_nonzero())
+    0
+    >>> torch.testing.assert_close(layer(x), before)
     """
 
     def __init__(
@@ -249,52 +258,3 @@ class LowRankLinear(nn.Module):
                 local(rest).copy_(local(given))
             elif weight_rest.has_rest(state_dict[f"{prefix}weight"].dtype):
                 local(self.weight).copy_(weight_rest.join(local(state_dict[f"{prefix}weight"]), local(given)))
-
-
-def wrap_linears(
-    model: nn.Module, target_modules: Sequence[str], wrap: Callable[[nn.Linear, int], LowRankLinear]
-) -> dict[str, LowRankLinear]:
-    """Replace every target layer of `model` by `wrap(layer, its index)`; returns the new layers by name.
-
-    Raises `TargetError` where `target_linears` does.
-    """
-    for index, name in enumerate(list(target_linears(model, target_modules))):  # names: each layer goes when replaced
-
-        def make(linear: nn.Linear, index: int = index) -> LowRankLinear:
-            return wrap(linear, index)
-
-        replace_linear(model, name, make)
-    return low_rank_layers(model)
-
-
-def replace_linear(model: nn.Module, name: str, wrap: Callable[[nn.Linear], LowRankLinear]) -> None:
-    """Replace the linear layer `name` of `model` by what `wrap` makes of it."""
-    module = model.get_submodule(name)
-    assert isinstance(module, (nn.Linear, Conv1D)), f"{name} is no linear layer"
-    linear = as_linear(module)
-    layer = wrap(linear)
-    layer.turned = linear is not module
-    model.set_submodule(name, layer)
-
-
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The layers with factors by dotted name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-
-
-@torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the plain model that computes the same function, under plain names. Changes nothing.
-
-    Merged weights are on the CPU: on the device there may be no room for a second copy. Those of a divided model are
-    gathered one by one, and only the main process keeps them.
-    """
-    layers = low_rank_layers(model)
-    prefixes = tuple(f"{name}." for name in layers)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
-    for name, layer in layers.items():
-        merged = on_main(layer.merged_weight())
-        state[f"{name}.weight"] = merged.T.contiguous() if layer.turned and merged.ndim == 2 else merged
-        if layer.bias is not None:
-            state[f"{name}.bias"] = layer.bias.detach()
-    return state
