@@ -42,7 +42,8 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
         except ValueError as error:
             raise ConfigError([f"{checkpoint} cannot be loaded: {error}"]) from error
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
-    plain.to(wanted).load_state_dict(method.merged_state_dict(model))  # rounds
+    plain.to(wanted)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+    plain.load_state_dict(method.merged_state_dict(model))  # rounds
     plain.config.dtype = wanted
     return plain
 
@@ -59,7 +60,7 @@ def _settings_of(checkpoint: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: {error}"]) from error
     if record is None:
         raise ConfigError([f"{path}: not found; it says how {checkpoint} was trained"])
-    settings = {}
+    settings: dict[str, Any] = {}
     for flag in config_flags():
         value = record.settings.get(flag.name)
         if value is None:  # which some settings are

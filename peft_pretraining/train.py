@@ -130,20 +130,20 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     lr = set_learning_rate(run, step)
     method.before_forward(model, optimizer, step)
     extra = method.extra_batches(model, optimizer, step)
-    targets_read = 0
+    observed_targets: list[torch.Tensor] = []
     for _ in range(extra):
         observed = forward_backward(run, next_micro_batches(run))
         if observed is None:
             continue
-        targets_read += observed[1]
+        observed_targets.append(observed[1])
         method.observe_gradients(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
     sums = forward_backward(run, micro_batches)
     if sums is None:
-        empty = Update(math.nan, 0.0, lr, *advance(run, int(targets_read), extra), skipped=True, empty=True)
+        empty = Update(math.nan, 0.0, lr, *advance(run, int(sum(observed_targets)), extra), skipped=True, empty=True)
         return replace(empty, stop=stop.anywhere(group))
     loss_sum, targets = sums
-    targets_read += targets
+    targets_read = sum(observed_targets, targets)
     totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
 
     norm = method.grad_norm(model, optimizer)
@@ -151,7 +151,7 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
         method.scale_gradients(model, optimizer, (limit / (norm + 1e-6)).clamp(max=1.0))
     # The update's only wait for the device.
     values = torch.stack([totals[0] / targets, totals[1], norm.double(), targets_read])
-    loss_mean, asked_to_stop, norm_value, targets_read = values.tolist()
+    loss_mean, asked_to_stop, norm_value, tokens_read = values.tolist()
     skipped = not (math.isfinite(loss_mean) and math.isfinite(norm_value)) or step in run.config.data.skip_batches
     found = [] if skipped else find_spikes(run, loss_mean, norm_value)
     skipped |= bool(found) and run.config.optimizer.skip_spikes > 0
@@ -160,7 +160,7 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
         optimizer.step()
         method.after_optimizer_step(model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
-    samples, tokens = advance(run, int(targets_read), extra)
+    samples, tokens = advance(run, int(tokens_read), extra)
     return Update(loss_mean, norm_value, lr, samples, tokens, skipped, found, asked_to_stop > 0)
 
 
@@ -168,6 +168,7 @@ def advance(run: Run, targets_read: int, extra: int) -> tuple[int, int]:
     """Count an update, which read `extra` further total batches; returns its samples and tokens."""
     state = run.state
     state.update_step += 1
+    assert run.config.batch.total_batch_size is not None, "derived when the command line was checked"
     samples = run.config.batch.total_batch_size * (1 + extra)
     state.data_position += samples
     state.data_state = run.data.state_at(state.data_position)

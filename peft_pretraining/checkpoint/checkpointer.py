@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from peft_pretraining.checkpoint import resume, run_dir
 from peft_pretraining.checkpoint.failures import NotFinite, SaveFailed
@@ -69,11 +69,11 @@ class Checkpointer:
 
     save_dir: Path
     group: ProcessGroup
-    model: nn.Module
+    model: PreTrainedModel
     """The training model, not wrapped."""
     optimizer: Optimizer
     method: TrainingMethod
-    save_tokenizer: Callable[[Path], None]
+    save_tokenizer: Callable[[Path], Any]
     """Writes the tokenizer's files into a folder."""
     record: resume.RunRecord = field(default_factory=resume.RunRecord)
     """What the checkpoints say of their run."""
@@ -211,20 +211,22 @@ class Checkpointer:
     def _take_older_forms(self, saved: Collection[str]) -> None:
         """Let the optimizer hold its state as the checkpoint with the keys `saved` does; torch would not compare."""
         if isinstance(self.optimizer, LowRankOptimizer):
-            names = {param: f"optimizer.{name}" for name, param in self.model.named_parameters()}
+            names: dict[torch.Tensor, str] = {
+                param: f"optimizer.{name}" for name, param in self.model.named_parameters()
+            }
             self.optimizer.adopt_saved_form(saved, names)
 
     def _attempt(self, act: Callable[[], T], undamaged: bool = False) -> T:
         """Do one step of loading on all ranks; if it fails on one, all raise `NotRestored`."""
-        result, reason = None, None
+        mine: tuple[T, None] | tuple[None, str]
         try:
-            result = act()
+            mine = act(), None
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            reason = one_line(error)
-        reasons = [reason for reason in self.ranks.gather(reason) if reason is not None]
-        if reasons:
-            raise NotRestored(reasons[0], undamaged)
-        return result
+            mine = None, one_line(error)
+        reasons = [reason for reason in self.ranks.gather(mine[1]) if reason is not None]
+        if mine[1] is None and not reasons:
+            return mine[0]
+        raise NotRestored(reasons[0], undamaged)
 
     def _names_on_all_ranks(self, tensors: dict[str, Any]) -> set[str]:
         """Of a dictionary that may hold other tensors on each rank."""
@@ -232,7 +234,7 @@ class Checkpointer:
 
     def _tensors(self) -> dict[str, Any]:
         """Training weights and optimizer state by name: tensors only, so that nothing is pickled."""
-        names = {param: name for name, param in self.model.named_parameters()}
+        names: dict[torch.Tensor, str] = {param: name for name, param in self.model.named_parameters()}
         optimizer = {
             f"{names[param]}.{key}": value
             for param, state in self.optimizer.state.items()
@@ -284,6 +286,7 @@ def _compare(described: Metadata, tensors: dict[str, Any], on_all_ranks: set[str
     for name, tensor in _named(tensors).items():
         if (found := stored.get(name)) is None:
             raise ValueError(f"it lacks {name}: another method, or other settings, wrote it")
+        assert isinstance(found, TensorStorageMetadata), "a description of anything else is refused when it is read"
         if found.size != tensor.shape:
             raise ValueError(f"{name} has the shape {tuple(found.size)} instead of {tuple(tensor.shape)}")
         if name.startswith("model.") and (dtype := found.properties.dtype) != tensor.dtype:

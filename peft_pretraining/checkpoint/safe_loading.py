@@ -47,6 +47,7 @@ class TensorReader(dcp.FileSystemReader):
             raise ValueError(f"{path}: {error}") from error
         for name in {place.relative_path for place in description.storage_data.values()}:
             regular_file(Path(self.path) / name)
+        assert description.storage_meta is not None, "every description that is read has one"
         description.storage_meta.load_id = self.load_id
         return description
 

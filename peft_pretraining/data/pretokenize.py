@@ -126,6 +126,7 @@ def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tup
     """Tokenizer and blocks of both splits, or of a slice of them; the finished writers and the vocabulary's numbers."""
     pieces, tokenizer = _open(config, source)
     if tokenizer is None:
+        assert config.train_tokenizer is not None, "without a tokenizer, one is trained"
         tokenizer = train_tokenizer(_training_text(config, pieces), config.train_tokenizer, config.processes)
     try:
         tokenizer.save_pretrained(folder)

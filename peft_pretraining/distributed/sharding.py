@@ -51,11 +51,12 @@ class Shard:
         if not isinstance(tensor, DTensor):
             return cls(tensor.shape)
         mesh, placements = tensor.device_mesh, tensor.placements
-        divided = [axis for axis, placement in enumerate(placements) if isinstance(placement, ShardPlacement)]
+        divided = [
+            (axis, placement.dim) for axis, placement in enumerate(placements) if isinstance(placement, ShardPlacement)
+        ]
         if not divided:
             return cls(tensor.shape)
-        (axis,) = divided
-        dim = placements[axis].dim
+        ((axis, dim),) = divided
         group = mesh.get_group(axis)
         shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
 
@@ -88,6 +89,7 @@ def distribute_like(part: Tensor, param: Tensor, dim: int | None, length: int | 
     """
     if not isinstance(param, DTensor) or dim is None:
         return part
+    assert length is not None, "the length of a divided dimension is not that of the part"
     shape = torch.Size((*part.shape[:dim], length, *part.shape[dim + 1 :]))
     return _like(part, param, dim, shape)
 

@@ -59,7 +59,7 @@ class AdapterSubspace:
 
         Sums over devices, where a basis needs them, are the basis rule's.
         """
-        weight, dtype = self.layer.weight, working_dtype(self.layer.lora_A.dtype)
+        weight, dtype = self.layer.frozen_weight, working_dtype(self.layer.lora_A.dtype)
         self.subspace.rule = basis_rule(self.settings, Shard.of(weight))
         if Shard.of(weight).dim is not None:
             # At once, in every backward pass: the gradient of a whole layer exists for that moment only.
@@ -80,36 +80,44 @@ class AdapterSubspace:
         layer, self.projected = self.layer, None
         layer.full_gradient = None
         if wanted:
-            layer.full_gradient = torch.zeros_like(local(layer.weight), dtype=working_dtype(layer.lora_A.dtype))
+            layer.full_gradient = torch.zeros_like(local(layer.frozen_weight), dtype=working_dtype(layer.lora_A.dtype))
+
+    @property
+    def gathered_gradient(self) -> Tensor:
+        """The full gradient (m, n), or this device's part, that the backward passes have added up."""
+        assert self.layer.full_gradient is not None, "it was not asked for"
+        return self.layer.full_gradient
 
     @torch.no_grad()
     def observe(self) -> None:
         """Let the refresh see the gradient that was gathered, and begin gathering anew."""
-        self.subspace.observe(self.layer.full_gradient)
-        self.layer.full_gradient = torch.zeros_like(self.layer.full_gradient)
+        self.subspace.observe(self.gathered_gradient)
+        self.layer.full_gradient = torch.zeros_like(self.gathered_gradient)
 
     @torch.no_grad()
     def project(self, state: dict[str, Tensor], step: int) -> None:
         """Choose the new basis for the full gradient, which is complete and reduced, and give the trained factor its
         gradient in it. Nothing is committed: the update may still be skipped."""
-        projected = self.subspace.project(self._with_basis(state), self.layer.full_gradient, self.settings, step)
+        projected = self.subspace.project(self._with_basis(state), self.gathered_gradient, self.settings, step)
         self.projected, self.layer.full_gradient = projected, None
-        gradient = projected.low_rank_grad.mul(self.layer.scale)
+        gradient, trained = projected.low_rank_grad.mul(self.layer.scale), self.trained.grad
+        assert trained is not None, "every backward pass gives the trained factor a gradient"
         if self._divided_rank is None:
-            local(self.trained.grad).copy_(gradient)
+            local(trained).copy_(gradient)
         else:
-            put(self.trained.grad, gradient)
+            put(trained, gradient)
 
     @torch.no_grad()
     def commit(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
         """Merge what the old basis has gathered, change the basis, and begin at zero in it."""
         projected, self.projected = self.projected, None
+        assert projected is not None, "the new basis was not chosen"
         if projected.new_bases is not None:
             self.layer.add_to_weight(self.layer.delta_weight())
             local(self.trained).zero_()
         state, divided = self._with_basis(state), self._divided_rank
         moment = state.get(rule.first_moment)
-        if divided is None or moment is None:
+        if divided is None or divided.dim is None or moment is None:
             self.subspace.commit(state, projected, step, rule, metrics)
             return
         gathered = divided.gather(moment)

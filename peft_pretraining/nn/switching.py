@@ -42,6 +42,13 @@ class SwitchState(nn.Module):
     are the vectors of the pools (`divide`); all else is the same everywhere.
     """
 
+    candidates_A: Tensor
+    candidates_B: Tensor
+    selected_A: Tensor
+    selected_B: Tensor
+    pointers: Tensor
+    frozen_A: Tensor
+    frozen_B: Tensor
     NAMES = ("candidates_A", "candidates_B", "selected_A", "selected_B", "pointers", "frozen_A", "frozen_B")
 
     def __init__(self, layer: LowRankLinear, offload: bool = True):
@@ -73,10 +80,10 @@ class SwitchState(nn.Module):
         """Keep of every candidate the entries that this device has of the layer's factors, which have been divided."""
         for name, factor, dim in (("candidates_A", layer.lora_A, 1), ("candidates_B", layer.lora_B, 0)):
             shard = Shard.of(factor)
-            if shard.dim is None:
-                continue
-            assert shard.dim == dim, f"{name}: vectors are divided over devices, not whole ones dealt out"
             whole = getattr(self, name)
+            # Not divided at all, or with whole vectors dealt out, which the method refuses; or done already.
+            if shard.dim != dim or Shard.of(whole).dim is not None:
+                continue
             part = _pool((len(whole), shard.size), local(factor), self._offload)
             part.copy_(shard.part(whole, 1))
             setattr(self, name, distribute_like(part, factor, 1, whole.shape[1]))
@@ -142,3 +149,7 @@ class SwitchedLinear(LowRankLinear):
         """Take the first factors from the pools; W takes back what they add, so the function stays."""
         self.switching = state
         self.set_factors(*state.live_factors(), keep_function=True)
+
+    def follow_sharding(self) -> None:
+        super().follow_sharding()
+        self.switching.divide(self)

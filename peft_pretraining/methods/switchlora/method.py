@@ -43,7 +43,7 @@ class SwitchLoRA(FactorMethod):
         super().before_forward(model, optimizer, step)
         self.switched, self.correction_norm = 0, None  # an update that is skipped switches nothing
 
-    def wrap(self, linear: nn.Linear, index: int) -> SwitchedLinear:
+    def wrap(self, linear: nn.Linear, index: int, name: str) -> SwitchedLinear:
         settings, seed = self.config.method, self.config.run.seed
         layer = SwitchedLinear(linear, settings.rank, self.scale, dropout=settings.lora_dropout, corrected=True)
         state = SwitchState(layer, offload=not settings.no_offload_candidates)
@@ -57,7 +57,6 @@ class SwitchLoRA(FactorMethod):
             if Shard.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
                 raise ConfigError([f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
                                    f"of {name} evenly: use another number of devices, --replicas, or ddp"])  # fmt: skip
-            layer.switching.divide(layer)
         groups = self.parameter_groups(model)
         groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
         return VectorAdamW(groups, **self.config.rule.arguments(), weight_decay=self.config.optimizer.weight_decay)
