@@ -1,7 +1,7 @@
 """transformers' `Trainer`, driving one of the training methods.
 
 Data, schedule, evaluation, logging and checkpoints are the `Trainer`'s. A `TrainingMethod` (methods/base.py) changes
-the model's layers, builds the optimizer and is called at the places of train.py's loop: before an update's first
+the model's layers, builds the optimizer and is called where training/loop.py calls it: before an update's first
 forward pass, for the gradients' norm and their clipping, and around the optimizer's step.
 
 A checkpoint folder holds the plain merged model, which `from_pretrained` loads, the optimizer's state, the method's
@@ -33,7 +33,7 @@ from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.train import state_bytes
+from peft_pretraining.training.loop import state_bytes
 from peft_pretraining.training.tracking import log
 
 LARGEST_ROW_OF_SKIPS = 10
@@ -103,7 +103,7 @@ class MethodTrainer(CheckpointingTrainer):
     def _get_dataloader(self, *arguments: Any, **keywords: Any) -> Any:
         return shielded(super()._get_dataloader(*arguments, **keywords))
 
-    # The method's calls, in the order of train.py's `train_step`.
+    # The method's calls, in the order of training/loop.py's `train_step`.
 
     def training_step(self, model: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
         if self._micro_batch == 0:
