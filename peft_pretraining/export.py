@@ -39,7 +39,7 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
         try:
             tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))
             load_tensors({"model": tensors}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError([f"{checkpoint} cannot be loaded: {error}"]) from error
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
     plain.to(wanted).load_state_dict(method.merged_state_dict(model))  # rounds
