@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_pretraining.checkpoint import resume, run_dir
-from peft_pretraining.checkpoint.checkpointer import describe, quietly, without_unsaved_rests
+from peft_pretraining.checkpoint.contents import describe, quietly, without_unsaved_rests
 from peft_pretraining.checkpoint.safe_loading import load_tensors
 from peft_pretraining.checkpoint.train_state import read_counters
 from peft_pretraining.config import Config, config_flags
