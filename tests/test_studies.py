@@ -287,7 +287,7 @@ def known_flags(script):
 
     if script == "torchrun_main.py":
         return cli.all_flags()
-    return finetuning_flags((GLUE_ENTRY if script == "run_glue.py" else OPTION_ENTRY).task_type)
+    return finetuning_flags(GLUE_ENTRY if script == "run_glue.py" else OPTION_ENTRY)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
