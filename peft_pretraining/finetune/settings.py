@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from peft_pretraining.config import Config, config_flags, legacy, method_settings
+from peft_pretraining.config import Config, config_flags, legacy, method_help, method_settings
 from peft_pretraining.config.effects import warn_without_effect
 from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
@@ -113,8 +113,10 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
     """Parse and check a command line, without torch. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     warnings: list[str] = []
+    flags = finetuning_flags(entry)
+    method_help.exit_with_help(argv, flags, entry.prog)
     given = read_flags(
-        finetuning_flags(entry),
+        flags,
         argv,
         prog=entry.prog,
         description=entry.description,
