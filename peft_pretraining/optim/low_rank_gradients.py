@@ -27,10 +27,11 @@ class LowRankGradients:
         self._waiting: dict[Tensor, Projected] = {}
 
     def project(self, param: Tensor, grad: Tensor) -> Tensor | None:
-        """R of one rank's gradient; None where there is no projection, or where this update takes a basis from G."""
+        """R of one rank's gradient; None where there is no projection, where this update takes a basis from G, and where
+        every update needs G."""
         optimizer, group = self._optimizer, self._optimizer.group_of(param)
         subspace, state = optimizer.subspaces.get(param), optimizer.local_state(param)
-        if subspace is None or subspace.refresh_reads_gradient(state, group, optimizer.step_of(param)):
+        if subspace is None or optimizer.objects(param).reads_gradient or subspace.refresh_reads_gradient(state, group, optimizer.step_of(param)):
             return None
         projected = self._waiting[param] = subspace.project(state, grad, group, optimizer.step_of(param))
         projected.energy = None  # of one rank's gradient

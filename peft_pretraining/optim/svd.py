@@ -115,18 +115,21 @@ def _both_sides(a: Tensor, short: Tensor, tall: bool, sides: tuple[str, ...]) ->
     return found
 
 
-def gram_eigenvectors(part: Tensor, rank: int, side: str, add_up: Callable[[Tensor], Tensor]) -> Bases:
-    """The basis of the shorter side by `gram`, of a matrix whose longer side is divided over devices.
-
-    `part` is this device's; `add_up` sums over all of them, in place. Every device gets the same basis.
-    """
+def short_gram(part: Tensor, side: str) -> Tensor:
+    """The Gram matrix of the shorter side, in float64; of a part of a matrix whose longer side is divided over devices,
+    what it adds to the sum."""
     wide = part.double()
-    gram = add_up(wide.T @ wide if side == RIGHT else wide @ wide.T)
+    return wide.T @ wide if side == RIGHT else wide @ wide.T
+
+
+def gram_eigenvectors(gram: Tensor, rank: int, side: str, dtype: torch.dtype) -> Bases:
+    """The basis of the shorter side by `gram`, from the whole Gram matrix (s, s), in float32 at least. Raises
+    `LinAlgError`."""
     try:
         _, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:
         vectors = torch.linalg.eigh(gram.cpu())[1].to(gram)
-    vectors = vectors[:, -rank:].flip(1).to(torch.promote_types(part.dtype, torch.float32))
+    vectors = vectors[:, -rank:].flip(1).to(torch.promote_types(dtype, torch.float32))
     return {side: vectors.T if side == RIGHT else vectors}
 
 
