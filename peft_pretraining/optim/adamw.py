@@ -214,8 +214,6 @@ class AdamW8bit(AdamW):
         if device not in self._maps:
             from bitsandbytes.functional import create_dynamic_map
 
-            self._maps[device] = (
-                create_dynamic_map(signed=True).to(device),
-                create_dynamic_map(signed=False).to(device),
-            )
+            signed, unsigned = (create_dynamic_map(signed=each).to(device) for each in (True, False))  # type: ignore[no-untyped-call]
+            self._maps[device] = (signed, unsigned)
         return self._maps[device]

@@ -13,6 +13,7 @@ from peft_pretraining.distributed.sharding import local, total_norm
 from peft_pretraining.optim.saved_state import Loading
 from peft_pretraining.optim.state_tensor import is_counter
 
+
 class InPlaceOptimizer(torch.optim.Optimizer):
     """An optimizer whose state exists from the start: a checkpoint loads into tensors that are there.
 
@@ -61,11 +62,12 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         if len(known) != len(groups) or size != now or any(a is not b for a, b in zip(known, groups, strict=True)):
             found = {param: group for group in groups for param in group["params"]}
             self.__dict__["_groups_seen"] = (list(groups), now, found)
-        return found[param]
+        group: dict[str, Any] = found[param]
+        return group
 
     def _follow(self, param: Tensor) -> dict[str, Any]:
         """A parameter's state, on the parameter's device: `model.to` may have moved it since."""
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         for key, value in state.items():
             if not is_counter(value) and value.device != param.device and not isinstance(value, DTensor):
                 state[key] = value.to(param.device)
@@ -130,7 +132,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         Named parameters are matched by name. Raises `ValueError`, and loads nothing, for the state of other
         parameters, another rank, projection or rule, and for settings that the constructor would refuse.
         """
-        loading = Loading()
+        loading = Loading(self)
         handles = (
             self.register_load_state_dict_pre_hook(loading.check),  # after the caller's hooks, which may change it
             self.register_load_state_dict_post_hook(loading.put, prepend=True),

@@ -7,8 +7,8 @@
 | `random` | `gaussian` | `GaussianBasis` (Online Subspace Descent's ablation) |
 | `continuous*` | `online_pca` | `OnlinePCA` (Online Subspace Descent) |
 
-A group with a `rank` and no `basis` has the rule of its `proj_type`; `basis` may also be `random` (`RandomBasis`), or an
-object.
+A group with a `rank` and no `basis` has the rule of its `proj_type`; `basis` may also be `random` (`RandomBasis`), or
+an object.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from peft_pretraining.optim.collectives import Phased
 from peft_pretraining.optim.param_update import ParamUpdate
 from peft_pretraining.optim.projection import SIDES, Bases, Projection
 from peft_pretraining.optim.state_tensor import StateTensor
+from peft_pretraining.optim.svd import LinAlgError
 from peft_pretraining.optim.update_rule import UpdateRule
 
 
@@ -40,7 +41,7 @@ class Refresh:
         return rng.generator(self.seed, f"{purpose} of {self.name}", step=self.number)
 
 
-NewBases: TypeAlias = Bases | torch.linalg.LinAlgError
+NewBases: TypeAlias = Bases | LinAlgError
 """New bases, or why a gradient could not be decomposed."""
 
 
@@ -48,7 +49,7 @@ def attempt(compute: Callable[[], Bases]) -> NewBases:
     """Bases, or the error: one matrix's must not keep the others from theirs."""
     try:
         return compute()
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         return error
 
 

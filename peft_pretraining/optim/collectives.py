@@ -44,9 +44,9 @@ def phases(job: Phased[T]) -> Phases[T]:
     return job
 
 
-def together(jobs: Sequence[Phased[T]]) -> Phases[list[T]]:
+def together(jobs: Sequence[Phases[T]]) -> Phases[list[T]]:
     """Advances jobs side by side and returns their results: the collectives of each phase are yielded as one list."""
-    waiting = {place: phases(job) for place, job in enumerate(jobs)}
+    waiting = dict(enumerate(jobs))
     answers: dict[int, list[Tensor]] = {}
     results: dict[int, T] = {}
     while waiting:
@@ -66,15 +66,15 @@ def together(jobs: Sequence[Phased[T]]) -> Phases[list[T]]:
     return [results[place] for place in range(len(jobs))]
 
 
-def run(job: Phased[T]) -> T:
+def run(job: Phases[T]) -> T:
     """The result of a job, with all of its collectives carried out."""
-    steps = phases(job)
     try:
-        asked = next(steps)
+        asked = next(job)
         while True:
-            asked = steps.send(_answers(asked))
+            asked = job.send(_answers(asked))
     except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]  # StopIteration does not say what it carries
+        result: T = end.value
+        return result
 
 
 def _answers(asked: list[Collective]) -> list[Tensor]:
@@ -88,11 +88,11 @@ def _answers(asked: list[Collective]) -> list[Tensor]:
             answers[place] = shard.gather(part)
         else:
             joined.setdefault((op, part.dtype, part.device), []).append(place)
-    for (op, _, _), places in joined.items():
+    for (operation, _, _), places in joined.items():
         shard = asked[places[0]].shard
         flat = torch.cat([answers[place].reshape(-1) for place in places])
-        flat = shard.sum(flat) if op == "sum" else shard.max(flat)
-        pieces = flat.split([answers[place].numel() for place in places])
+        flat = shard.sum(flat) if operation == "sum" else shard.max(flat)
+        pieces = torch.split(flat, [answers[place].numel() for place in places])
         for place, piece in zip(places, pieces, strict=True):
             answers[place] = piece.view(answers[place].shape)
     return answers

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from peft_pretraining.distributed.sharding import Shard, local, whole_norm
 from peft_pretraining.optim.base import grad_of, gradient_of
@@ -222,7 +223,7 @@ class LowRankOptimizer(SubspaceOptimizer):
     # The update.
 
     # As torch's own: the compiler steps aside here instead of looking into decompositions and counters.
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient.

@@ -98,10 +98,11 @@ def _reconstruction_gradients(updates: Sequence[ParamUpdate]) -> Phases[list[Ten
         (side,) = update.projection.sides
         asked += [Collective(part, shard) for part in _parts(side, grad, update.low_rank_grad)]
     sums = yield asked
-    return [
-        _gradient(update.projection.sides[0], *update.bases.values(), sums[2 * place], sums[2 * place + 1])
-        for place, update in enumerate(updates)
-    ]
+    gradients = []
+    for place, update in enumerate(updates):
+        ((side, basis),) = update.bases.items()
+        gradients.append(_gradient(side, basis, sums[2 * place], sums[2 * place + 1]))
+    return gradients
 
 
 def reconstruction_gradient(side: str, basis: Tensor, grad: Tensor, low_rank_grad: Tensor) -> Tensor:

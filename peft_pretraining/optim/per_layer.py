@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.distributed.sharding import Shard, whole_norm
 from peft_pretraining.optim import scaled_losses
 from peft_pretraining.optim.base import check_dense, gradient_of
 from peft_pretraining.optim.low_rank import LowRankOptimizer

@@ -1,4 +1,4 @@
-"""Loading an optimizer's state into the tensors that exist, and refusing what does not fit before anything is loaded."""
+"""Loading an optimizer's state into the tensors that exist, and refusing what does not fit before that."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ _OTHER_STATE = "state of another rank, proj_type or rule"
 
 
 class Loading:
-    """One call of `load_state_dict`."""
+    """One call of `load_state_dict`: `check` before torch replaces the groups, `put` after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: InPlaceOptimizer) -> None:
+        self.optimizer = optimizer
         self.own: dict[Tensor, dict[str, Any]] = {}
         self.saved: dict[Tensor, dict[str, Any]] = {}
 
-    def check(self, optimizer: InPlaceOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    def check(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Refuse what does not fit, and give torch the groups in this optimizer's order, without the state."""
+        optimizer = self.optimizer
         _check_form(state_dict)
         groups, own = state_dict["param_groups"], optimizer.param_groups
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
@@ -51,7 +53,7 @@ class Loading:
         self.own = {param: optimizer._follow(param) for param in self.saved}
         return {**state_dict, "state": states, "param_groups": groups}
 
-    def put(self, optimizer: InPlaceOptimizer) -> None:
+    def put(self, _: torch.optim.Optimizer) -> None:
         """Copy the saved state into the tensors that were there."""
         with torch.no_grad():
             for param, saved in self.saved.items():
@@ -64,8 +66,8 @@ class Loading:
                         own[key] = value.to(param.device, copy=True)  # another form of the same moments
                     else:
                         local(own[key]).copy_(local(value))
-                optimizer.state[param] = own
-        optimizer._loaded()
+                self.optimizer.state[param] = own
+        self.optimizer._loaded()
 
 
 def _bare(name: str) -> str:

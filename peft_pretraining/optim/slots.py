@@ -9,8 +9,8 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import Shard, distribute_like, local
 from peft_pretraining.optim.base import name_of
-from peft_pretraining.optim.basis_rule import BasisRule
 from peft_pretraining.optim.bases import basis_rule, check_names
+from peft_pretraining.optim.basis_rule import BasisRule
 from peft_pretraining.optim.lifts import LIFTS, Lift
 from peft_pretraining.optim.projection import Projection
 from peft_pretraining.optim.state_tensor import STATE_FORMATS, StateTensor, working_dtype
@@ -134,9 +134,7 @@ class Slot:
         return self.objects.rule.older | (self.objects.basis.older if self.objects.basis else frozenset())
 
 
-def new_slots(
-    group: dict[str, Any], objects: Objects, place: int, peers: list[Subspace]
-) -> list[tuple[Tensor, Slot]]:
+def new_slots(group: dict[str, Any], objects: Objects, place: int, peers: list[Subspace]) -> list[tuple[Tensor, Slot]]:
     """The slots of a group's parameters, the `place`-th of an optimizer. Raises `ValueError` for what is no matrix, but
     is to be projected; `peers` may be longer then."""
     params = group["params"]
@@ -158,11 +156,13 @@ def new_slots(
 
 
 def as_saved(tensor: StateTensor, param: Tensor) -> Tensor:
-    """A tensor of the state as a checkpoint must see it: a DTensor over the parameter's devices, where it is divided."""
+    """A tensor of the state as a checkpoint must see it: a DTensor over the parameter's devices if it is divided."""
     return distribute_like(tensor.value, param, tensor.dim, tensor.length)
 
 
-def keep_changes(slot: Slot, param: Tensor, found: dict[str, Tensor], state: dict[str, Any], group: dict[str, Any]) -> None:
+def keep_changes(
+    slot: Slot, param: Tensor, found: dict[str, Tensor], state: dict[str, Any], group: dict[str, Any]
+) -> None:
     """Take over what the objects have added to a parameter's state, and drop what they have deleted from it."""
     if found.keys() == state.keys():
         return
@@ -173,4 +173,3 @@ def keep_changes(slot: Slot, param: Tensor, found: dict[str, Tensor], state: dic
         for key in added:
             example = declared[key]
             state[key] = as_saved(StateTensor(found[key], example.dim, example.length), param)
-

@@ -15,6 +15,7 @@ from peft_pretraining.optim.basis_rule import BasisRule, Refresh
 from peft_pretraining.optim.collectives import Collective, Phases, phases, run, together
 from peft_pretraining.optim.projection import Bases, Projection, overlap
 from peft_pretraining.optim.state_tensor import StateTensor, counter
+from peft_pretraining.optim.svd import LinAlgError
 from peft_pretraining.optim.update_rule import UpdateRule
 
 log = logging.getLogger("peft_pretraining")
@@ -222,13 +223,17 @@ def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[
         if id(each) in refreshes:
             by_rule.setdefault(id(each.subspace.rule), []).append(each)
     chosen = list(by_rule.values())
-    jobs = [of_rule[0].subspace.rule.compute_bases([refreshes[id(each)] for each in of_rule]) for of_rule in chosen]
-    computed = yield from together([phases(job) for job in jobs])
+    computed = yield from together(
+        [
+            phases(of_rule[0].subspace.rule.compute_bases([refreshes[id(each)] for each in of_rule]))
+            for of_rule in chosen
+        ]
+    )
     new = {}
     for of_rule, results in zip(chosen, computed, strict=True):
         for each, bases in zip(of_rule, results, strict=True):
             subspace = each.subspace
-            if isinstance(bases, torch.linalg.LinAlgError):
+            if isinstance(bases, LinAlgError):
                 said = "the basis of %s could not be refreshed at update %d: %s%s"
                 log.warning(said, subspace.name, each.step, bases, subspace.note)
                 continue

@@ -210,4 +210,3 @@ class SubspaceOptimizer(InPlaceOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_followers", weakref.WeakSet())
-

@@ -8,17 +8,25 @@
   Yurtsever, Udell and Cevher, arXiv 1706.05736, algorithm 3), which takes no further product with the gradient.
 
 Every routine gets finite input, works in float32 or float64, and falls back to the CPU in float64 when the device's
-routine does not converge. What fails there, too, raises `torch.linalg.LinAlgError`.
+routine does not converge. What fails there, too, raises `LinAlgError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from peft_pretraining.optim.projection import LEFT, RIGHT, Bases
+
+if TYPE_CHECKING:  # torch does not export it for type checkers
+
+    class LinAlgError(RuntimeError): ...
+
+else:
+    from torch.linalg import LinAlgError
 
 SVD_METHODS = ("exact", "gram", "randomized")
 
@@ -54,7 +62,7 @@ def _with_retry(compute: Callable[[Tensor], Bases], matrix: Tensor) -> Bases:
     """`compute(matrix)`, or the same on the CPU in float64, where LAPACK converges on what a device may not."""
     try:
         return compute(matrix)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return {side: vectors.to(matrix) for side, vectors in compute(matrix.cpu().double()).items()}
 
 
@@ -127,7 +135,7 @@ def gram_eigenvectors(gram: Tensor, rank: int, side: str, dtype: torch.dtype) ->
     `LinAlgError`."""
     try:
         _, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         vectors = torch.linalg.eigh(gram.cpu())[1].to(gram)
     vectors = vectors[:, -rank:].flip(1).to(torch.promote_types(dtype, torch.float32))
     return {side: vectors.T if side == RIGHT else vectors}
@@ -136,8 +144,9 @@ def gram_eigenvectors(gram: Tensor, rank: int, side: str, dtype: torch.dtype) ->
 def positive_qr(matrix: Tensor) -> Tensor:
     """Q (m, r) of the QR decomposition whose R has a positive diagonal, which makes it unique."""
     q, r = torch.linalg.qr(matrix)
-    diagonal = r.diagonal()
-    return q * torch.where(diagonal < 0, -1, 1).to(q)
+    signs: Tensor = torch.where(r.diagonal() < 0, -1, 1).to(q)
+    result: Tensor = q * signs
+    return result
 
 
 def with_signs(vectors: Tensor, old: Tensor | None, dim: int) -> Tensor:

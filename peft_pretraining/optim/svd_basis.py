@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +104,9 @@ class SVDThenRandom(BasisRule):
 
     def compute_bases(self, refreshes: Sequence[Refresh]) -> Phases[list[NewBases]]:
         rules = [self._svd if self.reads_gradient(refresh.step) else self._random for refresh in refreshes]
-        jobs = [rule.compute_bases([refresh]) for rule, refresh in zip(rules, refreshes, strict=True)]
-        return [bases for (bases,) in (yield from together([phases(job) for job in jobs]))]
+        jobs = [phases(rule.compute_bases([refresh])) for rule, refresh in zip(rules, refreshes, strict=True)]
+        computed = yield from together(jobs)
+        return [bases for (bases,) in computed]
 
 
 class GaussianBasis(SVDBasis):

@@ -60,7 +60,8 @@ class UpdateRule:
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phased[list[Direction | None]]:
         """D for each `update.low_rank_grad`, which stays as it is; None where the weight is to stay, undecayed.
 
-        The state's tensors are changed in place. Declared ones that are `optional` or `intermittent` may be added and deleted.
+        The state's tensors are changed in place. Declared ones that are `optional` or `intermittent` may be added and
+        deleted.
         """
         raise NotImplementedError
 

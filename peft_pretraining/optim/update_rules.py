@@ -71,8 +71,7 @@ class Adafactor(UpdateRule):
         }
         steps = [self._scaled(update, squares.pop(id(update)), row_means.get(id(update))) for update in updates]
         totals = yield [
-            Collective(step.square().sum(), update.low_rank_shard)
-            for step, update in zip(steps, updates, strict=True)
+            Collective(step.square().sum(), update.low_rank_shard) for step, update in zip(steps, updates, strict=True)
         ]
         return [self._finished(*each, group) for each in zip(updates, steps, totals, strict=True)]
 
