@@ -204,7 +204,7 @@ class LowRankOptimizer(SubspaceOptimizer):
         if self._followers:
             return
         gradients = self.gradients()
-        read = [param for param in self.projected if self._slots[param].objects.lift.reads_gradient]
+        read = {param for param in self.projected if self._slots[param].objects.lift.reads_gradient}
         if gradients:
             torch._foreach_mul_(gradients + [gradient_of(param) for param in read], factor)
         for param, projected in self.projected.items():

@@ -156,6 +156,7 @@ class SGD(UpdateRule):
 
 UPDATE_RULES: dict[str, Callable[[], UpdateRule]] = {
     "adamw": AdamW,
+    "torch_adamw": TorchAdamW,
     "adamw8bit": AdamW8bit,
     "adafactor": Adafactor,
     "lion": Lion,
