@@ -182,7 +182,7 @@ def gradient_bytes(optimizer: LowRankOptimizer, method: ProjectionSettings, accu
         return largest, largest, whole
     kept = sum(param.numel() * param.element_size() for param in params if param not in subspaces)
     summed = [4 * param.numel() for param in subspaces]  # G and R are added up in float32
-    low = sum(4 * space.rule.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
+    low = sum(4 * space.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
     if method.proj_type in ONLINE_TYPES:
         return whole, whole, whole
     if method.clip_norm == "full":
