@@ -69,7 +69,7 @@ def test_a_spec_names_what_there_is(spec):
 
 
 def test_every_update_rule_has_a_formula():
-    assert set(RULES) - {"adam_zero"} == set(UPDATE_RULES)
+    assert set(RULES) - {"adam_zero"} <= set(UPDATE_RULES)
 
 
 def test_the_documentation_says_what_the_specs_say():

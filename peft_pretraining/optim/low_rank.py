@@ -199,8 +199,10 @@ class LowRankOptimizer(SubspaceOptimizer):
         return parts
 
     def scale_(self, factor: Tensor) -> None:
-        """Multiplies `gradients()` by a scalar, in place, and the full gradients that lifts read. Per-layer updates have
-        clipped each gradient by itself, and are left alone."""
+        """Multiplies `gradients()` by a scalar, in place, and the full gradients that lifts read.
+
+        Per-layer updates have clipped each gradient by itself, and are left alone.
+        """
         if self._followers:
             return
         gradients = self.gradients()
