@@ -61,7 +61,7 @@ def hammer(one_thread: bool, seconds: float) -> None:
         begun = [dist.group.WORLD.allgather_into_tensor_coalesced([whole], [part]) for _ in range(_AT_ONCE)]
         for work in begun:
             work.wait()
-    os._exit(0)  # as leaving.py does
+    os._exit(0)  # as runtime/leaving.py does
 
 
 if __name__ == "__main__":
