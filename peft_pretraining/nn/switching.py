@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.distributed.sharding import Shard, distribute_like, local
-from peft_pretraining.nn.initialization import kaiming_bound, switchlora_bounds, uniform
+from peft_pretraining.nn.initialization import fill_uniform, kaiming_bound, switchlora_bounds
 from peft_pretraining.nn.low_rank_linear import LowRankLinear
 
 
@@ -67,8 +67,8 @@ class SwitchState(nn.Module):
         c, n = self.candidates_A.shape
         m, rank = layer.out_features, layer.rank
         bound_a, bound_b = (kaiming_bound(n), 0.0) if kind == "origin_lora" else switchlora_bounds(m, n, rank)
-        self.candidates_A.copy_(uniform((c, n), bound_a, self.candidates_A, generator))
-        self.candidates_B.copy_(uniform((c, m), 0.0 if zero_b else bound_b, self.candidates_B, generator))
+        fill_uniform(self.candidates_A, bound_a, generator)
+        fill_uniform(self.candidates_B, 0.0 if zero_b else bound_b, generator)
         first_a = first_b = torch.arange(c - rank, c)
         if shuffled:
             first_a, first_b = (torch.randperm(c, generator=generator)[:rank] for _ in range(2))
