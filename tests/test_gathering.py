@@ -39,7 +39,7 @@ def test_plain_tensors_go_through_and_divided_ones_come_back(mesh):
         (columns,) = gathering.gather_columns([plain[:3]], like=tensor)
         assert torch.equal(columns, plain[:3])
         assert torch.equal(gathering.mean_part(plain.clone(), like=tensor), plain)
-        gathering.put(tensor, plain + 1)
+        gathering.copy_to_shard(tensor, plain + 1)
         assert torch.equal(parts.local(tensor), plain + 1)
 
 

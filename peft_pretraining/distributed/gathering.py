@@ -20,7 +20,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def put(tensor: Tensor, values: Tensor) -> None:
+def copy_to_shard(tensor: Tensor, values: Tensor) -> None:
     """Copy whole values into a tensor: this device's part of them if it is divided."""
     shard = Shard.of(tensor)
     local(tensor).copy_(shard.part(values, shard.dim or 0))

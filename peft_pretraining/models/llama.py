@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.gathering import put
+from peft_pretraining.distributed.gathering import copy_to_shard
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
@@ -146,4 +146,4 @@ def _initialize(name: str, param: nn.Parameter, std: float, seed: int) -> None:
     drawn = param.data if in_place else torch.empty(param.shape, dtype=torch.float32)
     drawn.normal_(0.0, std, generator=generator)
     if not in_place:
-        put(param, drawn)
+        copy_to_shard(param, drawn)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.gathering import mean_part, put
+from peft_pretraining.distributed.gathering import copy_to_shard, mean_part
 from peft_pretraining.distributed.sharding import Shard, local
 from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
 from peft_pretraining.optim.bases import basis_rule
@@ -105,7 +105,7 @@ class AdapterSubspace:
         if self._divided_rank is None:
             local(trained).copy_(gradient)
         else:
-            put(trained, gradient)
+            copy_to_shard(trained, gradient)
 
     @torch.no_grad()
     def commit(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
