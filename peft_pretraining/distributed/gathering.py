@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -22,17 +22,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 def copy_to_shard(tensor: Tensor, values: Tensor) -> None:
     """Copy whole values into a tensor: this device's part of them if it is divided."""
-    shard = Shard.of(tensor)
+    shard = ShardInfo.of(tensor)
     local(tensor).copy_(shard.part(values, shard.dim or 0))
 
 
-def meeting(factor: Tensor, matrix: Shard, dim: int) -> Tensor:
+def meeting(factor: Tensor, matrix: ShardInfo, dim: int) -> Tensor:
     """The entries of a factor that make up this device's part of the product, which is divided as `matrix` says.
 
     `dim` is the dimension that the two share: 0 for the left factor (m, r), 1 for the right one (r, n). Gathers the
     factor unless both are divided along it.
     """
-    if Shard.of(factor).dim == dim == matrix.dim:
+    if ShardInfo.of(factor).dim == dim == matrix.dim:
         return local(factor)
     return matrix.part(whole(factor), dim) if matrix.dim == dim else whole(factor)
 
@@ -42,7 +42,7 @@ def gather_columns(parts: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
     Columns are divided over the devices of `like`, evenly.
     """
-    shard = Shard.of(like)
+    shard = ShardInfo.of(like)
     if shard.dim is None:
         return list(parts)
     devices = shard.shape[shard.dim] // shard.size

@@ -1,7 +1,7 @@
 """How one tensor's share on this device relates to the whole: all that the rest of the package knows of DTensors.
 
 Optimizers do their arithmetic on local tensors. Where a sum over a divided dimension is needed, they ask the tensor's
-`Shard`; without sharding that is the identity. A rule never asks which rank it is on.
+`ShardInfo`; without sharding that is the identity. A rule never asks which rank it is on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardInfo:
     """This device holds entries `offset` to `offset + size` of dimension `dim` of a tensor of `shape`.
 
     `dim` None: it holds everything.
@@ -46,7 +46,7 @@ class Shard:
     """The whole tensor, on every device, from the local part of one like it."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Shard:
+    def of(cls, tensor: Tensor) -> ShardInfo:
         """That of a parameter or a gradient: DTensors are divided along one dimension, perhaps with replicas."""
         if not isinstance(tensor, DTensor):
             return cls(tensor.shape)
@@ -73,12 +73,12 @@ class Shard:
         """The entries of a whole tensor's dimension `dim` that belong to this device, as a view."""
         return whole if self.dim is None else whole.narrow(dim, self.offset, self.size)
 
-    def everywhere(self, condition: Tensor) -> bool:
+    def on_all_ranks(self, condition: Tensor) -> bool:
         """Whether a boolean scalar holds on all devices that share the tensor."""
         return bool(self.sum((~condition).to(torch.float32)) == 0)
 
 
-WHOLE = Shard(torch.Size())
+WHOLE = ShardInfo(torch.Size())
 """Of tensors that are not divided, where nobody asks for the shape."""
 
 
@@ -107,10 +107,10 @@ def _like(part: Tensor, param: DTensor, dim: int, shape: torch.Size) -> DTensor:
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm over all entries of plain tensors and DTensors, a plain scalar."""
     tensors = list(tensors)
-    return whole_norm([(local(tensor), Shard.of(tensor)) for tensor in tensors])
+    return whole_norm([(local(tensor), ShardInfo.of(tensor)) for tensor in tensors])
 
 
-def whole_norm(parts: Iterable[tuple[Tensor, Shard]]) -> Tensor:
+def whole_norm(parts: Iterable[tuple[Tensor, ShardInfo]]) -> Tensor:
     """The 2-norm over local parts; those that are divided are added up over their devices, all at once.
 
     Of float16 parts it is in float32, where the norm of finite numbers is finite.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_pretraining.distributed.gathering import copy_to_shard, mean_part
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
 from peft_pretraining.optim.bases import basis_rule
 from peft_pretraining.optim.projection import RIGHT
@@ -60,16 +60,16 @@ class AdapterSubspace:
         Sums over devices, where a basis needs them, are the basis rule's.
         """
         weight, dtype = self.layer.frozen_weight, working_dtype(self.layer.lora_A.dtype)
-        self.subspace.rule = basis_rule(self.settings, Shard.of(weight))
-        if Shard.of(weight).dim is not None:
+        self.subspace.rule = basis_rule(self.settings, ShardInfo.of(weight))
+        if ShardInfo.of(weight).dim is not None:
             # At once, in every backward pass: the gradient of a whole layer exists for that moment only.
             self.layer.gradient_part = lambda gradient: mean_part(gradient.to(dtype), weight)
 
     @property
-    def _divided_rank(self) -> Shard | None:
+    def _divided_rank(self) -> ShardInfo | None:
         """How the trained factor is divided where R, in contrast, is whole on every device: along the rank, since the
         other dimension could not be divided evenly."""
-        shard = Shard.of(self.trained)
+        shard = ShardInfo.of(self.trained)
         return shard if shard.dim is not None and self.subspace.rule.projection.low_rank_shard.dim is None else None
 
     def is_due(self, state: dict[str, Tensor], step: int) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.gathering import gather_columns
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import working_dtype
 from peft_pretraining.nn.switching import Switch, SwitchedLinear
 
@@ -98,7 +98,7 @@ def _save(pool: Tensor, indices: Tensor, vectors: Tensor, drop: float, device: t
     """Write vectors (k, d) to their places in a pool (c, d). Devices that divide it exchange numbers on `device`."""
     part = local(pool)
     if drop:
-        changed, shard = vectors - drop * part[indices], Shard.of(pool)
+        changed, shard = vectors - drop * part[indices], ShardInfo.of(pool)
         lengths = torch.linalg.vector_norm(torch.stack([vectors, changed]).to(working_dtype(part.dtype)), dim=2)
         if shard.dim is not None:
             lengths = shard.sum(lengths.square().to(device)).sqrt().to(part.device)

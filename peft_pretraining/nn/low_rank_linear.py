@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.distributed.gathering import meeting
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.nn import weight_rest
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
@@ -141,8 +141,8 @@ class LowRankLinear(nn.Module):
         if self._rest is None:
             return None
         weight = self.frozen_weight
-        shard, device = Shard.of(weight), local(weight).device
-        if shard.dim is not None and Shard.of(self._rest).dim is None:  # W has been divided since
+        shard, device = ShardInfo.of(weight), local(weight).device
+        if shard.dim is not None and ShardInfo.of(self._rest).dim is None:  # W has been divided since
             part = shard.part(self._rest, shard.dim).to(device, copy=True)
             self._rest = distribute_like(part, weight, shard.dim, shard.shape[shard.dim])
         elif local(self._rest).device != device:
@@ -175,7 +175,7 @@ class LowRankLinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """s·B·A (m, n), or this device's part, in float32 or float64."""
         high = working_dtype(self.lora_A.dtype)
-        scale, shard = self.current_scale(), Shard.of(self.divided_as)
+        scale, shard = self.current_scale(), ShardInfo.of(self.divided_as)
         b, a = meeting(self.lora_B, shard, 0), meeting(self.lora_A, shard, 1)
         return b.to(high) @ a.to(high) * (scale.to(high) if isinstance(scale, Tensor) else scale)
 
@@ -184,7 +184,7 @@ class LowRankLinear(nn.Module):
         """W + s·B·A (m, n) in the model's dtype, divided as W: what a plain layer would hold. Changes nothing."""
         delta = self.delta_weight()
         dense = torch.zeros_like(delta) if self.lora_only else self.exact_weight()
-        merged, shard = (dense + delta).to(self.lora_A.dtype), Shard.of(self.divided_as)
+        merged, shard = (dense + delta).to(self.lora_A.dtype), ShardInfo.of(self.divided_as)
         return (
             merged if shard.dim is None else distribute_like(merged, self.divided_as, shard.dim, shard.shape[shard.dim])
         )

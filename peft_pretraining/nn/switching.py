@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.nn.initialization import fill_uniform, kaiming_bound, switchlora_bounds
 from peft_pretraining.nn.low_rank_linear import LowRankLinear
 
@@ -79,10 +79,10 @@ class SwitchState(nn.Module):
     def divide(self, layer: LowRankLinear) -> None:
         """Keep of every candidate the entries that this device has of the layer's factors, which have been divided."""
         for name, factor, dim in (("candidates_A", layer.lora_A, 1), ("candidates_B", layer.lora_B, 0)):
-            shard = Shard.of(factor)
+            shard = ShardInfo.of(factor)
             whole = getattr(self, name)
             # Not divided at all, or with whole vectors dealt out, which the method refuses; or done already.
-            if shard.dim != dim or Shard.of(whole).dim is not None:
+            if shard.dim != dim or ShardInfo.of(whole).dim is not None:
                 continue
             part = _pool((len(whole), shard.size), local(factor), self._offload)
             part.copy_(shard.part(whole, 1))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.projection import LEFT, RIGHT, SIDES, Bases, Projection
 from peft_pretraining.optim.svd import SVD_METHODS, gram_eigenvectors, random_stiefel, top_singular_vectors, with_signs
 from peft_pretraining.optim.update_rules import SGD, Adafactor, AdamW, AdamW8bit, Lion, UpdateRule
@@ -160,7 +160,7 @@ class GaussianBasis(SVDBasis):
     def refreshed(self, old: Bases, grad: Tensor, refresh: Refresh) -> Bases:
         shape = self.projection.shard.shape
         noise = torch.randn(shape, generator=refresh.generator("gaussian matrix"), dtype=torch.float32)
-        whole = GaussianBasis(replace(self.projection, shard=Shard(shape)), self.svd_method)
+        whole = GaussianBasis(replace(self.projection, shard=ShardInfo(shape)), self.svd_method)
         return SVDBasis.refreshed(whole, old, noise.to(grad.device), refresh)
 
 
@@ -187,12 +187,12 @@ class OnlinePCA(SVDBasis):
     def init_state(self, state: dict[str, Any], param: Tensor) -> None:
         state["basis_step"] = torch.zeros((), dtype=torch.int64)
         own: dict[str, Any] = {}
-        self._rule.init_state(own, state[self._side], self._settings, Shard(state[self._side].shape))
+        self._rule.init_state(own, state[self._side], self._settings, ShardInfo(state[self._side].shape))
         state.update({f"basis_{key}": value for key, value in own.items()})
 
     def init_older_state(self, state: dict[str, Any]) -> None:
         own: dict[str, Any] = {}
-        self._rule.init_older_state(own, state[self._side], Shard(state[self._side].shape))
+        self._rule.init_older_state(own, state[self._side], ShardInfo(state[self._side].shape))
         state.update({f"basis_{key}": value for key, value in own.items()})
 
     def advance(
@@ -203,10 +203,10 @@ class OnlinePCA(SVDBasis):
         own["step"] += 1
         shard = self.projection.shard
         if self.projection.divides_projected_side:
-            grad, shard = shard.gather(grad), Shard(shard.shape)
+            grad, shard = shard.gather(grad), ShardInfo(shard.shape)
         gradient = reconstruction_gradient(self._side, basis, grad, low_rank_grad, shard.sum)
         gradient.div_(scaled_by)  # it is linear in R
-        direction, factor = self._rule.direction(own, gradient, settings, Shard(basis.shape))
+        direction, factor = self._rule.direction(own, gradient, settings, ShardInfo(basis.shape))
         if settings["weight_decay"]:
             basis.mul_(1 - lr * settings["weight_decay"])  # before the step, as torch's AdamW
         basis.add_(self._rule.finish(direction), alpha=-factor)
@@ -248,7 +248,7 @@ def check_names(group: dict[str, Any]) -> None:
         raise ValueError(f"svd_method must be one of {', '.join(SVD_METHODS)}, got {group['svd_method']!r}")
 
 
-def basis_rule(group: dict[str, Any], shape: torch.Size | Shard) -> BasisRule:
+def basis_rule(group: dict[str, Any], shape: torch.Size | ShardInfo) -> BasisRule:
     """The rule for one weight, as its parameter group asks. Raises `ValueError` for settings that contradict."""
     proj_type, rand_ratio = group["proj_type"], group["rand_ratio"]
     check_names(group)

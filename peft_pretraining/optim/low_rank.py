@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.distributed.sharding import ShardInfo, local, whole_norm
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
 from peft_pretraining.optim.projection import Projection
 from peft_pretraining.optim.settings import check_numbers
@@ -158,7 +158,7 @@ class LowRankOptimizer(SubspaceOptimizer):
         """Global 2-norm of `gradients`, over all devices; a scalar."""
         return whole_norm(self._gradient_parts())
 
-    def _gradient_parts(self) -> list[tuple[Tensor, Shard]]:
+    def _gradient_parts(self) -> list[tuple[Tensor, ShardInfo]]:
         shards = [self._shards[param] for param, _ in self._with_gradients()]
         return list(zip(self.gradients(), shards, strict=True))
 
@@ -235,7 +235,7 @@ class LowRankOptimizer(SubspaceOptimizer):
         super().zero_grad(set_to_none)
 
 
-def wide_norm(parts: Sequence[tuple[Tensor, Shard]]) -> Tensor:
+def wide_norm(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
     """`whole_norm`, in float64 where it overflowed: then it is finite if every number is."""
     norm = whole_norm(parts)
     return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 
 
 class UpdateRule:
@@ -30,14 +30,14 @@ class UpdateRule:
         """What parameter groups and saved states call it."""
         return type(self).__name__.lower()
 
-    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: Shard = WHOLE) -> None:
+    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: ShardInfo = WHOLE) -> None:
         """Create the rule's tensors as older versions had them."""
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> None:
         """Create the rule's tensors for gradients of `like`'s shape, dtype and device."""
 
     def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE
     ) -> tuple[Tensor, float]:
         """D, in the shape of `grad`, and the factor (rate included) to subtract it with."""
         raise NotImplementedError
@@ -46,23 +46,23 @@ class UpdateRule:
         """The last step, in full space and possibly in place."""
         return update
 
-    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
+    def divided(self, key: str, value: Tensor, shard: ShardInfo) -> tuple[int, int] | None:
         """The dimension of a state tensor, `value`, that is divided as the gradients are, and its whole length; None
         if every device has the same."""
         return None if shard.dim is None else (shard.dim, shard.shape[shard.dim])
 
-    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
+    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE) -> None:
         """Put the first moment through `change`, which carries it into a new basis."""
         if (moment := state.get(self.first_moment)) is not None:
             moment.copy_(change(moment))
 
 
-def upright(matrix: Tensor, shard: Shard) -> Tensor:
+def upright(matrix: Tensor, shard: ShardInfo) -> Tensor:
     """A matrix turned so that its rows are what devices divide: then a device has whole blocks of numbers."""
     return matrix.T if matrix.ndim == 2 and shard.along == 1 else matrix
 
 
-def mean(part: Tensor, dim: int, shard: Shard) -> Tensor:
+def mean(part: Tensor, dim: int, shard: ShardInfo) -> Tensor:
     """Mean over a dimension of a tensor, over all devices where it is divided."""
     if shard.dim != dim:
         return part.mean(dim)

@@ -114,7 +114,7 @@ class Subspace:
         seen = (total + grad) / (count + 1) if count else grad
         shard = self.rule.projection.shard
         if self.rule.reads_gradient(step):
-            if not shard.everywhere(seen.isfinite().all()) or shard.everywhere(~seen.any()):
+            if not shard.on_all_ranks(seen.isfinite().all()) or shard.on_all_ranks(~seen.any()):
                 return Projected(self.down(state, grad))
         projected = Projected(grad, self._refreshed(state, seen, group, step))
         projected.low_rank_grad = self.down(state, grad, projected)

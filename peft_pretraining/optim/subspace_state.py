@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.optim.base import InPlaceOptimizer, name_of, other_state
 from peft_pretraining.optim.bases import BasisRule, basis_rule, check_names
 from peft_pretraining.optim.settings import check_keys, check_numbers, check_projection
@@ -53,7 +53,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
         self.refresh_metrics: dict[str, list[Tensor]] = {}
         """Of the last update's refreshes, one number per weight: captured energy, overlap with the basis before."""
         self._peers: list[Subspace] = []
-        self._shards: dict[Tensor, Shard] = {}  # of the gradients that the update rule sees
+        self._shards: dict[Tensor, ShardInfo] = {}  # of the gradients that the update rule sees
         self._dtypes: dict[Tensor, torch.dtype] = {}  # of these: the weights' at construction
         self.projected: dict[Tensor, Projected] = {}
         """Gradients that wait for `step`."""
@@ -94,7 +94,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
 
     def _new_state(self, param: Tensor, subspace: Subspace | None, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = {"step": counter(0)}
-        like, shard = local(param.detach()), Shard.of(param)
+        like, shard = local(param.detach()), ShardInfo.of(param)
         if subspace:
             subspace.init_state(state, like)
             like = like.new_empty(subspace.rule.projection.low_rank_shape(like.shape))
@@ -136,7 +136,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
         """Of the gradients that the update rule sees, whatever the parameter has become since construction."""
         return self._dtypes[param]
 
-    def shard_of(self, param: Tensor) -> Shard:
+    def shard_of(self, param: Tensor) -> ShardInfo:
         """How the gradients that the update rule sees are divided."""
         return self._shards[param]
 
@@ -147,7 +147,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
             subspace = self.subspaces.get(param)
             if (saved["rank"] is None) != (subspace is None):
                 raise other_state("rank", saved["rank"], own["rank"])
-            if subspace and basis_rule(saved, Shard.of(param)).kind != subspace.rule.kind:
+            if subspace and basis_rule(saved, ShardInfo.of(param)).kind != subspace.rule.kind:
                 names = ("proj_type", "rand_ratio")
                 raise other_state(" and ".join(names), *([group[name] for name in names] for group in (saved, own)))
 
@@ -159,7 +159,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if subspace := self.subspaces.get(param):
-                    subspace.rule = basis_rule(group, Shard.of(param))  # the loaded group's settings hold
+                    subspace.rule = basis_rule(group, ShardInfo.of(param))  # the loaded group's settings hold
         self._forget()
         for follower in self._followers:
             follower.attach()
@@ -210,4 +210,4 @@ def _basis_rule(param: Tensor, name: str, note: str, group: dict[str, Any]) -> B
         raise ValueError(
             f"a projected parameter must be a matrix, {empty}got {name} of shape {tuple(param.shape)}{note}"
         )
-    return basis_rule(group, Shard.of(param))
+    return basis_rule(group, ShardInfo.of(param))

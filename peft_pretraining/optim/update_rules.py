@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.rule import UpdateRule, mean, upright, zeros
 
 
@@ -32,12 +32,12 @@ class AdamW(UpdateRule):
     def __init__(self, torch_epsilon: bool = False):
         self._torch_epsilon = torch_epsilon
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> None:
         state["exp_avg"] = zeros(like)
         state["exp_avg_sq"] = zeros(like)
 
     def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE
     ) -> tuple[Tensor, float]:
         grad = grad.contiguous()  # the kernel walks through memory
         k, minus_d = int(state["step"]), torch.zeros_like(grad)
@@ -70,18 +70,18 @@ class AdamW8bit(AdamW):
         super().__init__(torch_epsilon)
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> None:
         if (shard.shape or like.shape).numel() < self._SMALLEST:
             super().init_state(state, like.float(), group)
         else:
             self._init_blocks(state, like, shard)
 
-    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: Shard = WHOLE) -> None:
+    def init_older_state(self, state: dict[str, Any], like: Tensor, shard: ShardInfo = WHOLE) -> None:
         self._init_blocks(state, like, shard)
 
-    def _init_blocks(self, state: dict[str, Any], like: Tensor, shard: Shard) -> None:
+    def _init_blocks(self, state: dict[str, Any], like: Tensor, shard: ShardInfo) -> None:
         last = shard.dim is None or shard.offset + shard.size == shard.shape[shard.dim]
-        if not shard.everywhere(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
+        if not shard.on_all_ranks(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
             raise ValueError(
                 f"adamw8bit: a part of {like.numel()} numbers is not whole blocks of {self._BLOCK}; choose another "
                 "rank or number of devices"
@@ -91,7 +91,7 @@ class AdamW8bit(AdamW):
             state[moment] = torch.zeros(upright(like, shard).shape, dtype=torch.uint8, device=like.device)
             state[f"{moment}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
 
-    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
+    def divided(self, key: str, value: Tensor, shard: ShardInfo) -> tuple[int, int] | None:
         if shard.dim is None:
             return None
         if value.is_floating_point() and key in ("exp_avg", "exp_avg_sq"):
@@ -101,7 +101,7 @@ class AdamW8bit(AdamW):
         return 0, shard.shape[shard.dim]
 
     def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE
     ) -> tuple[Tensor, float]:
         if state["exp_avg"].dtype != torch.uint8:
             direction, factor = super().direction(state, grad.float(), group)
@@ -120,7 +120,7 @@ class AdamW8bit(AdamW):
         )
         return upright(minus_d, shard).to(dtype), -float(group["lr"])
 
-    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE) -> None:
+    def rotate(self, state: dict[str, Any], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE) -> None:
         if state["exp_avg"].dtype != torch.uint8:
             super().rotate(state, change, shard)
             return
@@ -153,7 +153,7 @@ class Adafactor(UpdateRule):
     optional = frozenset({"exp_avg"})
     _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)  # 1e-30 and slow decay need it
         if like.ndim >= 2:
             state["exp_avg_sq_row"] = like.new_zeros(like.shape[:-1], dtype=wide)
@@ -163,14 +163,14 @@ class Adafactor(UpdateRule):
         if group["beta1"]:
             state["exp_avg"] = zeros(like)
 
-    def divided(self, key: str, value: Tensor, shard: Shard) -> tuple[int, int] | None:
+    def divided(self, key: str, value: Tensor, shard: ShardInfo) -> tuple[int, int] | None:
         dim = {"exp_avg_sq_row": 0, "exp_avg_sq_col": 1}.get(key)
         if shard.dim is None or dim is None:
             return super().divided(key, value, shard)
         return (0, shard.shape[dim]) if shard.dim == dim else None
 
     def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE
     ) -> tuple[Tensor, float]:
         decay = 1 - int(state["step"]) ** -self._DECAY
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -199,11 +199,11 @@ class Lion(UpdateRule):
     acts_in_full_space = True
     betas = (0.9, 0.99)
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> None:
         state["exp_avg"] = zeros(like)
 
     def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE
     ) -> tuple[Tensor, float]:
         beta1, beta2 = group["betas"] or self.betas
         mixture = torch.lerp(state["exp_avg"], grad, 1 - beta1)
@@ -220,12 +220,12 @@ class SGD(UpdateRule):
     first_moment = "momentum_buffer"
     optional = frozenset({"momentum_buffer"})
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
+    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> None:
         if group["momentum"]:
             state[self.first_moment] = zeros(like)
 
     def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
+        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE
     ) -> tuple[Tensor, float]:
         if not group["momentum"]:
             return grad, float(group["lr"])
