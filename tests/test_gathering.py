@@ -48,7 +48,7 @@ def test_divided_pools_share_memory_with_what_is_saved(mesh):
     whole = {name: getattr(layer.switching, name).clone() for name in layer.switching.NAMES}
     layer.weight = divide(layer.weight, mesh, 0)
     layer.lora_A, layer.lora_B = divide(layer.lora_A, mesh, 1), divide(layer.lora_B, mesh, 0)
-    layer.switching.divide(layer)
+    layer.switching.follow_sharding(layer)
     saved = layer.switching.state_dict()
     for name, tensor in whole.items():
         assert torch.equal(parts.local(saved[name]), tensor)

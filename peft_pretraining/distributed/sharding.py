@@ -1,6 +1,6 @@
 """How one tensor's share on this device relates to the whole: all that the rest of the package knows of DTensors.
 
-Optimizers do their arithmetic on local tensors. Where a sum over a divided dimension is needed, they ask the tensor's
+Optimizers do their arithmetic on local tensors. Where a sum over a sharded dimension is needed, they ask the tensor's
 `ShardInfo`; without sharding that is the identity. A rule never asks which rank it is on.
 """
 
@@ -39,7 +39,7 @@ class ShardInfo:
     offset: int = 0
     size: int = 0
     along: int = 0
-    """The dimension in which tensors like this are divided when there are several devices."""
+    """The dimension in which tensors like this are sharded when there are several devices."""
     sum: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
     """Adds up a tensor over the devices that hold the other parts, in place."""
     gather: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
@@ -47,16 +47,16 @@ class ShardInfo:
 
     @classmethod
     def of(cls, tensor: Tensor) -> ShardInfo:
-        """That of a parameter or a gradient: DTensors are divided along one dimension, perhaps with replicas."""
+        """That of a parameter or a gradient: DTensors are sharded along one dimension, perhaps with replicas."""
         if not isinstance(tensor, DTensor):
             return cls(tensor.shape)
         mesh, placements = tensor.device_mesh, tensor.placements
-        divided = [
+        sharded = [
             (axis, placement.dim) for axis, placement in enumerate(placements) if isinstance(placement, ShardPlacement)
         ]
-        if not divided:
+        if not sharded:
             return cls(tensor.shape)
-        ((axis, dim),) = divided
+        ((axis, dim),) = sharded
         group = mesh.get_group(axis)
         shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
 
@@ -79,17 +79,17 @@ class ShardInfo:
 
 
 WHOLE = ShardInfo(torch.Size())
-"""Of tensors that are not divided, where nobody asks for the shape."""
+"""Of tensors that are not sharded, where nobody asks for the shape."""
 
 
 def distribute_like(part: Tensor, param: Tensor, dim: int | None, length: int | None = None) -> Tensor:
     """Optimizer state as a checkpoint must see it: a DTensor over the parameter's devices.
 
-    `part` is divided along its dimension `dim`, of `length` entries in all, or is the same everywhere (None).
+    `part` is sharded along its dimension `dim`, of `length` entries in all, or is the same on all ranks (None).
     """
     if not isinstance(param, DTensor) or dim is None:
         return part
-    assert length is not None, "the length of a divided dimension is not that of the part"
+    assert length is not None, "the length of a sharded dimension is not that of the part"
     shape = torch.Size((*part.shape[:dim], length, *part.shape[dim + 1 :]))
     return _like(part, param, dim, shape)
 
@@ -111,7 +111,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def whole_norm(parts: Iterable[tuple[Tensor, ShardInfo]]) -> Tensor:
-    """The 2-norm over local parts; those that are divided are added up over their devices, all at once.
+    """The 2-norm over local parts; those that are sharded are added up over their devices, all at once.
 
     Of float16 parts it is in float32, where the norm of finite numbers is finite.
     """
@@ -119,11 +119,11 @@ def whole_norm(parts: Iterable[tuple[Tensor, ShardInfo]]) -> Tensor:
     if not parts:
         return torch.zeros(())
     plain = [part for part, shard in parts if shard.dim is None]
-    divided = [(part, shard) for part, shard in parts if shard.dim is not None]
-    if not divided:
+    sharded = [(part, shard) for part, shard in parts if shard.dim is not None]
+    if not sharded:
         return torch.nn.utils.get_total_norm(plain, foreach=True)
-    square = torch.nn.utils.get_total_norm([part for part, _ in divided], foreach=True).square()
-    square = divided[0][1].sum(square)
+    square = torch.nn.utils.get_total_norm([part for part, _ in sharded], foreach=True).square()
+    square = sharded[0][1].sum(square)
     if plain:
         square = square + torch.nn.utils.get_total_norm(plain, foreach=True).square()
     return square.sqrt()

@@ -54,8 +54,8 @@ class AdapterSubspace:
         """Update step of the last refresh (-1: none) and their number."""
         return {"last_refresh": counter(-1), "refreshes": counter(0)}
 
-    def divide(self) -> None:
-        """The model has been divided over devices: from now on gradients and R are this device's parts.
+    def follow_sharding(self) -> None:
+        """The model has been sharded over devices: from now on gradients and R are this device's parts.
 
         Sums over devices, where a basis needs them, are the basis rule's.
         """
@@ -66,9 +66,9 @@ class AdapterSubspace:
             self.layer.gradient_part = lambda gradient: mean_part(gradient.to(dtype), weight)
 
     @property
-    def _divided_rank(self) -> ShardInfo | None:
-        """How the trained factor is divided where R, in contrast, is whole on every device: along the rank, since the
-        other dimension could not be divided evenly."""
+    def _sharded_rank(self) -> ShardInfo | None:
+        """How the trained factor is sharded where R, in contrast, is whole on every device: along the rank, since the
+        other dimension could not be sharded evenly."""
         shard = ShardInfo.of(self.trained)
         return shard if shard.dim is not None and self.subspace.rule.projection.low_rank_shard.dim is None else None
 
@@ -102,27 +102,27 @@ class AdapterSubspace:
         self.projected, self.layer.full_gradient = projected, None
         gradient, trained = projected.low_rank_grad.mul(self.layer.scale), self.trained.grad
         assert trained is not None, "every backward pass gives the trained factor a gradient"
-        if self._divided_rank is None:
+        if self._sharded_rank is None:
             local(trained).copy_(gradient)
         else:
             copy_to_shard(trained, gradient)
 
     @torch.no_grad()
-    def commit(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
+    def apply(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
         """Merge what the old basis has gathered, change the basis, and begin at zero in it."""
         projected, self.projected = self.projected, None
         assert projected is not None, "the new basis was not chosen"
         if projected.new_bases is not None:
             self.layer.add_to_weight(self.layer.delta_weight())
             local(self.trained).zero_()
-        state, divided = self._with_basis(state), self._divided_rank
+        state, sharded = self._with_basis(state), self._sharded_rank
         moment = state.get(rule.first_moment)
-        if divided is None or divided.dim is None or moment is None:
+        if sharded is None or sharded.dim is None or moment is None:
             self.subspace.commit(state, projected, step, rule, metrics)
             return
-        gathered = divided.gather(moment)
+        gathered = sharded.gather(moment)
         self.subspace.commit({**state, rule.first_moment: gathered}, projected, step, rule, metrics)
-        moment.copy_(divided.part(gathered, divided.dim))
+        moment.copy_(sharded.part(gathered, sharded.dim))
 
     def _with_basis(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The optimizer's state and the basis, where `Subspace` looks for them; changes in place reach both."""

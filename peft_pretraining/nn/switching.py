@@ -38,8 +38,8 @@ class SwitchState(nn.Module):
     `.to()` nor DistributedDataParallel may touch them.
 
     candidates_A (c, n), candidates_B (c, m), selected_A/B (r), pointers (2): the slots of A and B that are switched
-    next; frozen_A/B (r): updates for which a slot still gets no gradient. Where the model is divided over devices, so
-    are the vectors of the pools (`divide`); all else is the same everywhere.
+    next; frozen_A/B (r): updates for which a slot still gets no gradient. Where the model is sharded over devices, so
+    are the vectors of the pools (`follow_sharding`); all else is the same on all ranks.
     """
 
     candidates_A: Tensor
@@ -76,12 +76,12 @@ class SwitchState(nn.Module):
         self.selected_B.copy_(first_b.roll(rank // 2))
 
     @torch.no_grad()
-    def divide(self, layer: LowRankLinear) -> None:
-        """Keep of every candidate the entries that this device has of the layer's factors, which have been divided."""
+    def follow_sharding(self, layer: LowRankLinear) -> None:
+        """Keep of every candidate the entries that this device has of the layer's factors, which have been sharded."""
         for name, factor, dim in (("candidates_A", layer.lora_A, 1), ("candidates_B", layer.lora_B, 0)):
             shard = ShardInfo.of(factor)
             whole = getattr(self, name)
-            # Not divided at all, or with whole vectors dealt out, which the method refuses; or done already.
+            # Not sharded at all, or with whole vectors dealt out, which the method refuses; or done already.
             if shard.dim != dim or ShardInfo.of(whole).dim is not None:
                 continue
             part = _pool((len(whole), shard.size), local(factor), self._offload)
@@ -152,4 +152,4 @@ class SwitchedLinear(LowRankLinear):
 
     def follow_sharding(self) -> None:
         super().follow_sharding()
-        self.switching.divide(self)
+        self.switching.follow_sharding(self)
