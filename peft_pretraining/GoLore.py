@@ -24,7 +24,7 @@ from peft_pretraining.nn import LowRankLinear, merged_state_dict, wrap_linears
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim.bases import SVDThenRandom
 from peft_pretraining.optim.subspace import Subspace
-from peft_pretraining.optim.update_rules import UpdateRule
+from peft_pretraining.optim.update_rule import UpdateRule
 
 
 class ReLoRaLinear(LowRankLinear):

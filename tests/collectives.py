@@ -29,7 +29,7 @@ class _Counting(TorchDispatchMode):
 @contextlib.contextmanager
 def counted(into: list[dict[str, int]]) -> Iterator[None]:
     """Append to `into`, for every update, the number of collectives of each kind that this rank called."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step = train.train_step
 

@@ -150,7 +150,7 @@ def truncate(path: Path) -> None:
 @contextlib.contextmanager
 def before_update(step: int, act: Callable[[], Any]) -> Iterator[None]:
     """Call `act` at the beginning of 0-based update `step`, once."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step, done = train.train_step, []
 
@@ -176,7 +176,7 @@ def signal_in_update(step: int, number: int = signal.SIGTERM):
 @contextlib.contextmanager
 def signal_before_evaluation(number: int) -> Iterator[None]:
     """SIGUSR1 to this process when it begins its `number`-th evaluation, which then does not take place."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     evaluate, begun = train.evaluate, []
 
@@ -202,8 +202,8 @@ def spoil_weights(step: int, times: int = 1) -> Iterator[None]:
     """
     import torch
 
-    from peft_pretraining import train
     from peft_pretraining.distributed.sharding import local
+    from peft_pretraining.training import loop as train
 
     train_step, left = train.train_step, [times]
 
@@ -239,7 +239,7 @@ def poisoned_gradient(loss, model):
 @contextlib.contextmanager
 def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss, micro_batch: int = 1) -> Iterator[None]:
     """Let the 0-based updates `steps` be non-finite in their second micro-batch, or in the one that is named."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step, loss_sum, now = train.train_step, train.token_loss_sum, []
 
@@ -283,8 +283,8 @@ def _run_cases(path: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from peft_pretraining.distributed.sharding import local
-    from peft_pretraining.train import state_bytes
     from peft_pretraining.training import build
+    from peft_pretraining.training.loop import state_bytes
 
     rank, results, train, no_sync = int(os.environ["RANK"]), [], build.train, DistributedDataParallel.no_sync
 

@@ -22,7 +22,7 @@ OF_SCHEDULES = ("warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_
 
 CONTEXTS = (
     *[(method, f"--optimizer {rule}", OF_RULES) for method, entry in methods.METHODS.items()
-      for rule in entry.optimizers if rule not in ("adamw", "adam_zero")],
+      for rule in entry.update_rules if rule not in ("adamw", "adam_zero")],
     *[("full_rank", f"--scheduler {name}", OF_SCHEDULES)
       for name in ("linear", "constant", "cosine_restarts", "cosine_with_min_lr")],
     *[("relora", f"--scheduler {name}", OF_SCHEDULES) for name in ("linear", "cosine_restarts")],
@@ -85,11 +85,22 @@ def test_settings_of_every_run(run, name):
     check(run, "full_rank", "", name)
 
 
+def settings_of(method: str) -> list[str]:
+    """Those that can be flipped, of the method and of what it refuses."""
+    spec = methods.METHODS[method]
+    return [name for name in dict.fromkeys((*spec.own, *spec.refused)) if name in OF_METHODS]
+
+
 _FAST = [
-    *[(method, name) for method in ("galore", "relora", "switchlora", "golore_adapter") for name in
-      dict.fromkeys(name for name in methods.METHODS[method].options if name in OF_METHODS)],
-    *[("relora", "scale"), ("full_rank", "rank"), ("lora", "momentum")],
-]  # fmt: skip
+    *(
+        (method, name)
+        for method in ("galore", "relora", "switchlora", "golore_adapter")
+        for name in settings_of(method)
+    ),
+    ("relora", "scale"),
+    ("full_rank", "rank"),
+    ("lora", "momentum"),
+]
 
 
 @pytest.mark.parametrize(("method", "name"), _FAST)

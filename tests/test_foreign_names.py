@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_pretraining.config import cli, foreign_names, planned
+from peft_pretraining.config import cli, foreign_names, legacy
 from peft_pretraining.flags import ConfigError
 
 
@@ -20,7 +20,8 @@ def test_a_name_that_means_the_same_sets_the_same(command, name, ours):
         assert cli_flags()[ours].accepted.count(name) == 1
         return
     raw = ",".join(values[ours]) if isinstance(values[ours], tuple) else str(values[ours])
-    launch = cli.load([*command(**{ours: None}), f"--{name}", raw])
+    method = "galore" if ours == "target_modules" else "full_rank"
+    launch = cli.load([*command(**{ours: None}), "--method", method, f"--{name}", raw])
     assert launch.config.settings()[ours] == values[ours]
     assert not any(f"--{ours}" in warning for warning in launch.warnings)
 
@@ -63,7 +64,7 @@ def test_hints_are_given_for_yaml_keys(command, tmp_path):
     assert "unknown key 'epochs': the length of a run is --num_training_steps (updates)" in problem
 
 
-@pytest.mark.parametrize("name", sorted(planned.REFUSED))
+@pytest.mark.parametrize("name", sorted(legacy.REFUSED))
 @pytest.mark.parametrize("typo", [lambda name: name + "s", lambda name: name[:-1], lambda name: name.upper()])
 def test_no_refused_flag_is_proposed(command, name, typo):
     with pytest.raises(ConfigError) as caught:

@@ -17,7 +17,7 @@ from peft_pretraining.config import Config
 from peft_pretraining.distributed import gathering
 from peft_pretraining.distributed import sharding as parts
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.methods.switchlora import SwitchLoRA
+from peft_pretraining.methods.switchlora.method import SwitchLoRA
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 
 

@@ -80,13 +80,13 @@ def test_what_training_arguments_have_reaches_the_method():
         "--max_grad_norm 0.5 --seed 7 --gradient_accumulation_steps 3 --enable_galore"
     )
     config = glue.parse((SHORT + text).split()).config
-    found = config.optimizer
-    assert (found.lr, found.weight_decay, found.adam_beta1, found.adam_beta2) == (2e-3, 0.1, 0.8, 0.95)
-    assert (found.adam_eps, found.clip_grad_norm) == (1e-7, 0.5)
+    found, rule = config.optimizer, config.rule
+    assert (found.lr, found.weight_decay, rule.adam_beta1, rule.adam_beta2) == (2e-3, 0.1, 0.8, 0.95)
+    assert (rule.adam_eps, found.clip_grad_norm) == (1e-7, 0.5)
     assert (config.run.seed, config.batch.gradient_accumulation) == (7, 3)
     aliases = glue.parse((SHORT + "--lr 2e-3 --grad_clipping 0.5 --adam_eps 1e-7 --galore_scale 2").split()).config
-    assert (aliases.optimizer.lr, aliases.optimizer.clip_grad_norm, aliases.optimizer.adam_eps) == (2e-3, 0.5, 1e-7)
-    assert glue.parse((SHORT + "--enable_galore").split()).config.optimizer.adam_eps == 1e-6  # the method's own
+    assert (aliases.optimizer.lr, aliases.optimizer.clip_grad_norm, aliases.rule.adam_eps) == (2e-3, 0.5, 1e-7)
+    assert glue.parse((SHORT + "--enable_galore").split()).config.rule.adam_eps == 1e-6  # the method's own
 
 
 def test_flags_that_transformers_dropped():
@@ -174,3 +174,31 @@ def test_paper_settings_are_printed_as_a_command(tmp_path):
     found = glue.parse(command[at + 1 :])
     assert (found.config.method.method, found.config.method.rank, found.task.task_name) == ("galore", 4, "rte")
     assert json.dumps(found.training.num_train_epochs) == "30.0"
+
+
+def test_settings_of_a_file(tmp_path):
+    """Of every kind: the method's, transformers', the task's, fine-tuning's own; the command line wins."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "task_name: rte\nmodel_name_or_path: roberta-base\nmethod: galore\nrank: 6\nlearning_rate: 4e-4\n"
+        "evaluation_strategy: no\nsave_strategy: epoch\nlogging_first_step: yes\nmax_length: 77\nseeds: [3, 4]\n"
+        "report_to: none\noverwrite_output_dir: True\n"
+    )
+    found = glue.parse(["--training_config", str(file), "--output_dir", "OUT", "--rank", "8"])
+    assert (found.config.method.method, found.config.method.rank, found.config.optimizer.lr) == ("galore", 8, 4e-4)
+    assert (found.training.eval_strategy, found.training.save_strategy) == ("no", "epoch")
+    assert found.training.logging_first_step and found.task.max_length == 77
+    assert found.seeds == (3, 4) and found.overwrite_output_dir and not found.warnings
+    file.write_text("rank: many\nlearning_rat: 1\noptim: sgd\nlora_rank: 3\nprefix_tuning: True\n")
+    problems = problems_of(f"--training_config {file} {SHORT}")
+    bad_rank = f"--rank must be an integer, got 'many' (in {file})"
+    for part in (bad_rank, "unknown key 'learning_rat' (did you mean", "--optim sgd: the method builds"):
+        assert any(part in problem for problem in problems), (part, problems)
+
+
+def test_a_setting_under_two_names_is_told():
+    found = glue.parse((SHORT + "--max_length 32 --max_seq_length 64 --lr 1e-3 --learning_rate 1e-3").split())
+    assert found.task.max_length == 64
+    assert found.warnings == (
+        "--max_length 32 has no effect: --max_seq_length, which is the same setting, was given after it",
+    )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_pretraining.config import Config
-from peft_pretraining.methods.relora import ReLoRA
+from peft_pretraining.methods.relora.method import ReLoRA
 
 NUMBERS = load_file(Path(__file__).parent / "golden" / "relora.safetensors")
 TOLERANCE = {"rtol": 0, "atol": 1e-6}

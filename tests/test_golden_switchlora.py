@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_pretraining.config import Config
-from peft_pretraining.methods.switch_schedule import SwitchSchedule, allowed_count
-from peft_pretraining.methods.switchlora import SwitchLoRA
+from peft_pretraining.methods.switchlora.method import SwitchLoRA
+from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
 from peft_pretraining.nn.initialization import kaiming_bound, switchlora_bounds
 from peft_pretraining.nn.low_rank_linear import LowRankLinear
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_pretraining.config import Config
-from peft_pretraining.methods.golore import GoLore
-from peft_pretraining.methods.golore_adapter import GoLoreAdapter
+from peft_pretraining.methods.golore.method import GoLore
+from peft_pretraining.methods.golore_adapter.method import GoLoreAdapter
 from peft_pretraining.models.loss import token_loss_sum
-from peft_pretraining.optim.bases import SVDThenRandom
+from peft_pretraining.optim.bases import RandomBasis
 from peft_pretraining.optim.projection import LEFT
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "projected.safetensors")
@@ -42,14 +42,11 @@ def train_step(method, model, optimizer, step, backward, rate, clip=0.0):
 def test_public_numbers(monkeypatch, rule, m, n):
     prefix = f"golore_adapter__{rule}__{m}x{n}/"
     numbers = {name.removeprefix(prefix): value for name, value in GOLDEN.items() if name.startswith(prefix)}
-    refreshed = SVDThenRandom.refreshed
-
-    def public_bases(self, old, grad, refresh):
-        if self.reads_gradient(refresh.step):
-            return refreshed(self, old, grad, refresh)
-        return {self.projection.sides[0]: numbers["random_orthogonal_0"]}
-
-    monkeypatch.setattr(SVDThenRandom, "refreshed", public_bases)
+    monkeypatch.setattr(
+        RandomBasis,
+        "compute_basis",
+        lambda self, refresh: {refresh.projection.sides[0]: numbers["random_orthogonal_0"]},
+    )
     linear = nn.Linear(n, m, bias=False)
     with torch.no_grad():
         linear.weight.copy_(numbers["W0"])
@@ -96,7 +93,7 @@ def forms(rule, s, **settings):
     shared |= {"momentum": 0.9, "dampening": 0.0, "lr": 1e-2, **settings}
     adapter = GoLoreAdapter(config(**shared, scale=s))
     equivalent = {"scale": s, "adam_eps": 1e-6 / s} if rule == "adamw" else {"scale": s**2}
-    optimizer_form = GoLore(config(**{**shared, **equivalent}))
+    optimizer_form = GoLore(config(**{**shared, **equivalent, "method": "golore"}))
     made = []
     for method in (adapter, optimizer_form):
         model = method.convert(small_llama())

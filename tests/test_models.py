@@ -8,7 +8,7 @@ import torch
 from conftest import write_model
 from transformers import AutoModelForCausalLM
 
-from peft_pretraining.config import Config, ModelConfig
+from peft_pretraining.config import Config, ModelConfig, config_flags
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
@@ -121,15 +121,15 @@ def test_target_layers_are_attention_and_mlp(model_json):
 
 
 def test_every_registered_method_is_a_training_method():
-    known = set(Config().settings())
+    known = {flag.name for flag in config_flags()}
     for name, entry in METHODS.items():
         assert issubclass(load_method(name), TrainingMethod)
-        assert set(entry.options) <= known and set(entry.defaults) <= known
+        assert set(entry.own) <= known and set(entry.defaults) <= known
 
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_methods_create_all_optimizer_state_at_once_and_export_what_they_train(name, model_json, tmp_path):
-    method, model = load_method(name)(Config().replace(rank=4)), build(model_json)
+    method, model = load_method(name)(Config.from_settings({"method": name, "rank": 4})), build(model_json)
     model = method.convert(model)
     optimizer = method.build_optimizer(model)
     assert set(optimizer.state) == {param for param in model.parameters() if param.requires_grad}
@@ -151,7 +151,10 @@ def test_galore_clips_by_the_norm_of_what_it_projects(model_json):
     """Norm over R of the projected weights and the full gradients of the rest; `full` over everything."""
     norms = {}
     for kind in ("projected", "full"):
-        method, model = load_method("galore")(Config().replace(rank=4, clip_norm=kind)), build(model_json)
+        method, model = (
+            load_method("galore")(Config.from_settings({"method": "galore", "rank": 4, "clip_norm": kind})),
+            build(model_json),
+        )
         optimizer = method.build_optimizer(model)
         method.before_forward(model, optimizer, 0)
         token_loss_sum(model, {"input_ids": torch.arange(32).reshape(2, 16)}).backward()

@@ -102,14 +102,14 @@ def test_a_norm_needs_no_projection_before_it():
 
 
 def test_scaling_stays_with_a_gradient_that_is_changed_and_goes_with_another():
-    """By `scale_gradients` and by a hand that does the same afterwards."""
+    """By `scale_` and by a hand that does the same afterwards."""
     weights = [parameter((6, 5)) for _ in range(2)]
     optimizers = [build(weight, rule="sgd") for weight in weights]
     for again in (False, True):
         for index, (weight, optimizer) in enumerate(zip(weights, optimizers, strict=True)):
             set_gradients([weight], 1)
             if index == 0:
-                optimizer.scale_gradients(torch.tensor(0.5, dtype=torch.float64))
+                optimizer.scale_(torch.tensor(0.5, dtype=torch.float64))
                 if again:
                     weight.grad = matrix((6, 5), 3)  # of another batch
                 else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import GALORE, poison, poisoned_gradient, refreshes, stop_after
 
-from peft_pretraining.methods import projection
+from peft_pretraining.methods._projection import method as projection
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 
 QUICK = {"eval_tokens": 64, "eval_every": 100}

@@ -17,7 +17,7 @@ import launch  # noqa: E402
 import recipe  # noqa: E402
 
 from peft_pretraining import methods  # noqa: E402
-from peft_pretraining.config import ScheduleConfig, cli, schedule_problems, selection  # noqa: E402  # noqa: E402
+from peft_pretraining.config import ScheduleConfig, cli, legacy, schedule_problems  # noqa: E402  # noqa: E402
 from peft_pretraining.flags import ConfigError, parse_command_line, parse_yaml  # noqa: E402
 from peft_pretraining.models import model_config  # noqa: E402  # noqa: E402
 
@@ -143,7 +143,7 @@ def test_recipe_is_consistent(size, method, processes):
     words = command[command.index(str(recipe.TRAINER)) + 1 :]
     given = parse_command_line(cli.all_flags(), words, prog="", description="", problems=problems)
     assert problems == []  # every flag exists, every value converts
-    chosen = selection.choose(given, problems)
+    chosen = legacy.choose(given, problems)
     assert problems == [] or method in methods.PLANNED  # the selectors agree with each other
     assert chosen.method == method
     assert {name: flags[name] for name in ("method", "save_dir", "autoresume")} == {

@@ -41,7 +41,7 @@ def load(command):
 def test_selectors_of_methods_that_are_built(load, text, method):
     config = load(text).config
     assert (config.method.method, config.optimizer.optimizer) == (method, "adamw")
-    assert config.optimizer.adam_eps == (1e-8 if method == "full_rank" else 1e-6)
+    assert config.rule.adam_eps == (1e-8 if method == "full_rank" else 1e-6)
 
 
 @pytest.mark.parametrize(

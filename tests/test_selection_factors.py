@@ -4,8 +4,8 @@ import pytest
 from conftest import write_model
 
 from peft_pretraining.config import cli
-from peft_pretraining.config.factor_config import FACTOR_METHODS
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.methods import METHODS
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def load(command):
 def test_selectors(load, text, method):
     config = load(text).config
     assert (config.method.method, config.optimizer.optimizer) == (method, "adamw")
-    assert config.optimizer.adam_eps == (1e-6 if method == "golore_adapter" else 1e-8)
+    assert config.rule.adam_eps == (1e-6 if method == "golore_adapter" else 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_rate_that_is_not_low_after_a_merge_is_worth_a_warning(load):
 
 
 def test_what_fsdp_cannot_divide_is_named(load):
-    for method in FACTOR_METHODS:
+    for method in (name for name, spec in METHODS.items() if spec.family == "low-rank factors"):
         merges = " --relora 9" if method == "relora" else ""
         assert load(f"--method {method} --distributed_type fsdp{merges}", processes=2).config.method.method == method
     refused = load("--method relora --relora 9 --distributed_type fsdp --quantize 8bit --train_scaling")

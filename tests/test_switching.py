@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from peft_pretraining.config import Config
-from peft_pretraining.methods.switch_schedule import SwitchSchedule, allowed_count
-from peft_pretraining.methods.switchlora import SwitchLoRA
+from peft_pretraining.methods.switchlora.method import SwitchLoRA
+from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
 from peft_pretraining.nn.exchange import exchange
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
 

@@ -17,7 +17,7 @@ from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.targets import TargetError, target_linears
 from peft_pretraining.nn import low_rank_layers
 
-LOW_RANK = [name for name, entry in METHODS.items() if "target_modules" in entry.options]
+LOW_RANK = [name for name, entry in METHODS.items() if "target_modules" in entry.own]
 
 
 def llama(tmp_path, **changes):
@@ -32,7 +32,7 @@ def gpt2():
 
 def start(method, model, *targets):
     """Convert a model and build the optimizer, as every entry point does."""
-    config = Config().replace(rank=2, target_modules=targets, relora=5 if method == "relora" else 0)
+    config = Config.from_settings({"method": method, "rank": 2, "target_modules": targets, "relora": 5})
     made = load_method(method)(config)
     return made, made.build_optimizer(made.convert(model))
 

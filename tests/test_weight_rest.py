@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_pretraining.checkpoint.checkpointer import describe
+from peft_pretraining.checkpoint.contents import describe
 from peft_pretraining.config import Config
 from peft_pretraining.export import merged_model
 from peft_pretraining.methods import load_method

@@ -14,35 +14,32 @@ Tensors are restored in place, so that dtypes and memory alignment (and with the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from peft_pretraining.checkpoint import resume, run_dir
+from peft_pretraining.checkpoint.contents import ONE_PROCESS, compare, describe, named, without_unsaved_rests
 from peft_pretraining.checkpoint.failures import NotFinite, SaveFailed
 from peft_pretraining.checkpoint.finite import all_finite, leaves
 from peft_pretraining.checkpoint.retention import Retention
-from peft_pretraining.checkpoint.safe_loading import TensorReader, load_tensors
+from peft_pretraining.checkpoint.safe_loading import load_tensors
 from peft_pretraining.checkpoint.train_state import TrainState, read_counters, state_of
 from peft_pretraining.checkpoint.writer import Background, NotSaved, Snapshot, Writer, one_line
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.distributed.gathering import gather_to_main, tied_names
-from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.nn.low_rank_linear import WEIGHT_REST
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.runtime.watchdog import SAVE_FACTOR, watched
 
@@ -50,7 +47,6 @@ log = logging.getLogger("peft_pretraining")
 
 T = TypeVar("T")
 
-_ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # of torch.distributed.checkpoint
 _SECONDS_TO_RETRY = 2.0
 
 
@@ -94,7 +90,7 @@ class Checkpointer:
         self._background = Background()
         self.retention = Retention(self.save_dir, self.keep, self.record.id)
         # For good: a thread that restored the filters would disturb those of the others.
-        warnings.filterwarnings("ignore", message=_ONE_PROCESS)
+        warnings.filterwarnings("ignore", message=ONE_PROCESS)
 
     @watched("a save", SAVE_FACTOR)
     def save_once(self, state: TrainState, next_save: int) -> None:
@@ -196,7 +192,7 @@ class Checkpointer:
         tensors = self._tensors()
         tensors["model"] = without_unsaved_rests(tensors["model"], described)
         names = self._names_on_all_ranks(tensors)
-        self._attempt(lambda: _compare(described, tensors, names), undamaged=True)
+        self._attempt(lambda: compare(described, tensors, names), undamaged=True)
         counters = self._attempt(lambda: read_counters(folder))
         state = self._attempt(lambda: state_of(counters))
         self._attempt(
@@ -230,7 +226,7 @@ class Checkpointer:
 
     def _names_on_all_ranks(self, tensors: dict[str, Any]) -> set[str]:
         """Of a dictionary that may hold other tensors on each rank."""
-        return set().union(*self.ranks.gather(set(_named(tensors))))
+        return set().union(*self.ranks.gather(set(named(tensors))))
 
     def _tensors(self) -> dict[str, Any]:
         """Training weights and optimizer state by name: tensors only, so that nothing is pickled."""
@@ -258,49 +254,6 @@ class Checkpointer:
         """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.save_tokenizer(folder)
-
-
-def describe(folder: Path) -> Metadata:
-    """What tensors a checkpoint holds. Raises `ValueError`, `OSError`."""
-    return TensorReader(folder / run_dir.TENSORS_DIR).read_metadata()
-
-
-def _named(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors by the names that a checkpoint has for them."""
-    return {f"{part}.{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
-
-
-def without_unsaved_rests(model: dict[str, Any], described: Metadata) -> dict[str, Any]:
-    """A model's tensors without the rests of 16-bit weights that an older checkpoint does not have: they become 0."""
-    new = [
-        name for name in model if name.endswith(WEIGHT_REST) and f"model.{name}" not in described.state_dict_metadata
-    ]
-    for name in new:
-        local(model[name]).zero_()
-    return {name: tensor for name, tensor in model.items() if name not in new}
-
-
-def _compare(described: Metadata, tensors: dict[str, Any], on_all_ranks: set[str]) -> None:
-    """Raises `ValueError` where a checkpoint holds other tensors than the run; torch would leave some out unsaid."""
-    stored = described.state_dict_metadata
-    for name, tensor in _named(tensors).items():
-        if (found := stored.get(name)) is None:
-            raise ValueError(f"it lacks {name}: another method, or other settings, wrote it")
-        assert isinstance(found, TensorStorageMetadata), "a description of anything else is refused when it is read"
-        if found.size != tensor.shape:
-            raise ValueError(f"{name} has the shape {tuple(found.size)} instead of {tuple(tensor.shape)}")
-        if name.startswith("model.") and (dtype := found.properties.dtype) != tensor.dtype:
-            raise ValueError(f"{name} is {dtype} instead of {tensor.dtype}: see --dtype")
-    if more := sorted(name for name in stored if name.startswith("model.") and name not in on_all_ranks):
-        raise ValueError(f"it holds {more[0]}, which this run has not: another method, or other settings, wrote it")
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without the warning that a single process needs no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_ONE_PROCESS)
-        yield
 
 
 def versions() -> dict[str, str]:

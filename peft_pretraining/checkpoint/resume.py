@@ -159,14 +159,15 @@ def examine(
 def differences(record: RunRecord, identity: dict[str, Any]) -> list[str]:
     """What of a run's identity is another now, described.
 
-    What the identity did not hold yet when the run was begun is looked up in the run's settings.
+    What the identity did not hold yet when the run was begun is looked up in the run's settings; what it no longer
+    holds is nothing that the method reads.
     """
     begun = {name: record.settings[name] for name in identity if name in record.settings} | record.identity
     known = {name: value for name, value in identity.items() if name in begun}
     shown = {"model": "another model", "data": "other data"}
     return [
         shown.get(name, f"{name} {_short(old)} instead of {_short(new)}")
-        for name, old, new in run_dir.differences({name: begun[name] for name in {*known, *record.identity}}, known)
+        for name, old, new in run_dir.differences({name: begun[name] for name in known}, known)
     ]
 
 

@@ -1,18 +1,14 @@
 """All settings of a pre-training run, from the command line to checked dataclasses.
 
-Imports of the package: `checkpoint`, `data`, `flags`, `methods`, `models`, `report`, `runtime`. Free of torch, and so
-is what it imports.
+Imports of the package: `checkpoint`, `data`, `flags`, `methods`, `models`, `optim`, `report`, `runtime`. Free of
+torch, and so is what it imports.
 """
 
 from peft_pretraining.config.sections import (
-    PROJECTION_TYPES,
     SCHEDULERS,
-    SUBSPACE_DESCENT_TYPES,
-    SVD_METHODS,
     BatchConfig,
     Config,
     DataConfig,
-    MethodConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -24,14 +20,10 @@ from peft_pretraining.config.sections import (
 )
 
 __all__ = [
-    "PROJECTION_TYPES",
     "SCHEDULERS",
-    "SUBSPACE_DESCENT_TYPES",
-    "SVD_METHODS",
     "BatchConfig",
     "Config",
     "DataConfig",
-    "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",

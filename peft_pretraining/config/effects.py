@@ -1,103 +1,49 @@
 """Which settings act when: whatever else is given is named in a warning, never ignored unsaid.
 
-A method and its update rule read the settings that `methods/__init__.py` lists. Of those, and of the rest, some act
-only beside others; `CONDITIONS` says beside which. A test flips every setting of every method and looks whether the
-numbers of a run change, or whether it is told here that they do not. Nothing here imports torch.
+A method and its update rule read the settings of their own dataclasses. Of those, and of the rest, some act only
+beside others: the methods' specs say beside which, and `CONDITIONS` for the rest. A test flips every setting of every
+method and looks whether the numbers of a run change, or whether it is told here that they do not. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft_pretraining.config import Config, factor_config
-from peft_pretraining.flags import Given
-from peft_pretraining.methods import METHODS, RULE_SETTINGS
+from peft_pretraining.config import Config, method_settings
+from peft_pretraining.flags import Condition, Given
+from peft_pretraining.methods import METHODS
+from peft_pretraining.optim.rule_settings import RULES
 
 _CYCLIC = ("cosine", "cosine_restarts")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Settings that act only under a condition."""
-
-    names: tuple[str, ...]
-    acts: Callable[[Config], bool]
-    otherwise: str
-    """What goes after "without effect"; may name settings in braces."""
 
 
 def _tracks(config: Config) -> bool:
     return config.tracking.with_tracking or config.tracking.wandb_project is not None
 
 
-def _learns_by_pca(config: Config) -> bool:
-    return config.method.proj_type.startswith("continuous")
-
-
-def _is_golore(config: Config) -> bool:
-    return config.method.method in ("golore", "golore_adapter")
-
-
-def _reads_gradients(config: Config) -> bool:
-    """Whether any basis comes from gradients."""
-    method = config.method
-    return method.proj_type != "random" and not (_is_golore(config) and method.rand_ratio == 0)
-
-
 def _restarts(config: Config) -> bool:
-    """Whether the schedule has cycles of its own; ReLoRA's are as long as the time between merges."""
-    return config.schedule.cycle_length is not None or config.method.method == "relora"
+    """Whether the schedule has cycles; some methods make them as long as their own."""
+    return config.schedule.cycle_length is not None or _has_cycles_of_its_own(config)
+
+
+def _has_cycles_of_its_own(config: Config) -> bool:
+    spec = METHODS.get(config.method.method)
+    return spec is not None and "cycle_length" in spec.reads
 
 
 def _only_warms_up_restarts(config: Config) -> bool:
-    return config.schedule.scheduler == "cosine_restarts" and config.method.method != "relora"
+    return config.schedule.scheduler == "cosine_restarts" and not _has_cycles_of_its_own(config)
 
-
-METHOD_CONDITIONS = (
-    Condition(("init_lora_type", "zero_init_B"), lambda c: not c.factors.lora_only, "with --lora_only"),
-    Condition(
-        ("zero_init_B",),
-        lambda c: c.factors.init_lora_type != "origin_lora" or c.method.method == "switchlora",  # which switches no B
-        "with --init_lora_type origin_lora, whose B is zero",
-    ),
-    Condition(
-        ("switch_lora_descent_rate", "switch_descend_type"),
-        lambda c: not c.factors.fix_switch_lora_interval,
-        "with --fix_switch_lora_interval",
-    ),
-    Condition(
-        ("lora_alpha", "scale"),
-        lambda c: not (c.factors.train_scaling and c.method.method in ("lora", "relora")),
-        "with --train_scaling, whose scale is tanh(1) at first",
-    ),
-    Condition(
-        ("remain_switch_step_state",), lambda c: not c.factors.remain_switch_state, "beside --remain_switch_state"
-    ),
-    Condition(("refresh_accumulation",), _reads_gradients, "for random bases"),
-    Condition(  # the older `--proj_type random` takes singular vectors of random matrices
-        ("svd_method",), lambda c: _reads_gradients(c) or c.method.proj_type == "random", "for random bases"
-    ),
-    Condition(
-        ("rand_ratio",),
-        lambda c: c.method.update_proj_gap != 0 or c.method.rand_ratio == 0,
-        "beside a first basis that is kept for good",
-    ),
-    Condition(("stagger_refresh",), lambda c: not _learns_by_pca(c), "for --proj_type {proj_type}"),
-    Condition(
-        ("stagger_refresh",),
-        lambda c: c.method.update_proj_gap > 1 or c.method.per_layer,
-        "where all layers are due together",
-    ),
-)
-"""For the methods' settings, which fine-tuning has, too."""
 
 CONDITIONS = (
     Condition(("min_lr_ratio",), lambda c: c.schedule.scheduler in _CYCLIC, "with --scheduler {scheduler}"),
     Condition(
-        ("cycle_length",),  # ReLoRA resets moments by it
-        lambda c: c.schedule.scheduler in _CYCLIC or c.method.method == "relora",
+        ("cycle_length",),
+        lambda c: c.schedule.scheduler in _CYCLIC or _has_cycles_of_its_own(c),
         "with --scheduler {scheduler}",
     ),
     Condition(
@@ -122,35 +68,38 @@ CONDITIONS = (
 """For the settings of pre-training alone."""
 
 
-def _read_by_method(given: Mapping[str, Given], config: Config) -> set[str]:
-    """What the method and its update rule read, of `_of_methods`."""
-    entry = METHODS[config.method.method]
-    every_rule = {name for names in RULE_SETTINGS.values() for name in names}
-    options = set(entry.options) - factor_config.unread(given, config.method.method)
-    read = {*options, *RULE_SETTINGS.get(config.optimizer.optimizer, every_rule)}
-    if config.method.method != "full_rank" and config.optimizer.optimizer == "sgd":
-        read.discard("beta1")
-    if config.optimizer.optimizer == "lion":
-        read.discard("scale")  # it moves every weight by the sign of the update
-    return read
+def _read_by_method(config: Config) -> set[str]:
+    """Settings that the method and its update rule read."""
+    spec = METHODS[config.method.method]
+    rule = RULES.get(config.optimizer.optimizer)
+    if rule is None:  # which was a problem already
+        return {*spec.own, *_of_rules()}
+    return {*spec.own, *rule.reads} - {*rule.unread}
 
 
-def _of_methods(config: Config) -> set[str]:
-    """Settings that belong to methods and update rules."""
-    every_rule = {name for names in RULE_SETTINGS.values() for name in names}
-    return (set(vars(config.method)) | set(vars(config.factors)) | every_rule) - {"method"}
+def _of_rules() -> set[str]:
+    return {name for rule in RULES.values() for name in rule.reads}
 
 
-def warn_without_effect(given: Mapping[str, Given], config: Config, warnings: list[str]) -> None:
-    """One warning for all settings that the chosen method does not read, and one for each other reason."""
+def warn_without_effect(
+    given: Mapping[str, Given], config: Config, read_otherwise: Iterable[str], warnings: list[str]
+) -> None:
+    """One warning for all settings that the chosen method does not read, and one for each other reason.
+
+    read_otherwise: given settings that were read under another name.
+    """
     if config.method.method not in METHODS:
         return
-    read, of_methods = _read_by_method(given, config), _of_methods(config)
+    spec = METHODS[config.method.method]
+    read = _read_by_method(config) | set(read_otherwise)
+    of_methods = {name for other in METHODS.values() for name in other.own} | _of_rules()
+    errors = method_settings.refused(config, given)
     asked_for = [name for name in given if not _states_the_default(name, given[name].value)]
-    if unread := [name for name in asked_for if name in of_methods and name not in read]:
+    if unread := [name for name in asked_for if name in of_methods and name not in read and name not in errors]:
         how = f"for method {config.method.method} with {config.optimizer.optimizer}"
         warnings.append(_without_effect(how, unread, given))
-    _warn(METHOD_CONDITIONS, [name for name in asked_for if name in read], given, config, warnings)
+    named = [name for name in asked_for if name in read or name not in of_methods]
+    _warn(spec.conditions, named, given, config, warnings)
 
 
 def warn_without_effect_in_pretraining(given: Mapping[str, Given], config: Config, warnings: list[str]) -> None:
@@ -187,7 +136,10 @@ def _without_effect(reason: str, names: list[str], given: Mapping[str, Given]) -
 
 def _states_the_default(name: str, value: Any) -> bool:
     """`--flag False` of a switch that is off by itself asks for nothing."""
-    return value is False and _SWITCHES_ON.get(name) is not True
+    return value is False and name not in _switches_that_are_on()
 
 
-_SWITCHES_ON = {name: default for name, default in vars(Config.from_settings({}).factors).items() if default is True}
+@functools.cache
+def _switches_that_are_on() -> frozenset[str]:
+    fields = (item for spec in METHODS.values() for item in dataclasses.fields(spec.settings))
+    return frozenset(item.name for item in fields if item.default is True)

@@ -7,8 +7,10 @@ is stored: the rate of an update follows from its number, so a resumed run canno
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from peft_pretraining.config import ScheduleConfig
+if TYPE_CHECKING:
+    from peft_pretraining.config import ScheduleConfig
 
 
 def rate_multiplier(t: int, config: ScheduleConfig, total: int) -> float:

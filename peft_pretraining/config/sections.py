@@ -1,44 +1,43 @@
 """Everything that can be set for a pre-training run, as frozen dataclasses.
 
 Each field is also a flag of `torchrun_main.py` and a key of `--training_config` files: its help text, with units, is
-its documentation. A section's `*_problems` function checks what can be checked without looking at files;
-`validate.py` adds what needs them. Nothing here imports torch.
+its documentation. Those of methods and update rules are with these. A section's `*_problems` function checks what can
+be checked without looking at files; `validate.py` adds what needs them. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft_pretraining.config.distributed_config import DistributedConfig
-from peft_pretraining.config.factor_config import FactorConfig
+from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.flags import (
     Flag,
+    MethodSettings,
     boolean,
     choice,
     comma_separated,
     fraction_below_one,
-    fraction_up_to_one,
     integer,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
+    section_flags,
     sequence_length,
     setting,
     string,
     text,
     token_count,
 )
+from peft_pretraining.methods import METHODS, method_flags
+from peft_pretraining.optim.rule_settings import RULES, AdamSettings
 
 SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr")
-PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
-SUBSPACE_DESCENT_TYPES = (
-    *("random", "continuous", "continuous_adam8bit", "continuous_lion", "continuous_adafactor", "continuous_sgd"),
-)
-SVD_METHODS = ("gram", "exact", "randomized")
 
 
 def _dtype(text: str) -> str:
@@ -120,14 +119,6 @@ class OptimizerConfig:
     optimizer: str = setting("adamw", string, "update rule; galore_adamw and the like also choose the method")
     lr: float = setting(1e-4, positive_float, "peak learning rate")
     weight_decay: float = setting(0.0, non_negative_float, "decoupled weight decay, multiplied by the rate")
-    adam_beta1: float = setting(0.9, fraction_below_one, "AdamW: decay of the first moment")
-    adam_beta2: float = setting(0.999, fraction_below_one, "AdamW: decay of the second moment")
-    adam_eps: float = setting(1e-8, positive_float, "AdamW: added to the root of the second moment")
-    beta1: float | None = setting(
-        None, fraction_below_one, "Adafactor: decay of the first moment (default: none); full-rank SGD: --momentum"
-    )
-    momentum: float = setting(0.9, fraction_below_one, "SGD: decay of the momentum buffer")
-    dampening: float = setting(0.9, fraction_up_to_one, "SGD: what is subtracted from 1 to weigh a gradient in it")
     clip_grad_norm: float = setting(
         1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
     )
@@ -154,37 +145,6 @@ class ScheduleConfig:
     )
     restart_warmup_steps: int = setting(0, non_negative_int, "cosine_restarts: warm-up after each restart")
     adjust_step: int = setting(0, non_negative_int, "cosine_restarts: updates by which the restarts come earlier")
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    method: str = setting("full_rank", string, "training method")
-    rank: int = setting(128, positive_int, "rank of the low-rank updates", ("lora_r", "lora_rank"))
-    scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
-    update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
-    proj_type: str = setting(
-        "std",
-        string,
-        f"side of the projection: {', '.join(PROJECTION_TYPES)}; kind of online_subspace_descent: "
-        f"{', '.join(SUBSPACE_DESCENT_TYPES)}",
-    )
-    rand_ratio: float = setting(
-        2.0, non_negative_float, "golore: share of --num_training_steps after which bases are random; above 1 never"
-    )
-    svd_method: str = setting("gram", choice(*SVD_METHODS), f"how bases are computed: {', '.join(SVD_METHODS)}")
-    stagger_refresh: bool | None = setting(
-        None, boolean, "spread the layers' refreshes over --update_proj_gap (default: with --per_layer)"
-    )
-    refresh_accumulation: int = setting(
-        1, positive_int, "total batches whose mean gradient an SVD sees; the update sees its own"
-    )
-    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
-    target_modules: tuple[str, ...] = setting(
-        ("attn", "attention", "mlp"), comma_separated, "linear layers whose dotted name contains one of these"
-    )
-    clip_norm: str = setting(
-        "projected", choice("projected", "full"), "norm used for clipping: of projected gradients, or of full ones"
-    )
 
 
 @dataclass(frozen=True)
@@ -232,20 +192,27 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    rule: Any = dataclasses.field(default_factory=AdamSettings)
+    """A `RuleSettings`: that of the update rule `optimizer.optimizer`."""
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    method: MethodConfig = dataclasses.field(default_factory=MethodConfig)
-    factors: FactorConfig = dataclasses.field(default_factory=FactorConfig)
+    method: Any = dataclasses.field(default_factory=MethodSettings)
+    """A `MethodSettings`: that of the method, whose name it has in its field `method`."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> Config:
-        """Sort a flat mapping of setting names into their sections."""
+    def from_settings(cls, settings: Mapping[str, Any]) -> Config:
+        """Sort a flat mapping of setting names into their sections; what the method does not read is left out."""
+        types: dict[str, Any] = {item.name: item.default_factory for item in dataclasses.fields(cls)}
+        if (spec := METHODS.get(settings.get("method", MethodSettings().method))) is not None:
+            types["method"] = spec.settings
+        if (rule := RULES.get(settings.get("optimizer", OptimizerConfig().optimizer))) is not None:
+            types["rule"] = rule.settings
         sections = {}
-        for section in dataclasses.fields(cls):
-            names = {item.name for item in dataclasses.fields(section.default_factory)}
-            sections[section.name] = section.default_factory(**{k: v for k, v in settings.items() if k in names})
+        for name, section in types.items():
+            names = {item.name for item in dataclasses.fields(section)}
+            sections[name] = section(**{k: v for k, v in settings.items() if k in names})
         return cls(**sections)
 
     def settings(self) -> dict[str, Any]:
@@ -257,18 +224,46 @@ class Config:
         }
 
     def replace(self, **settings: Any) -> Config:
-        """A copy with some settings changed, named by their flags."""
-        return Config.from_settings({**self.settings(), **settings})
+        """A copy with some settings changed, named by their flags. Raises `ValueError` for one that it has not."""
+        changed = Config.from_settings({**self.settings(), **settings})
+        if unknown := sorted(set(settings) - set(changed.settings())):
+            raise ValueError(f"method {changed.method.method} has no setting {', '.join(unknown)}")
+        return changed
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether weights move inside the backward pass, which not every method can do."""
+        return getattr(self.method, "per_layer", False)
+
+    def rate_multiplier(self, step: int) -> float:
+        """Of `optimizer.lr`, in an update."""
+        return rate_multiplier(step, self.schedule, self.schedule.num_training_steps)
+
+
+_GROUPS = {
+    ModelConfig: "model",
+    DataConfig: "data",
+    BatchConfig: "batch",
+    OptimizerConfig: "optimizer",
+    ScheduleConfig: "learning-rate schedule",
+    DistributedConfig: "several devices",
+    RunConfig: "run and checkpoints",
+    TrackingConfig: "tracking",
+}
 
 
 def config_flags() -> list[Flag]:
-    """One flag for every field of every section."""
-    return [
-        Flag(item.name, item.metadata["convert"], item.metadata["help"], item.metadata["aliases"])
-        for section in dataclasses.fields(Config)
-        for item in dataclasses.fields(section.default_factory)
-        if item.metadata
-    ]
+    """One flag for every setting of any section, update rule and method."""
+    flags: dict[str, Flag] = {}
+    for section, group in _GROUPS.items():
+        flags |= {flag.name: dataclasses.replace(flag, group=group) for flag in section_flags(section)}
+    for rule in RULES.values():
+        for flag in section_flags(rule.settings):
+            flags.setdefault(flag.name, dataclasses.replace(flag, group=_GROUPS[OptimizerConfig]))
+    for flag in method_flags():
+        group = f"method: {flag.group}" if flag.group else "method"
+        flags.setdefault(flag.name, dataclasses.replace(flag, group=group))
+    return list(flags.values())
 
 
 def derive_batch(batch: BatchConfig, problems: list[str]) -> BatchConfig:

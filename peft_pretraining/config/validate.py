@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
-from peft_pretraining.config import Config, DataConfig
+from peft_pretraining.config import Config, DataConfig, method_settings
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER, read_arguments
 from peft_pretraining.data.shards import Shards, find_hub_shards, find_local_shards
-from peft_pretraining.methods import METHODS
 from peft_pretraining.models import model_config
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "auto": 2}
@@ -150,48 +149,13 @@ def check_memory(config: Config, facts: FileFacts, problems: list[str]) -> None:
         problems.append(f"the model {source} is too large: {reason}")
 
 
-def check_method(config: Config, problems: list[str], warnings: list[str]) -> None:
-    """Settings of the method against each other."""
-    method = config.method
-    options = METHODS[method.method].options if method.method in METHODS else ()
-    if method.proj_type.startswith("continuous") and "proj_type" in options and method.update_proj_gap == 0:
-        problems.append(
-            f"--update_proj_gap 0: must be positive with --proj_type {method.proj_type}, whose basis learns at 1 / gap"
-        )
-    if method.method in ("golore", "golore_adapter") and method.rand_ratio > 1:
-        warnings.append(f"--rand_ratio {method.rand_ratio:g} is above 1: bases will never be random (0.8 is usual)")
-    if method.per_layer and "per_layer" in options:
-        if config.optimizer.skip_spikes > 0:
-            problems.append(
-                f"--skip_spikes {config.optimizer.skip_spikes:g} cannot go with per-layer updates, which are done "
-                "before the gradient norm is known"
-            )
-        if method.refresh_accumulation > 1:
-            problems.append(
-                f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "
-                "per-layer updates never hold: leave one of the two out"
-            )
-        if config.optimizer.clip_grad_norm > 0 and method.clip_norm == "full":
-            warnings.append("--clip_norm full: with per-layer updates every layer adds up its full gradient in float32")
-
-
-_FACTOR_IDENTITY = ("lora_alpha", "train_scaling", "lora_only", "quantize", "use_double_quant")
-
-
 def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
     """What a resumed run must share with the run it continues."""
-    reads = METHODS[config.method.method].options
     model = {k: v for k, v in (facts.model or {}).items() if k in model_config.IDENTITY_KEYS}
     counts = {key: facts.data.get(key) for key in ("tokenizer", "vocab_size", "sequence_length", "train", "validation")}
     return {
         "model": _fingerprint(model) if model else config.model.model_name_or_path,
-        "method": config.method.method,
-        "optimizer": config.optimizer.optimizer,
-        "rank": config.method.rank if "rank" in reads else None,
-        "proj_type": config.method.proj_type if "proj_type" in reads else None,
-        "target_modules": list(config.method.target_modules) if "target_modules" in reads else None,
-        **{name: getattr(config.factors, name) for name in _FACTOR_IDENTITY if name in reads},
-        **{name: getattr(config.method, name) for name in METHODS[config.method.method].identity},
+        **method_settings.identity(config),
         "data": _fingerprint(_streamed(facts) if facts.shards else counts),
         "max_length": config.data.max_length,
     }

@@ -117,8 +117,9 @@ def _compare_with(
         problems.append(f"{what}: it was begun with {difference}")
     if warnings is None:
         return
-    for name, old, new in run_dir.differences(record.settings, config.settings()):
-        if name not in ("autoresume", "allow_restart") and name in record.settings:
+    settings = config.settings()
+    for name, old, new in run_dir.differences(record.settings, settings):
+        if name not in ("autoresume", "allow_restart") and name in record.settings and name in settings:
             warnings.append(f"resuming with another --{name}: {new!r} instead of {old!r}"[:500])
 
 

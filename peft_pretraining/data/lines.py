@@ -10,13 +10,14 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     import zstandard
+
+from peft_pretraining.checkpoint.plain_files import regular
 
 LONGEST_DOCUMENT = 32
 """MB (10^6 bytes) of a document, or of the line that it is on, unless told otherwise."""
@@ -76,8 +77,7 @@ class LineReader:
 
 def open_binary(path: Path) -> io.BufferedReader:
     """The file's bytes, decompressed on the way (`.gz`, `.zst`). `OSError` where it is no file, such as a pipe."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(f"{path} is no regular file")
+    regular(path)
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), _BUFFER)
     if path.suffix == ".zst":

@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from peft_pretraining.data.block_writer import BlockWriter
+from peft_pretraining.data.pieces import Documents
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig
-from peft_pretraining.data.sources import Documents
 from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import Encoded, encode_documents
 

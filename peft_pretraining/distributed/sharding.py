@@ -42,6 +42,8 @@ class ShardInfo:
     """The dimension in which tensors like this are sharded when there are several devices."""
     sum: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
     """Adds up a tensor over the devices that hold the other parts, in place."""
+    max: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
+    """The largest over these devices, entry by entry, in place."""
     gather: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
     """The whole tensor, on every device, from the local part of one like it."""
 
@@ -64,10 +66,14 @@ class ShardInfo:
             dist.all_reduce(part, group=group)
             return part
 
+        def largest(part: Tensor) -> Tensor:
+            dist.all_reduce(part, dist.ReduceOp.MAX, group=group)
+            return part
+
         def gather(part: Tensor) -> Tensor:
             return _like(part, tensor, dim, tensor.shape).full_tensor()
 
-        return cls(tensor.shape, dim, offsets[dim], shape[dim], dim, add_up, gather)
+        return cls(tensor.shape, dim, offsets[dim], shape[dim], dim, add_up, largest, gather)
 
     def part(self, whole: Tensor, dim: int) -> Tensor:
         """The entries of a whole tensor's dimension `dim` that belong to this device, as a view."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 
-from peft_pretraining.data.sources import one_line
+from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.finetune.checkpoints import (
     PREFIX,
     CheckpointUnusable,

@@ -173,6 +173,10 @@ def _described(finetuning: FineTuning[GlueSettings]) -> Results:
     config, task = finetuning.config, finetuning.task
     return {
         **{"task": task.task_name or task.train_file, "model": task.model_name_or_path, "seed": config.run.seed},
-        **{"method": config.method.method, "optimizer": config.optimizer.optimizer, "rank": config.method.rank},
+        **{
+            "method": config.method.method,
+            "optimizer": config.optimizer.optimizer,
+            "rank": config.settings().get("rank"),
+        },
         "learning_rate": config.optimizer.lr,
     }

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
-from peft_pretraining.config import MethodConfig
-from peft_pretraining.config.factor_config import FactorConfig
-from peft_pretraining.finetune.settings import FineTuning
+from peft_pretraining.checkpoint.plain_files import regular
+from peft_pretraining.finetune.settings import FineTuning, method_setting_names
 from peft_pretraining.finetune.training_table import MAY_CHANGE, OBEYED
 from peft_pretraining.flags import ConfigError
 
@@ -29,7 +28,6 @@ RUN_FILE = "run.json"
 _MODELS = ("model_name_or_path", "model_name", "tokenizer_name", "tokenizer")
 _OLDER = "checkpoints_without_manifest"
 _SAMPLE = 2**20
-_OPTIMIZER = ("optimizer", "adam_eps", "beta1", "momentum", "dampening")
 _LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
 Settings = dict[str, Any]
 
@@ -37,10 +35,10 @@ Settings = dict[str, Any]
 def settings_of(finetuning: FineTuning) -> Settings:
     """Everything that the command asks for, flat, as JSON gives it back."""
     config, values = finetuning.config, finetuning.values
-    sections = {item.name for section in (MethodConfig, FactorConfig) for item in dataclasses.fields(section)}
-    every = config.settings()
-    settings = {name: every[name] for name in (*sorted(sections), *_OPTIMIZER)}
-    settings["target_modules"] = every["target_modules"] if finetuning.target_modules_given else None
+    names = method_setting_names() | {"adam_eps"}
+    settings = {name: value for name, value in config.settings().items() if name in names}
+    if not finetuning.target_modules_given:
+        settings["target_modules"] = None
     settings["lora_all_modules"] = finetuning.lora_all_modules
     settings |= {name: value for name, value in values.items() if name in OBEYED}
     batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * config.batch.world_size
@@ -93,9 +91,7 @@ def read_settings(folder: Path) -> Settings | None:
     """The settings in a folder's `run.json`; None where there is no such file. Raises `ConfigError`."""
     path = folder / RUN_FILE
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a file")
-        found = json.loads(path.read_text())["settings"]
+        found = json.loads(regular(path).read_text())["settings"]
         if not isinstance(found, dict):
             raise TypeError("it has no settings")
     except FileNotFoundError:
@@ -109,7 +105,7 @@ def read_settings(folder: Path) -> Settings | None:
 def noted_as_older(folder: Path) -> list[str]:
     """The `older_checkpoints` that `write_settings` noted; none where that cannot be read."""
     try:
-        found = json.loads((folder / RUN_FILE).read_text())[_OLDER]
+        found = json.loads(regular(folder / RUN_FILE).read_text())[_OLDER]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

@@ -1,6 +1,6 @@
 """From a fine-tuning command line to checked settings: the method's, transformers' and the task's own.
 
-One flat set of flags: the fields of `MethodConfig` and `FactorConfig` with the selectors of selection.py, those of
+One flat set of flags: the settings of all methods and update rules with the selectors of legacy.py, those of
 `TrainingArguments` (training_flags.py), those here, and the fields of the task's dataclass, which the entry point
 passes. Every problem is reported at once, before torch and transformers are imported; what transformers itself finds
 wrong with the values comes after that.
@@ -14,36 +14,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from peft_pretraining.config import Config, MethodConfig, OptimizerConfig, factor_config, selection, validate
-from peft_pretraining.config.cli import warn_without_effect
-from peft_pretraining.config.factor_config import FactorConfig
+from peft_pretraining.config import Config, config_flags, legacy, method_help, method_settings
+from peft_pretraining.config.effects import warn_without_effect
+from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
-from peft_pretraining.flags import ConfigError, Flag, Given, boolean, comma_separated, integer, parse_command_line
+from peft_pretraining.flags import ConfigError, Flag, Given, read_flags, section_flags, unsupported
 from peft_pretraining.methods import METHODS
+from peft_pretraining.optim.rule_settings import RULES
+from peft_pretraining.runtime import launcher
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 T = TypeVar("T")
 
-_OWN_OPTIMIZER_FIELDS = ("optimizer", "beta1", "momentum", "dampening")
-"""Of `OptimizerConfig`; the others are fields of `TrainingArguments`."""
+_SHARED_RULE_SETTINGS = ("adam_beta1", "adam_beta2", "adam_eps")
+"""Settings of update rules that are fields of `TrainingArguments`."""
 
 
-@dataclass(frozen=True)
-class FineTuning(Generic[T]):
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(RunSettings, Generic[T]):
     """What a command asks for."""
 
     config: Config
     """The method and everything it reads; `num_training_steps` and `target_modules` are settled by `MethodTrainer`."""
     training: TrainingArguments
     task: T
-    lora_all_modules: bool = False
-    """Target every linear layer of the blocks, not only queries and values."""
     target_modules_given: bool = False
-    seeds: tuple[int, ...] = ()
-    """Run once for each of these, in a subfolder of the output folder."""
-    overwrite_output_dir: bool = False
     warnings: tuple[str, ...] = ()
     given: Mapping[str, Given] = dataclasses.field(default_factory=dict)
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -55,36 +52,22 @@ class FineTuning(Generic[T]):
         return dataclasses.replace(self, config=self.config.replace(seed=seed), training=training, seeds=())
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    if not (seeds := tuple(integer(item) for item in comma_separated(text))):
-        raise ValueError("must be integers, comma-separated")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError("must not name a seed twice")
-    if not all(0 <= seed < 2**32 for seed in seeds):
-        raise ValueError("must be between 0 and 4294967295")
-    return seeds
+def method_setting_names() -> set[str]:
+    """Settings of methods and update rules that fine-tuning has under the same name as pre-training."""
+    of_methods = {name for spec in METHODS.values() for name in (*spec.own, "method")}
+    of_rules = {name for rule in RULES.values() for name in rule.reads}
+    return (of_methods | of_rules | {"optimizer"}) - set(_SHARED_RULE_SETTINGS)
 
 
-def dataclass_flags(*types: type, only: Sequence[str] | None = None) -> list[Flag]:
-    """One flag for every field made by `flags.setting`."""
-    return [
-        Flag(item.name, item.metadata["convert"], item.metadata["help"], item.metadata["aliases"])
-        for section in types
-        for item in dataclasses.fields(section)
-        if item.metadata and (only is None or item.name in only)
-    ]
-
-
-def finetuning_flags(task_type: type) -> list[Flag]:
+def finetuning_flags(entry: EntryPoint[Any]) -> list[Flag]:
     """All flags of an entry point. A task's own flag takes the place of one of `TrainingArguments` with its name."""
     own = [
-        *dataclass_flags(MethodConfig, FactorConfig),
-        *dataclass_flags(OptimizerConfig, only=_OWN_OPTIMIZER_FIELDS),
-        *selection.SELECTORS,
-        *selection.FINETUNING_SELECTORS,
-        *dataclass_flags(task_type),
-        Flag("lora_all_modules", boolean, "target all linear layers of the blocks (default: queries and values)"),
-        Flag("seeds", _seeds, "run once per seed, comma-separated, and report mean and standard deviation"),
+        *(flag for flag in config_flags() if flag.name in method_setting_names()),
+        *legacy.SELECTORS,
+        *legacy.FINETUNING_SELECTORS,
+        *section_flags(entry.task_type, RunSettings),
+        *unsupported.refused_flags(entry.refused),
+        *unsupported.passed_over_flags(entry.passed_over),
     ]
     taken = {spelling for flag in own for spelling in flag.spellings}
     rest = [
@@ -108,6 +91,10 @@ class EntryPoint(Generic[T]):
     its own default wins over them."""
     check_task: Callable[[T, Mapping[str, Given], list[str], list[str]], None] | None = None
     """Is given the task's settings, what was given, and the lists of problems and warnings to add to."""
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Flags of older scripts -> why they are refused."""
+    passed_over: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Flags of older scripts -> why they have no effect."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +113,18 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
     """Parse and check a command line, without torch. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     warnings: list[str] = []
-    flags = finetuning_flags(entry.task_type)
-    given = parse_command_line(flags, argv, prog=entry.prog, description=entry.description, problems=problems)
+    flags = finetuning_flags(entry)
+    method_help.exit_with_help(argv, flags, entry.prog)
+    given = read_flags(
+        flags,
+        argv,
+        prog=entry.prog,
+        description=entry.description,
+        problems=problems,
+        warnings=warnings,
+    )
+    unsupported.check_refused(given, entry.refused, problems)
+    unsupported.warn_passed_over(given, entry.passed_over, warnings)
     names = {item.name for item in dataclasses.fields(entry.task_type)}
     own = {name: value for name, value in entry.defaults.items() if name in names}
     task = entry.task_type(**{**own, **{name: item.value for name, item in given.items() if name in names}})
@@ -160,14 +157,13 @@ def load(argv: Sequence[str], entry: EntryPoint[T]) -> FineTuning[T]:
         _check_fp16(checked.config, problems)
     if problems:
         raise ConfigError(problems)
+    own = {item.name: given[item.name].value for item in dataclasses.fields(RunSettings) if item.name in given}
     return FineTuning(
-        checked.config,
-        training,
-        checked.task,
-        lora_all_modules="lora_all_modules" in given and given["lora_all_modules"].value,
+        **own,
+        config=checked.config,
+        training=training,
+        task=checked.task,
         target_modules_given="target_modules" in given,
-        seeds=given["seeds"].value if "seeds" in given else (),
-        overwrite_output_dir="overwrite_output_dir" in given and given["overwrite_output_dir"].value,
         warnings=tuple(warnings),
         given=given,
         values={**training_defaults(), **checked.values},
@@ -209,44 +205,29 @@ def _config(
     warnings: list[str],
 ) -> Config:
     """The method's settings; what `TrainingArguments` has, too, is copied from its `values`."""
-    chosen = selection.choose(given, problems)
-    names = {
-        *(item.name for item in dataclasses.fields(MethodConfig)),
-        *(item.name for item in dataclasses.fields(FactorConfig)),
-        *_OWN_OPTIMIZER_FIELDS,
-    }
-    settings: dict[str, Any] = {name: value for name, value in defaults.items() if name in names}
-    settings |= METHODS[chosen.method].defaults if chosen.method in METHODS else {}
-    settings |= {k: v for k, v in factor_config.defaults(given, chosen.method).items() if k in names}
-    settings |= {name: item.value for name, item in given.items() if name in names}
-    settings |= {"method": chosen.method, "optimizer": chosen.rule}
-    settings["per_layer"] = settings.get("per_layer", False) or chosen.per_layer
-    if settings.get("stagger_refresh") is None:
-        reads_per_layer = chosen.method in METHODS and "per_layer" in METHODS[chosen.method].options
-        settings["stagger_refresh"] = reads_per_layer and settings["per_layer"]
-    settings |= _shared_settings(given, values)
-    world_size = _world_size(problems)
-    config = Config.from_settings({**settings, "world_size": world_size})
+    chosen = legacy.choose(given, problems)
+    names = method_setting_names()
+    of_methods = {name: item for name, item in given.items() if name in names | _selectors()}
+    own = {name: value for name, value in defaults.items() if name in names}
+    settings, read = method_settings.settle(of_methods, chosen, own, problems)
+    settings = {name: value for name, value in settings.items() if name in names | {"adam_eps"}}
+    config = Config.from_settings({**settings, **_shared_settings(given, values), "world_size": _world_size(problems)})
     if chosen.method in METHODS:
-        config = factor_config.resolve(config, given, problems)
-        validate.check_method(config, problems, warnings)
+        config = method_settings.resolve(config, given)
+        method_settings.check(config, of_methods, problems, warnings)
         _check_possible(config, problems)
-        warn_without_effect(given, config, warnings)
+        warn_without_effect(given, config, read, warnings)
     return config
+
+
+def _selectors() -> set[str]:
+    return {flag.name for flag in (*legacy.SELECTORS, *legacy.FINETUNING_SELECTORS)}
 
 
 def _world_size(problems: list[str]) -> int:
     """How many processes torchrun started; 1 without it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        problems.append(f"the environment variable WORLD_SIZE must be a positive integer, got {text!r}")
-        return 1
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        if int(text) > 1:
-            problems.append(
-                f"the environment variable WORLD_SIZE is {text} without {', '.join(missing)}: start with torchrun"
-            )
-    return int(text)
+    problems += launcher.launcher_problems(os.environ)
+    return launcher.world_size(os.environ, [])
 
 
 def _shared_settings(given: Mapping[str, Given], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,24 +245,18 @@ def _shared_settings(given: Mapping[str, Given], values: Mapping[str, Any]) -> d
 
 def _check_possible(config: Config, problems: list[str]) -> None:
     """What the methods can do in pre-training but not here."""
-    method, name = config.method, config.method.method
-    if method.refresh_accumulation > 1 and "refresh_accumulation" in METHODS[name].options:
-        problems.append(
-            f"--refresh_accumulation {method.refresh_accumulation}: fine-tuning has no further batches for a refresh"
-        )
-    if config.optimizer.optimizer == "adam_zero":
-        problems.append("--optimizer adam_zero: sharded optimizer states are for pre-training")
-    if config.factors.lora_only:
-        problems.append("--lora_only drops the weights that fine-tuning starts from")
-    if _is_per_layer(config) and config.batch.world_size > 1:
+    spec, rule = METHODS[config.method.method], RULES.get(config.optimizer.optimizer)
+    if not spec.allows.fine_tuning:
+        problems.append(f"--method {spec.name} does not declare that it can fine-tune models")
+    if spec.check_fine_tuning:
+        spec.check_fine_tuning(config, problems)
+    if rule is not None and not rule.fine_tuning:
+        problems.append(f"--optimizer {rule.name}: sharded optimizer states are for pre-training")
+    if config.per_layer and config.batch.world_size > 1:
         problems.append("per-layer updates: fine-tuning has them in one process only")
 
 
-def _is_per_layer(config: Config) -> bool:
-    return config.method.per_layer and "per_layer" in METHODS[config.method.method].options
-
-
 def _check_fp16(config: Config, problems: list[str]) -> None:
-    name = config.method.method
-    if _is_per_layer(config) or name == "golore_adapter":
-        problems.append(f"--fp16: {name} takes gradients before they are unscaled; use --bf16")
+    spec = METHODS[config.method.method]
+    if config.per_layer or not spec.allows.fp16:
+        problems.append(f"--fp16: {spec.name} takes gradients before they are unscaled; use --bf16")

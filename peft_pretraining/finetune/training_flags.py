@@ -27,7 +27,7 @@ from peft_pretraining.finetune.training_table import (
     UP_TO_1,
     WITHOUT_EFFECT,
 )
-from peft_pretraining.flags import Flag, Given, boolean, choice, integer, number
+from peft_pretraining.flags import Flag, Given, boolean, choice, integer, number, unsupported
 
 _OPTIM_OF_DEFAULT = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 _UNKNOWN = "this version of transformers is newer than what has been tried here"
@@ -82,13 +82,6 @@ def training_defaults() -> dict[str, Any]:
     return {name: field.default for name, field in training_fields().items()}
 
 
-def _anything(text: str) -> str:
-    return text
-
-
-_anything.value_is_optional = True
-
-
 def training_flags() -> list[Flag]:
     """Every field of `TrainingArguments` by its name and older spellings, and the flags that were dropped."""
     flags = []
@@ -98,16 +91,16 @@ def training_flags() -> list[Flag]:
         if name in WITHOUT_EFFECT:
             continue
         if name not in OBEYED:
-            flags.append(Flag(name, _anything, f"refused: {REFUSED.get(name, _UNKNOWN)}", spellings))
+            why = REFUSED.get(name, _UNKNOWN)
+            flags.append(Flag(name, unsupported.anything, f"refused: {why}", spellings, refused=True))
             continue
         flags.append(Flag(name, _converter(field), field.help or "as in transformers", spellings))
         if field.type.startswith("bool") and field.default is True:
             flags.append(Flag(f"no_{name}", boolean, f"transformers: turns {name} off", (f"no-{dashed}",)))
-    flags += [Flag(name, _anything, f"without effect: {why}") for name, why in WITHOUT_EFFECT.items()]
-    flags.append(Flag("overwrite_output_dir", boolean, "start over: drop the run in --output_dir"))
+    flags += unsupported.passed_over_flags(WITHOUT_EFFECT)
     flags.append(Flag("with_tracking", boolean, "log to wandb: the same as --report_to wandb"))
     flags.append(Flag("group_by_length", boolean, "the same as --train_sampling_strategy group_by_length"))
-    flags.append(Flag("adafactor", boolean, "refused: use --optimizer adafactor"))
+    flags.append(Flag("adafactor", boolean, "refused: use --optimizer adafactor", refused=True))
     return flags
 
 
@@ -157,9 +150,7 @@ def training_values(given: Mapping[str, Given], problems: list[str], warnings: l
     values: dict[str, Any] = {name: item.value for name, item in given.items() if name in OBEYED}
     for name in [name for name in given if name.startswith("no_") and name[3:] in fields]:
         values[name[3:]] = not given[name].value
-    for name, why in WITHOUT_EFFECT.items():
-        if name in given:
-            warnings.append(f"--{given[name].spelling} has no effect: {why}")
+    unsupported.warn_passed_over(given, WITHOUT_EFFECT, warnings)
     for name in [name for name in given if name in fields and name not in {*OBEYED, *WITHOUT_EFFECT}]:
         item = given[name]
         if not _is_default(fields[name], str(item.value)):

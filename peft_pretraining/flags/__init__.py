@@ -20,6 +20,7 @@ from peft_pretraining.flags.converters import (
     text,
     token_count,
 )
+from peft_pretraining.flags.reading import read_flags
 from peft_pretraining.flags.settings import (
     EXIT_BAD_INPUT,
     ConfigError,
@@ -31,12 +32,27 @@ from peft_pretraining.flags.settings import (
     parse_yaml,
     setting,
 )
+from peft_pretraining.flags.spec import (
+    Allows,
+    Condition,
+    MethodSettings,
+    MethodSpec,
+    RuleSettings,
+    RuleSpec,
+    section_flags,
+)
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "Allows",
+    "Condition",
     "ConfigError",
     "Flag",
     "Given",
+    "MethodSettings",
+    "MethodSpec",
+    "RuleSettings",
+    "RuleSpec",
     "boolean",
     "choice",
     "comma_separated",
@@ -52,6 +68,8 @@ __all__ = [
     "parse_yaml",
     "positive_float",
     "positive_int",
+    "read_flags",
+    "section_flags",
     "sequence_length",
     "setting",
     "string",

@@ -52,6 +52,10 @@ class Flag:
     """Other programs' names of the same setting: accepted, but not proposed."""
     refused: bool = False
     """It is known only to be refused with its reason."""
+    default: Any = None
+    """What it is where nothing says otherwise."""
+    group: str = ""
+    """Its heading in `--help`."""
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -62,9 +66,15 @@ class Flag:
         return (*self.spellings, *self.foreign)
 
 
-def setting(default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a flag."""
-    return dataclasses.field(default=default, metadata={"convert": convert, "help": help, "aliases": aliases})
+def setting(
+    default: Any, convert: Callable[[str], Any], help: str, aliases: tuple[str, ...] = (), *, identity: bool = False
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    identity: checkpoints compute something else without it, so a run that goes on must share it.
+    """
+    metadata = {"convert": convert, "help": help, "aliases": aliases, "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -97,18 +107,7 @@ def parse_command_line(
     The last occurrence of a flag wins, as argparse has it, so that a script's flags can be overridden.
     hints: what to say of flags that do not exist, by name.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    for flag in flags:
-        parser.add_argument(
-            *(f"--{spelling}" for spelling in flag.accepted),
-            dest=flag.name,
-            action=_Record,
-            nargs="?",
-            const=_NO_VALUE,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=flag.help.replace("%", "%%"),
-        )
+    parser = build_parser(flags, prog, description)
     namespace, extra = parser.parse_known_args(_join_negative_numbers(argv), argparse.Namespace(_given={}))
     by_name = {flag.name: flag for flag in flags}
     _report_unknown(extra, flags, problems, hints or {})
@@ -120,6 +119,43 @@ def parse_command_line(
         if name in given and other:
             given[name] = dataclasses.replace(given[name], replaced=f"--{other[-1][0]} {_shown_raw(other[-1][1])}")
     return given
+
+
+def build_parser(flags: Sequence[Flag], prog: str, description: str) -> argparse.ArgumentParser:
+    """The parser whose `--help` shows flags in their groups, in the order in which the groups first appear."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--FLAG VALUE] ...",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(flag.group for flag in flags) if title}
+    for flag in flags:
+        groups.get(flag.group, parser).add_argument(
+            *(f"--{spelling}" for spelling in flag.accepted),
+            dest=flag.name,
+            action=_Record,
+            nargs="?",
+            const=_NO_VALUE,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{flag.help}{_default_note(flag)}".replace("%", "%%"),
+        )
+    return parser
+
+
+def _default_note(flag: Flag) -> str:
+    """` (default: 128)`, unless the help says it already or there is none."""
+    if "default" in flag.help or flag.default in (None, ()):
+        return ""
+    return f" (default: {shown_default(flag.default)})"
+
+
+def shown_default(value: Any) -> str:
+    """A default as one would write it on a command line."""
+    items = value if isinstance(value, tuple) else (value,)
+    return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items)
 
 
 def _shown_raw(raw: Any) -> str:
@@ -173,7 +209,10 @@ def parse_yaml(
             problems.append(f"{where}: {keys[flag.name]} and {key} are one setting: give it once")
         elif value is not None:  # `key:` or `key: null` leaves the default
             keys[flag.name] = key
-            is_switch = isinstance(value, yaml_file.Switch) and flag.convert not in (string, text)
+            names = getattr(flag.convert, "allowed", ())  # `no` may be one
+            is_switch = (
+                isinstance(value, yaml_file.Switch) and flag.convert not in (string, text) and value not in names
+            )
             raw = str(value.on) if is_switch else ",".join(map(str, value)) if isinstance(value, list) else str(value)
             _convert(flag, key, raw, path, given, problems)
     return given

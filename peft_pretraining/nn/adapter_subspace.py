@@ -21,8 +21,9 @@ from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
 from peft_pretraining.optim.bases import basis_rule
 from peft_pretraining.optim.projection import RIGHT
-from peft_pretraining.optim.subspace import Projected, Subspace, counter
-from peft_pretraining.optim.update_rules import UpdateRule
+from peft_pretraining.optim.state_tensor import counter
+from peft_pretraining.optim.subspace import Projected, Subspace
+from peft_pretraining.optim.update_rule import UpdateRule
 
 
 class AdapterSubspace:
@@ -35,9 +36,9 @@ class AdapterSubspace:
 
     def __init__(self, layer: LowRankLinear, name: str, settings: dict[str, Any], peers: list[Subspace]):
         self.layer, self.settings = layer, settings
-        shape = torch.Size((layer.out_features, layer.in_features))
-        self.subspace = Subspace(basis_rule(settings, shape), f"{name}.weight", peers)
-        (self.side,) = self.subspace.rule.projection.sides
+        shape, rule = torch.Size((layer.out_features, layer.in_features)), basis_rule(settings)
+        self.subspace = Subspace(rule, rule.projection(settings, shape), f"{name}.weight", peers)
+        (self.side,) = self.subspace.projection.sides
         self.projected: Projected | None = None
         self.basis.requires_grad_(False)  # for good, so that nothing that wraps the model sees it change
 
@@ -60,7 +61,7 @@ class AdapterSubspace:
         Sums over devices, where a basis needs them, are the basis rule's.
         """
         weight, dtype = self.layer.frozen_weight, working_dtype(self.layer.lora_A.dtype)
-        self.subspace.rule = basis_rule(self.settings, ShardInfo.of(weight))
+        self.subspace.projection = self.subspace.rule.projection(self.settings, ShardInfo.of(weight))
         if ShardInfo.of(weight).dim is not None:
             # At once, in every backward pass: the gradient of a whole layer exists for that moment only.
             self.layer.gradient_part = lambda gradient: mean_part(gradient.to(dtype), weight)
@@ -70,7 +71,7 @@ class AdapterSubspace:
         """How the trained factor is sharded where R, in contrast, is whole on every device: along the rank, since the
         other dimension could not be sharded evenly."""
         shard = ShardInfo.of(self.trained)
-        return shard if shard.dim is not None and self.subspace.rule.projection.low_rank_shard.dim is None else None
+        return shard if shard.dim is not None and self.subspace.projection.low_rank_shard.dim is None else None
 
     def is_due(self, state: dict[str, Tensor], step: int) -> bool:
         return self.subspace.refresh_is_due(state, self.settings, step)
@@ -118,10 +119,10 @@ class AdapterSubspace:
         state, sharded = self._with_basis(state), self._sharded_rank
         moment = state.get(rule.first_moment)
         if sharded is None or sharded.dim is None or moment is None:
-            self.subspace.commit(state, projected, step, rule, metrics)
+            self.subspace.apply(state, projected, step, rule, metrics)
             return
         gathered = sharded.gather(moment)
-        self.subspace.commit({**state, rule.first_moment: gathered}, projected, step, rule, metrics)
+        self.subspace.apply({**state, rule.first_moment: gathered}, projected, step, rule, metrics)
         moment.copy_(sharded.part(gathered, sharded.dim))
 
     def _with_basis(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from peft_pretraining.distributed.sharding import ShardInfo, local, whole_norm
+from peft_pretraining.optim.base import grad_of, gradient_of
+from peft_pretraining.optim.collectives import run
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
-from peft_pretraining.optim.projection import Projection
-from peft_pretraining.optim.settings import check_numbers
-from peft_pretraining.optim.subspace import Projected
+from peft_pretraining.optim.moving import Member, move
+from peft_pretraining.optim.param_update import ParamUpdate
+from peft_pretraining.optim.settings import check_numbers, check_whole
+from peft_pretraining.optim.slots import update_rule
+from peft_pretraining.optim.state_tensor import is_counter
+from peft_pretraining.optim.subspace import Arrival, Projected, project_gradients
 from peft_pretraining.optim.subspace_state import GROUP_DEFAULTS, SubspaceOptimizer
-from peft_pretraining.optim.update_rules import UPDATE_RULES, UpdateRule
+from peft_pretraining.optim.update_rule import UpdateRule
 
 log = logging.getLogger("peft_pretraining")
 
@@ -69,10 +76,12 @@ class LowRankOptimizer(SubspaceOptimizer):
         weight_decay: float = 0.0,
         svd_method: str = "gram",
         seed: int = 0,
+        full_norm: bool = False,
+        refresh_accumulation: int = 1,
     ):
-        if not isinstance(rule, UpdateRule) and rule not in UPDATE_RULES:
-            raise ValueError(f"rule must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
-        self._begin(rule if isinstance(rule, UpdateRule) else UPDATE_RULES[rule]())
+        check_whole("refresh_accumulation", refresh_accumulation)
+        self.full_norm, self.refresh_accumulation = full_norm, refresh_accumulation
+        self._begin(update_rule(rule))
         own = {"lr": lr, "betas": betas, "eps": eps, "beta1": beta1, "momentum": momentum, "dampening": dampening}
         shared = {"weight_decay": weight_decay, "svd_method": svd_method, "seed": seed, "rule": self.rule.name}
         check_numbers({**own, **shared})
@@ -102,11 +111,18 @@ class LowRankOptimizer(SubspaceOptimizer):
         projection = {name: settings.pop(name) for name in GROUP_DEFAULTS if name in settings}
         return cls(model_groups(model, target_modules, {"rank": rank, **projection}), **settings)
 
-    def begin_update(self, step: int) -> None:
-        """Take `step` as the 0-based number of the update, and drop what a skipped one may have left."""
+    # Gradients, between the backward pass and `step`.
+
+    def begin_update(self, step: int, frozen: bool = False) -> None:
         self.update_step = step
         self.refresh_metrics = {}
         self._forget()
+        for follower in self._followers:
+            follower.begin(frozen)
+
+    def begin_micro_batch(self, index: int, count: int) -> None:
+        for follower in self._followers:
+            follower.begin_micro_batch(index, count)
 
     def step_of(self, param: Tensor) -> int:
         """The 0-based update that a parameter is at."""
@@ -121,6 +137,10 @@ class LowRankOptimizer(SubspaceOptimizer):
             if param in self.subspaces
         )
 
+    def wants_extra_batches(self) -> int:
+        further = self.refresh_accumulation - 1
+        return further if further and self.some_refresh_reads_gradients() else 0
+
     @torch.no_grad()
     def observe_gradients(self) -> None:
         """Let refreshes that are due see these gradients, too: their SVD is of the mean over all that were observed and
@@ -128,20 +148,24 @@ class LowRankOptimizer(SubspaceOptimizer):
         for param, group in self._with_gradients():
             subspace = self.subspaces.get(param)
             if subspace and subspace.refresh_reads_gradient(self.state[param], group, self.step_of(param)):
-                subspace.observe(local(param.grad))
+                subspace.observe(gradient_of(param))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Project every gradient that is not projected yet or has changed since, refreshing bases that are due. Nothing
-        is committed."""
+        is stored."""
+        params, arrivals = [], []
         for param, group in self._with_gradients():
-            waiting = self.projected.get(param)
-            if param not in self.subspaces or (waiting and waiting.is_of(param.grad)):
+            waiting, subspace = self.projected.get(param), self.subspaces.get(param)
+            if subspace is None or (waiting and waiting.is_of(grad_of(param))):
                 continue
-            state, grad = self.local_state(param), local(param.grad)
-            projected = self.subspaces[param].project(state, grad, group, self.step_of(param))
-            projected.look_at(param.grad)
-            if waiting and waiting.source is param.grad:  # further passes into the same tensor, or a change of it
+            params.append(param)
+            state, grad = self.local_state(param), gradient_of(param)
+            arrivals.append(Arrival(subspace, state, grad, group, self.step_of(param)))
+        for param, projected in zip(params, run(project_gradients(arrivals)), strict=True):
+            waiting, grad = self.projected.get(param), grad_of(param)
+            projected.look_at(grad)
+            if waiting and waiting.source is grad:  # further passes into the same tensor, or a change of it
                 projected.scale(waiting.scaled_by)
             self.projected[param] = projected
 
@@ -150,31 +174,66 @@ class LowRankOptimizer(SubspaceOptimizer):
         device's parts."""
         self.project_gradients()
         return [
-            self.projected[param].low_rank_grad if param in self.subspaces else local(param.grad)
+            self.projected[param].low_rank_grad if param in self.subspaces else gradient_of(param)
             for param, _ in self._with_gradients()
         ]
 
     def grad_norm(self) -> Tensor:
-        """Global 2-norm of `gradients`, over all devices; a scalar."""
+        """Global 2-norm, over all devices, of `gradients`; of the full gradients with `full_norm`, and of those whose
+        lift reads them; a scalar. With per-layer updates it is that of the update's gradients before clipping."""
+        for follower in self._followers:
+            return follower.grad_norm()
+        if self.full_norm:
+            self.project_gradients()
+            return super().grad_norm()
         return whole_norm(self._gradient_parts())
 
     def _gradient_parts(self) -> list[tuple[Tensor, ShardInfo]]:
-        shards = [self._shards[param] for param, _ in self._with_gradients()]
-        return list(zip(self.gradients(), shards, strict=True))
+        parts = []
+        for (param, _), gradient in zip(self._with_gradients(), self.gradients(), strict=True):
+            slot = self._slots[param]
+            if slot.objects.lift.reads_gradient:
+                parts.append((gradient_of(param), slot.shard))
+            else:
+                parts.append((gradient, slot.low_rank_shard))
+        return parts
 
-    def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply `gradients()` by a scalar, in place."""
+    def scale_(self, factor: Tensor) -> None:
+        """Multiplies `gradients()` by a scalar, in place, and the full gradients that lifts read.
+
+        Per-layer updates have clipped each gradient by itself, and are left alone.
+        """
+        if self._followers:
+            return
         gradients = self.gradients()
+        read = {param for param in self.projected if self._slots[param].objects.lift.reads_gradient}
         if gradients:
-            torch._foreach_mul_(gradients, factor)
-        for projected in self.projected.values():
-            projected.scaled_by = projected.scaled_by * factor
+            torch._foreach_mul_(gradients + [gradient_of(param) for param in read], factor)
+        for param, projected in self.projected.items():
+            if param in read:
+                projected.look_at(grad_of(param))  # both were scaled
+            else:
+                projected.scaled_by = projected.scaled_by * factor
+
+    scale_gradients = scale_  # until the methods call it by its new name
+
+    def metrics(self) -> dict[str, float]:
+        """Means and smallest values of captured energy and overlap over the layers that the last update refreshed."""
+        metrics, self.refresh_metrics = summary(self.refresh_metrics), {}
+        return metrics
+
+    # The update.
 
     # As torch's own: the compiler steps aside here instead of looking into decompositions and counters.
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient.
+
+        Attributes `found_inf` and `grad_scale` (scalars on the device), where somebody has set them, are honoured as by
+        torch's fused optimizers: an update with `found_inf` leaves no trace, and gradients are divided by `grad_scale`.
+        Rules that move weights themselves do so without reading them back.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -183,68 +242,99 @@ class LowRankOptimizer(SubspaceOptimizer):
             follower.finish()
         if self.update_step is None:
             self.refresh_metrics = {}
-        self.project_gradients()
-        if self.update_step is not None or self._gradients_are_finite():
-            for param, group in self._with_gradients():
-                self.update(param, local(param.grad), group, self.projected.get(param))
+        moving = list(self._with_gradients())
+        if all(self.objects(param).rule.moves_weights for param, _ in moving):
+            self._move_on_the_device(moving)
+        elif self._takes_place():
+            move([self._member(param, group, gradient_of(param)) for param, group in moving], self.refresh_metrics)
         self._forget()
         return loss
 
-    def _gradients_are_finite(self) -> bool:
-        if wide_norm(self._gradient_parts()).isfinite():
+    def _move_on_the_device(self, moving: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """An update by rules that look at `found_inf` themselves; where nobody has said which it is, gradients that are
+        not finite leave it out as well."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None and self.update_step is None and moving:
+            found_inf = (~wide_norm(self._gradient_parts()).isfinite()).float()
+        members = [self._member(param, group, gradient_of(param)) for param, group in moving]
+        move(members, self.refresh_metrics, found_inf, getattr(self, "grad_scale", None))
+
+    def _takes_place(self) -> bool:
+        """Whether the update is not to be left out; its gradients are projected, and divided by `grad_scale`."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return False
+        if grad_scale is not None:
+            self.scale_(1 / grad_scale)
+        self.project_gradients()
+        if self.update_step is not None or wide_norm(self._gradient_parts()).isfinite():
             return True
         log.warning("skipped an update: a gradient is not finite")
         return False
 
-    def update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        projected: Projected | None,
-    ) -> None:
-        """Move one parameter. `projected` is its gradient after `project` and whatever scaling since, or None for a
-        parameter without a projection; `grad` (m, n) is the full gradient, which only online PCA reads then."""
-        state, rate, step = self.local_state(param), float(group["lr"]), self.step_of(param)
-        state["step"] += 1
-        weight, subspace = local(param), self.subspaces.get(param)
-        if subspace:
-            subspace.commit(state, projected, step, self.rule, self.refresh_metrics)
-        projection = subspace.rule.projection if subspace else Projection()
-        bases = projection.bases(state)
-        dtype = self._dtypes[param]
-        low_rank_grad = projected.low_rank_grad if projected else grad.to(dtype)
-        direction, factor = self.rule.direction(state, low_rank_grad, group, self._shards[param])
-        self._keep_new(param, state, self.state[param])
-        if group["weight_decay"] and self.rule.decays_first:
-            weight.mul_(1 - rate * group["weight_decay"])
-        if self.rule.acts_in_full_space:
-            weight.add_(self.rule.finish(projection.up(bases, direction)), alpha=-factor)  # a sign, whatever the scale
+    def _member(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> Member:
+        """A parameter that is to move by a gradient, or by the projected one that waits for it."""
+        slot, state, projected = self._slots[param], self.local_state(param), self.projected.get(param)
+        objects, counted = slot.objects, is_counter(state["step"])
+        step = self.step_of(param) if counted or self.update_step is not None else -1
+        if projected is None:
+            assert grad is not None
+            low_rank_grad = grad.to(slot.dtype)
         else:
-            projection.add_back(weight, bases, direction, -factor * (group["scale"] if subspace else 1.0))
-        if subspace and not subspace.rule.refreshes and not projected.changes_bases and int(state["refreshes"]):
-            pace = rate / _base_rate(group, rate) / group["update_proj_gap"] if rate else 0.0
-            subspace.rule.advance(state, grad.to(dtype), low_rank_grad, projected.scaled_by, pace)
-        if group["weight_decay"] and not self.rule.decays_first:
-            weight.mul_(1 - rate * group["weight_decay"])  # after the update, and not scaled
+            low_rank_grad = projected.low_rank_grad
+        rate = float(group["lr"]) if counted else math.nan
+        update = ParamUpdate(
+            name=slot.name,
+            index=slot.index,
+            weight=local(param.detach()),
+            low_rank_grad=low_rank_grad,
+            state=state,
+            step=step,
+            rate=rate,
+            grad=grad.to(slot.dtype) if objects.reads_gradient and grad is not None else None,
+            shard=slot.shard,
+            low_rank_shard=slot.low_rank_shard,
+            projection=slot.projection,
+            scale=group["scale"] if slot.subspace else 1.0,
+            decay=rate * group["weight_decay"] if group["weight_decay"] else 0.0,
+            decays_first=objects.rule.decays_first,
+            rounds_once=objects.state_format == "float32",
+            scaled_by=projected.scaled_by if projected else 1.0,
+        )
+        return Member(param, slot, update, self.state[param], group, projected)
+
+    @torch.no_grad()
+    def update(self, param: Tensor, grad: Tensor | None, group: dict[str, Any], projected: Projected | None) -> None:
+        """Move one parameter at once. `projected` is its gradient after `project` and whatever scaling since, or None
+        for a parameter without a projection; `grad` (m, n) is the full gradient, where the parameter's objects read
+        it."""
+        if projected is not None:
+            self.projected[param] = projected
+        move([self._member(param, group, grad)], self.refresh_metrics)
+        self.projected.pop(param, None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, projected ones included: a refresh that was not committed stays due. What was observed
+        """Drop the gradients, projected ones included: a refresh that was not stored stays due. What was observed
         for this update stays, too."""
         self.projected.clear()
         super().zero_grad(set_to_none)
+
+
+def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Mean and smallest captured energy and overlap over the layers that an update refreshed; failures counted."""
+    metrics: dict[str, float] = {}
+    for name in ("captured_energy", "basis_overlap"):
+        if values := refreshes.get(name):
+            stacked = torch.stack([value.float() for value in values])
+            metrics[f"{name}_mean"], metrics[f"{name}_min"] = stacked.mean().item(), stacked.min().item()
+    if "refreshed" in refreshes:
+        metrics["refreshed_layers"] = len(refreshes["refreshed"])
+    if "failed_refreshes" in refreshes:
+        metrics["failed_refreshes"] = len(refreshes["failed_refreshes"])
+    return metrics
 
 
 def wide_norm(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
     """`whole_norm`, in float64 where it overflowed: then it is finite if every number is."""
     norm = whole_norm(parts)
     return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])
-
-
-def _base_rate(group: dict[str, Any], rate: float) -> float:
-    """What a rate is relative to: a scheduler's `initial_lr`, the rate at construction, or, with both 0 (a warm-up by
-    hand), the largest so far."""
-    if base := float(group.get("initial_lr", group["first_lr"])):
-        return base
-    group["largest_lr"] = max(group.get("largest_lr", 0.0), rate)
-    return group["largest_lr"]

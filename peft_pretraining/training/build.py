@@ -35,9 +35,9 @@ from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
-from peft_pretraining.train import Run, train
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import distributed_model, reduced_model
+from peft_pretraining.training.loop import Run, train
 from peft_pretraining.training.profiling import Profiler
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.training.tracking import Tracker, log, start_logging

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from peft_pretraining import rng
-from peft_pretraining.data.sources import one_line
+from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.finetune.options.settings import CONSECUTIVE, OptionSettings
 from peft_pretraining.finetune.options.tasks import Example, OptionTask
 from peft_pretraining.finetune.rows import Problems, Row, read_rows

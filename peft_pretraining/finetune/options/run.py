@@ -165,7 +165,11 @@ def _described(finetuning: FineTuning[OptionSettings], splits: Splits) -> Result
     described |= {f"{name}_rows": len(getattr(splits, name)) for name in ("train", "dev", "test")}
     if settings.trainer == "none":
         return described  # the training rows are demonstrations
-    described |= {"method": config.method.method, "optimizer": config.optimizer.optimizer, "rank": config.method.rank}
+    described |= {
+        "method": config.method.method,
+        "optimizer": config.optimizer.optimizer,
+        "rank": config.settings().get("rank"),
+    }
     return {**described, "learning_rate": config.optimizer.lr}
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,29 +48,6 @@ WITHOUT_EFFECT: dict[str, str] = {
 """Flags of the older script that are passed over, with a warning that says why."""
 
 
-def _refused(why: str) -> Callable[[str], None]:
-    def convert(text: str) -> None:
-        if text not in ("False", "false", "None"):
-            raise ValueError(f"is refused: {why}")
-
-    convert.value_is_optional = True
-    return convert
-
-
-def _anything(text: str) -> str:
-    return text
-
-
-_anything.value_is_optional = True
-
-_OlderFlags = dataclasses.make_dataclass(
-    "_OlderFlags",
-    [(name, Any, setting(None, _refused(why), f"refused: {why}")) for name, why in REFUSED.items()]
-    + [(name, Any, setting(None, _anything, f"without effect: {why}")) for name, why in WITHOUT_EFFECT.items()],
-    frozen=True,
-)
-
-
 def _task_name(text: str) -> str:
     return find_task(text).name
 
@@ -85,7 +61,7 @@ def _trainer(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class OptionSettings(_OlderFlags):
+class OptionSettings:
     """All numbers of examples are in rows of the task."""
 
     task_name: str | None = setting(None, _task_name, f"option task: {', '.join(TASKS)}")
@@ -143,9 +119,6 @@ def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[s
     by_length = sampling is not None and sampling.value in ("group_by_length", "batch_rebalance")
     if by_length or ("group_by_length" in given and given["group_by_length"].value):
         problems.append(f"--{sampling.spelling if by_length else 'group_by_length'}: not built for option tasks")
-    for name, why in WITHOUT_EFFECT.items():
-        if name in given:
-            warnings.append(f"--{name} has no effect: {why}")
     if unread := [f"--{given[name].spelling}" for name in _unread(settings) if name in given and given[name].value]:
         warnings.append(f"without effect beside the other flags: {', '.join(unread)}")
 
@@ -188,6 +161,8 @@ ENTRY = EntryPoint(
     description="Fine-tune a causal language model on an option task with any of the methods, or test it in context.",
     defaults=DEFAULTS,
     check_task=check,
+    refused=REFUSED,
+    passed_over=WITHOUT_EFFECT,
 )
 
 

@@ -1,0 +1,75 @@
+"""The settings of the chosen method and update rule, and what their specs say of them.
+
+Pre-training and fine-tuning share it. Nothing here knows a method's name. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from peft_pretraining.config import Config, legacy
+from peft_pretraining.flags import Given
+from peft_pretraining.methods import METHODS
+
+
+def settle(
+    given: Mapping[str, Given], chosen: legacy.Selection, defaults: Mapping[str, Any], problems: list[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """Every setting that is not at its dataclass's default: what was given, over what the method, the spelling and
+    `defaults`, in this order, have for it.
+
+    Returns settings by name, and those of `given` that were read under another name.
+    """
+    spec = METHODS.get(chosen.method)
+    base = {**defaults, **(spec.defaults if spec else {})}
+    translated, read = legacy.translate(given, chosen, base, problems)
+    settings = {**base, **translated, **{name: item.value for name, item in given.items()}}
+    if chosen.per_layer:
+        if settings.get("per_layer") is False:
+            problems.append(f"--optimizer {given['optimizer'].value} and --per_layer False contradict each other")
+        settings["per_layer"] = True
+    return {**settings, "method": chosen.method, "optimizer": chosen.rule}, read
+
+
+def resolve(config: Config, given: Mapping[str, Given]) -> Config:
+    """Settle what follows from other settings of the method."""
+    spec = METHODS.get(config.method.method)
+    return spec.resolve(config, given) if spec and spec.resolve else config
+
+
+def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+    """Settings of the method against each other, its values, and settings of others that it refuses."""
+    spec = METHODS.get(config.method.method)
+    if spec is None:
+        return
+    for name, values in spec.values.items():
+        if name in given and given[name].value not in values:
+            problems.append(f"--{name} {given[name].value}: {spec.name} has {', '.join(values)}")
+    for name in refused(config, given):
+        value = given[name].value
+        shown = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+        problems.append(f"--{name}{shown}: {spec.refused[name].format(name=spec.name)}")
+    if spec.check:
+        spec.check(config, given, problems, warnings)
+
+
+def refused(config: Config, given: Mapping[str, Given]) -> list[str]:
+    """Settings of other methods that are given, ask for something, and are an error beside this method."""
+    spec = METHODS[config.method.method]
+    return [name for name in spec.refused if name in given and given[name].value != _default(name)]
+
+
+def _default(name: str) -> Any:
+    """That of a setting in whichever method has it."""
+    fields = (item for spec in METHODS.values() for item in dataclasses.fields(spec.settings))
+    return next(item.default for item in fields if item.name == name)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Those settings of method and update rule that a run must share with the one that it goes on from."""
+    names = METHODS[config.method.method].identity_names
+    chosen = {"method": config.method.method, "optimizer": config.optimizer.optimizer}
+    values = {name: getattr(config.method, name) for name in names}
+    return {**chosen, **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}}

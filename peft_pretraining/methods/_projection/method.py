@@ -1,0 +1,193 @@
+"""What the methods that project gradients share: GaLore, GoLore and Online Subspace Descent differ in the basis."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peft_pretraining.distributed import LowRankReduction
+from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.methods._low_rank.targets import named_by_flag
+from peft_pretraining.methods._projection.settings import ONLINE_TYPES
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.models.targets import target_linears
+from peft_pretraining.optim import LowRankGradients, LowRankOptimizer, PerLayerUpdates
+from peft_pretraining.optim.projection import LEFT, SIDES, projected_sides
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
+    from peft_pretraining.methods._projection.settings import ProjectionSettings
+
+log = logging.getLogger("peft_pretraining")
+
+
+class GradientProjection(TrainingMethod):
+    """A `LowRankOptimizer` over the target layers, stepped by the loop or inside the backward pass."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self._updates: PerLayerUpdates | None = None
+        self._metrics: dict[str, float] = {}
+
+    def projection(self) -> dict[str, Any]:
+        """Settings of the projected parameter group: where its bases come from."""
+        method = self.config.method
+        return {
+            "rank": method.rank,
+            "update_proj_gap": method.update_proj_gap,
+            "scale": method.scale,
+            "proj_type": method.proj_type,
+            "stagger_refresh": bool(method.stagger_refresh),
+        }
+
+    def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
+        method, settings = self.config.method, self.config.optimizer
+        with named_by_flag(self.config):
+            targets = {f"{name}.weight" for name in target_linears(model, method.target_modules)}
+        named = list(model.named_parameters())
+        return LowRankOptimizer(
+            [
+                {"params": [(name, param) for name, param in named if name not in targets]},
+                {"params": [(name, param) for name, param in named if name in targets], **self.projection()},
+            ],
+            rule=settings.optimizer,
+            lr=settings.lr,
+            **self.config.rule.arguments(),
+            weight_decay=settings.weight_decay,
+            svd_method=method.svd_method,
+            seed=self.config.run.seed,
+        )
+
+    def sharded_dimension(self, name: str, param: Tensor) -> int:
+        """Along the side that is not projected, R needs no communication."""
+        targets = self.config.method.target_modules
+        if param.ndim != 2 or not any(target in name.removesuffix(".weight") for target in targets):
+            return 0
+        proj_type = self.config.method.proj_type
+        return 1 if projected_sides(proj_type if proj_type in SIDES else "std", param.shape) == (LEFT,) else 0
+
+    def low_rank_reduction(self, model: nn.Module, optimizer: LowRankOptimizer) -> LowRankReduction | None:
+        method, clips = self.config.method, self.config.optimizer.clip_grad_norm > 0
+        if method.proj_type in ONLINE_TYPES:
+            return None  # a step of the basis needs the whole gradient
+        if clips and method.clip_norm == "full":
+            log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
+            return None
+        return LowRankGradients(optimizer)
+
+    @property
+    def reduces_gradients(self) -> bool:
+        return self.config.method.per_layer  # the gradient is gone before DDP could have reduced it
+
+    def prepare(self, model: nn.Module, optimizer: LowRankOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+        if not self.config.method.per_layer:
+            return
+        method, clip = self.config.method, self.config.optimizer.clip_grad_norm
+        if any(ShardInfo.of(param).dim is not None for param in model.parameters()):
+            reduce = _as_it_is  # FSDP2's gradients arrive reduced
+        self._updates = PerLayerUpdates(
+            optimizer, reduce, clip=clip, clip_full=clip > 0 and method.clip_norm == "full",
+            early_first_bases=bool(method.stagger_refresh),
+        )  # fmt: skip
+        log_per_layer_updates(optimizer, method, clip, self.config.batch.gradient_accumulation)
+
+    def before_forward(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
+        if self._updates:
+            self._updates.begin_update(step, frozen=step in self.config.data.skip_batches)
+        else:
+            optimizer.begin_update(step)
+
+    def before_micro_batch(self, model: nn.Module, optimizer: Optimizer, index: int, count: int) -> None:
+        if self._updates:
+            self._updates.begin_micro_batch(index, count)
+
+    def extra_batches(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> int:
+        further = self.config.method.refresh_accumulation - 1
+        return further if further and optimizer.some_refresh_reads_gradients() else 0
+
+    def observe_gradients(self, model: nn.Module, optimizer: LowRankOptimizer) -> None:
+        optimizer.observe_gradients()
+
+    def grad_norm(self, model: nn.Module, optimizer: LowRankOptimizer) -> Tensor:
+        """Norm over R of the projected weights, in this update's basis, and over the full gradients of the rest."""
+        if self._updates:
+            return self._updates.grad_norm()
+        optimizer.project_gradients()
+        if self.config.method.clip_norm == "full":
+            return super().grad_norm(model, optimizer)
+        return optimizer.grad_norm()
+
+    def scale_gradients(self, model: nn.Module, optimizer: LowRankOptimizer, factor: Tensor) -> None:
+        if not self._updates:  # they have clipped, each parameter by its own norm
+            optimizer.scale_gradients(factor)
+
+    def after_optimizer_step(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
+        self._metrics = summary(optimizer.refresh_metrics)
+
+    def metrics(self) -> dict[str, float]:
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Mean and smallest captured energy and overlap over the layers that an update refreshed; failures counted."""
+    metrics: dict[str, float] = {}
+    for name in ("captured_energy", "basis_overlap"):
+        if values := refreshes.get(name):
+            stacked = torch.stack([value.float() for value in values])
+            metrics[f"{name}_mean"], metrics[f"{name}_min"] = stacked.mean().item(), stacked.min().item()
+    if "refreshed" in refreshes:
+        metrics["refreshed_layers"] = len(refreshes["refreshed"])
+    if "failed_refreshes" in refreshes:
+        metrics["failed_refreshes"] = len(refreshes["failed_refreshes"])
+    return metrics
+
+
+def log_per_layer_updates(
+    optimizer: LowRankOptimizer, method: ProjectionSettings, clip: float, accumulation: int
+) -> None:
+    """Say what is different, and how many bytes of gradients exist at a time."""
+    log.info("per-layer updates: every parameter moves inside the backward pass")
+    if clip:
+        log.info("clipping: each parameter's gradient by its own norm, %g; no global norm exists in time", clip)
+    if method.proj_type in ONLINE_TYPES and accumulation > 1:
+        log.info("online PCA needs whole gradients: with %d micro-batches every layer adds up its own", accumulation)
+    elif method.stagger_refresh and accumulation > 1:
+        log.info("the first bases come from the first micro-batch of update 0")
+    ordinary, refresh, whole = gradient_bytes(optimizer, method, accumulation)
+    log.info(
+        "gradients held at a time: about %.1f MB in ordinary updates, up to %.1f MB in those that refresh bases, "
+        "%.1f MB without per-layer updates",
+        *(ordinary / 1e6, refresh / 1e6, whole / 1e6),
+    )
+
+
+def gradient_bytes(optimizer: LowRankOptimizer, method: ProjectionSettings, accumulation: int) -> tuple[int, int, int]:
+    """The most bytes of gradients that exist at a time: in ordinary per-layer updates, in per-layer updates that
+    refresh bases, and without per-layer updates."""
+    subspaces = optimizer.subspaces
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    whole = sum(param.numel() * param.element_size() for param in params)
+    largest = max(param.numel() * param.element_size() for param in params)
+    if accumulation == 1:
+        return largest, largest, whole
+    kept = sum(param.numel() * param.element_size() for param in params if param not in subspaces)
+    summed = [4 * param.numel() for param in subspaces]  # G and R are added up in float32
+    low = sum(4 * space.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
+    if method.proj_type in ONLINE_TYPES:
+        return whole, whole, whole
+    if method.clip_norm == "full":
+        return kept + sum(summed) + largest, kept + sum(summed) + largest, whole
+    gap = method.update_proj_gap or len(summed)
+    at_once = -(-len(summed) // gap) if method.stagger_refresh else len(summed)
+    refreshed = sum(sorted(summed)[-at_once:])
+    return kept + low + largest, kept + low + refreshed + largest, whole

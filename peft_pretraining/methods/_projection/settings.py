@@ -1,0 +1,145 @@
+"""Settings of the methods whose gradients are projected, and what there is to check about them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peft_pretraining.flags import (
+    Allows,
+    Condition,
+    Given,
+    MethodSettings,
+    boolean,
+    choice,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    setting,
+)
+from peft_pretraining.methods._low_rank.settings import LowRankSettings
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
+
+SVD_METHODS = ("gram", "exact", "randomized")
+PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
+ONLINE_TYPES = (
+    "continuous",
+    "continuous_adam8bit",
+    "continuous_lion",
+    "continuous_adafactor",
+    "continuous_sgd",
+)
+SUBSPACE_DESCENT_TYPES = ("random", *ONLINE_TYPES)
+
+
+@dataclass(frozen=True)
+class BasisSettings(MethodSettings):
+    """Where bases come from, and when."""
+
+    scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
+    update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
+    svd_method: str = setting("gram", choice(*SVD_METHODS), f"how bases are computed: {', '.join(SVD_METHODS)}")
+    stagger_refresh: bool | None = setting(
+        None, boolean, "spread the layers' refreshes over --update_proj_gap (default: with --per_layer)"
+    )
+    refresh_accumulation: int = setting(
+        1, positive_int, "total batches whose mean gradient an SVD sees; the update sees its own"
+    )
+    clip_norm: str = setting(
+        "projected", choice("projected", "full"), "norm used for clipping: of projected gradients, or of full ones"
+    )
+
+
+@dataclass(frozen=True)
+class RandomBasisSettings(MethodSettings):
+    rand_ratio: float = setting(
+        2.0, non_negative_float, "golore: share of --num_training_steps after which bases are random; above 1 never"
+    )
+
+
+@dataclass(frozen=True)
+class ProjectionSettings(LowRankSettings, BasisSettings):
+    proj_type: str = setting(
+        "std",
+        choice(*PROJECTION_TYPES, *SUBSPACE_DESCENT_TYPES),
+        f"side of the projection: {', '.join(PROJECTION_TYPES)}; kind of online_subspace_descent: "
+        f"{', '.join(SUBSPACE_DESCENT_TYPES)}",
+        identity=True,
+    )
+    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+
+
+FAMILY = "projected gradients"
+UPDATE_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
+DEFAULTS = {"adam_eps": 1e-6}
+ALLOWS = Allows(projected_gradient=True, per_layer=True, fsdp=True, fine_tuning=True, fp16=True)
+
+
+def _reads_gradients(config: Config) -> bool:
+    """Whether any basis comes from gradients."""
+    method = config.method
+    return getattr(method, "proj_type", "std") != "random" and getattr(method, "rand_ratio", 1.0) > 0
+
+
+CONDITIONS = (
+    Condition(("refresh_accumulation",), _reads_gradients, "for random bases"),
+    Condition(  # the older `--proj_type random` takes singular vectors of random matrices
+        ("svd_method",),
+        lambda c: _reads_gradients(c) or getattr(c.method, "proj_type", "std") == "random",
+        "for random bases",
+    ),
+    Condition(
+        ("stagger_refresh",),
+        lambda c: c.method.update_proj_gap > 1 or c.per_layer,
+        "where all layers are due together",
+    ),
+)
+RANDOM_CONDITIONS = (
+    Condition(
+        ("rand_ratio",),
+        lambda c: c.method.update_proj_gap != 0 or c.method.rand_ratio == 0,
+        "beside a first basis that is kept for good",
+    ),
+)
+
+
+def resolve(config: Config, given: Mapping[str, Given]) -> Config:
+    """Refreshes are spread where gradients are freed one by one: otherwise all are kept for the refresh."""
+    return config.replace(stagger_refresh=config.per_layer) if config.method.stagger_refresh is None else config
+
+
+def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+    """What updates in the backward pass cannot do."""
+    method = config.method
+    if not method.per_layer:
+        return
+    if config.optimizer.skip_spikes > 0:
+        problems.append(
+            f"--skip_spikes {config.optimizer.skip_spikes:g} cannot go with per-layer updates, which are done "
+            "before the gradient norm is known"
+        )
+    if method.refresh_accumulation > 1:
+        problems.append(
+            f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "
+            "per-layer updates never hold: leave one of the two out"
+        )
+    if config.optimizer.clip_grad_norm > 0 and method.clip_norm == "full":
+        warnings.append("--clip_norm full: with per-layer updates every layer adds up its full gradient in float32")
+
+
+def check_random(config: Config, warnings: list[str]) -> None:
+    if config.method.rand_ratio > 1:
+        ratio = config.method.rand_ratio
+        warnings.append(f"--rand_ratio {ratio:g} is above 1: bases will never be random (0.8 is usual)")
+
+
+def check_fine_tuning(config: Config, problems: list[str]) -> None:
+    if config.method.refresh_accumulation > 1:
+        problems.append(
+            f"--refresh_accumulation {config.method.refresh_accumulation}: fine-tuning has no further batches for a "
+            "refresh"
+        )

@@ -1,0 +1,19 @@
+"""GaLore: the gradients of the linear layers are projected onto their own top singular vectors (arXiv 2403.03507).
+
+For a weight W (m, n) with m <= n, at update t (algorithm 2):
+
+    if t % update_proj_gap == 0:  P = first r left singular vectors of G        (m, r)   optim/bases.py: SVDBasis
+    R = Pᵀ G                                                                    (r, n)   optim/projection.py
+    D = AdamW's direction for R, with moments of R's shape                      (r, n)   optim/update_rules.py
+    W <- W - lr * scale * P D                                                   (m, n)   optim/low_rank.py
+
+and from the right, R = G Qᵀ, if m > n. The moments are kept as they are when the basis changes.
+"""
+
+from __future__ import annotations
+
+from peft_pretraining.methods._projection.method import GradientProjection
+
+
+class GaLore(GradientProjection):
+    """`--proj_type` chooses the side: std reverse_std left right full."""

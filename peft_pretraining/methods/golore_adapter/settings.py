@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from peft_pretraining.flags import Given, MethodSpec
+from peft_pretraining.methods._factors import settings as factors
+from peft_pretraining.methods._projection import settings as projection
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
+
+
+@dataclass(frozen=True)
+class GoLoreAdapterSettings(factors.FactorSettings, projection.BasisSettings, projection.RandomBasisSettings):
+    pass
+
+
+def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+    projection.check_random(config, warnings)
+    if config.method.clip_norm == "full":
+        problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")
+
+
+SPEC = MethodSpec(
+    name="golore_adapter",
+    title="GoLore, adapter form",
+    paper="2410.11289",
+    year=2024,
+    summary="GoLore as factors: no full gradients between refreshes",
+    family=factors.FAMILY,
+    settings=GoLoreAdapterSettings,
+    defaults=projection.DEFAULTS,
+    refused={
+        "lora_only": factors.CHANGES_FROZEN,
+        "quantize": factors.QUANTISED_AGAIN,
+        "lora_plus_ratio": "method {name} trains one factor of each layer, A or B by its shape, so there is no rate of "
+        "B over that of A",
+    },
+    update_rules=("adamw", "sgd"),
+    state="mr + 2nr",
+    allows=replace(factors.ALLOWS, quantized_weights=False, fp16=False),
+    identity=("scale",),
+    conditions=(*projection.CONDITIONS, *projection.RANDOM_CONDITIONS),
+    resolve=projection.resolve,
+    check=check,
+    check_fine_tuning=projection.check_fine_tuning,
+)

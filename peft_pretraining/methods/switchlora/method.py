@@ -1,0 +1,145 @@
+"""SwitchLoRA: vectors of the factors are exchanged, a few in every update, against candidates from a pool.
+
+arXiv 2406.06564. An exchanged row of A resets and freezes the matching column of B for a few updates, and the other way
+round: its gradient was computed with the vector that has gone. The newcomer keeps the optimizer state of its slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peft_pretraining import rng
+from peft_pretraining.distributed.sharding import ShardInfo, local, whole_norm
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.methods._factors.method import FactorMethod
+from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
+from peft_pretraining.nn import low_rank_layers
+from peft_pretraining.nn.exchange import exchange, to_device
+from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
+from peft_pretraining.optim.state_reset import MOMENTS
+from peft_pretraining.optim.vector_adamw import VectorAdamW
+
+if TYPE_CHECKING:
+    from peft_pretraining.config import Config
+
+_VECTORS = {"lora_A": 0, "lora_B": 1}
+"""Along which dimension a factor's vectors lie."""
+
+
+class SwitchLoRA(FactorMethod):
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.uniform: Callable[[int, int], float] = self.draw_uniform
+        """(update, layer) -> a number in [0, 1) that rounds the count of switches; tests put in their own."""
+        self.switched = 0
+        self.correction_norm: Tensor | None = None
+
+    def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        super().before_forward(model, optimizer, step)
+        self.switched, self.correction_norm = 0, None  # an update that is skipped switches nothing
+
+    def wrap(self, linear: nn.Linear, index: int, name: str) -> SwitchedLinear:
+        settings, seed = self.config.method, self.config.run.seed
+        layer = SwitchedLinear(linear, settings.rank, self.scale, dropout=settings.lora_dropout, corrected=True)
+        state = SwitchState(layer, offload=not settings.no_offload_candidates)
+        generator = rng.generator(seed, "candidates", index=index)
+        state.fill(layer, settings.init_lora_type, generator, settings.zero_init_B, settings.discontinuous_switch)
+        layer.add_candidates(state)
+        return layer
+
+    def build_optimizer(self, model: nn.Module) -> VectorAdamW:
+        for name, layer in low_rank_layers(model).items():
+            if ShardInfo.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
+                raise ConfigError([f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
+                                   f"of {name} evenly: use another number of devices, --replicas, or ddp"])  # fmt: skip
+        groups = self.parameter_groups(model)
+        groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
+        return VectorAdamW(groups, **self.config.rule.arguments(), weight_decay=self.config.optimizer.weight_decay)
+
+    def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        """Switch, reset, freeze; with gradients that were computed before the switch, and clipped."""
+        layers: list[SwitchedLinear] = list(low_rank_layers(model).values())
+        switches = [self.plan(layer, step, index) for index, layer in enumerate(layers)]
+        self.carry_out(layers, switches, optimizer)
+
+    def draw_uniform(self, step: int, index: int) -> float:
+        """Equal on all ranks, and the same after a resume."""
+        generator = rng.generator(self.config.run.seed, "switch count", step, index)
+        return float(torch.rand((), dtype=torch.float64, generator=generator))
+
+    def requested_count(self, rank: int, step: int, index: int) -> int:
+        """Slots of each factor that the schedule would switch, before the clamp."""
+        t = self.own_time(step)
+        return SwitchSchedule.of(self.config.method, self.own_total()).requested_count(
+            t, rank, self.uniform(step, index)
+        )
+
+    def plan(self, layer: SwitchedLinear, step: int, index: int) -> Switch:
+        """What a layer exchanges in this update."""
+        settings, state = self.config.method, layer.switching
+        if state.candidates <= layer.rank:
+            return Switch()
+        requested = self.requested_count(layer.rank, step, index)
+        count = allowed_count(requested, layer.rank, state.frozen_count(), state.candidates)
+        if not settings.discontinuous_switch:
+            return state.next_in_ring(count, not settings.zero_init_B)
+        generator = rng.generator(self.config.run.seed, "switched candidates", step, index)
+        return state.next_at_random(count, not settings.zero_init_B, generator)
+
+    def carry_out(self, layers: list[SwitchedLinear], switches: list[Switch], optimizer: Optimizer) -> None:
+        """Exchange the vectors of all layers, reset the optimizer's state of their counterparts and freeze those."""
+        settings = self.config.method
+        due = [(layer, switch) for layer, switch in zip(layers, switches, strict=True) if switch]
+        corrections = exchange(due, settings.switch_lora_drop)
+        self.switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
+        if settings.cal_delta_norm:
+            shards = [ShardInfo.of(layer.weight) for layer, _ in due]
+            self.correction_norm = whole_norm(zip(corrections, shards, strict=True))
+        for layer, switch in due:
+            layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step
+            layer.switching.frozen_A[switch.slots_b] = settings.adam_warm_step
+        # Only this update's slots have the full count, or a negative one (reset without freezing).
+        self._reset([(layer.lora_B, "lora_B", switch.slots_a) for layer, switch in due], optimizer)
+        self._reset([(layer.lora_A, "lora_A", switch.slots_b) for layer, switch in due], optimizer)
+        self._freeze(layers)
+
+    def _reset(self, slots: list[tuple[Tensor, str, list[int]]], optimizer: Optimizer) -> None:
+        """Zero moments and step counts of some vectors of each factor."""
+        settings = self.config.method
+        slots = [item for item in slots if item[2]]
+        if settings.remain_switch_state or not slots:
+            return
+        indices = to_device([item[2] for item in slots], local(slots[0][0]).device)
+        for (factor, name, _), index in zip(slots, indices, strict=True):
+            state = optimizer.state[factor]
+            for key in MOMENTS:
+                local(state[key]).index_fill_(_VECTORS[name], index, 0)
+            if not settings.remain_switch_step_state:
+                state["step"].index_fill_(0, index, 0)
+
+    def _freeze(self, layers: list[SwitchedLinear]) -> None:
+        """Zero the gradients of frozen vectors and count their updates down."""
+        frozen: list[tuple[Tensor, int, list[int]]] = []
+        for layer in layers:
+            for name, dim in _VECTORS.items():
+                counters = layer.switching.frozen_A if name == "lora_A" else layer.switching.frozen_B
+                if not counters.any():
+                    continue
+                if slots := (counters > 0).nonzero().flatten().tolist():
+                    frozen.append((local(getattr(layer, name).grad), dim, slots))
+                counters.copy_((counters - 1).clamp_(min=0))
+        if frozen:
+            indices = to_device([item[2] for item in frozen], frozen[0][0].device)
+            for (gradient, dim, _), index in zip(frozen, indices, strict=True):
+                gradient.index_fill_(dim, index, 0)
+
+    def metrics(self) -> dict[str, float]:
+        found = {"switched_vectors": float(self.switched)}
+        if self.correction_norm is not None:
+            found["switch_delta_norm"] = float(self.correction_norm)
+        return found

@@ -1,0 +1,209 @@
+"""What methods and update rules say about themselves, and that nothing else knows them by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from peft_pretraining.config import Config, cli, config_flags
+from peft_pretraining.flags import MethodSettings, MethodSpec, setting, string
+from peft_pretraining.methods import METHODS, load_method, registry
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.optim.rule_settings import RULES
+from peft_pretraining.optim.update_rules import UPDATE_RULES
+from scripts import generate_docs
+
+PACKAGE = Path(registry.__file__).parents[1]
+
+
+def fields(settings):
+    return {item.name: item for item in dataclasses.fields(settings)}
+
+
+def test_nothing_outside_knows_a_method_by_name():
+    quoted = re.compile(rf"""["']({"|".join(METHODS)})["']|startswith\(["']continuous""")
+    found = [
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "methods" not in path.parts and path != PACKAGE / "config" / "legacy.py"
+        for line in path.read_text().splitlines()
+        if quoted.search(line) and not line.lstrip().startswith(">>>")  # an example in a docstring
+    ]
+    assert found == [
+        # A flag of that name, not the method.
+        'finetune/options/settings.py: "use --method lora, with --rank and --lora_alpha": ("lora",),',
+        # The method of a run that names none.
+        'flags/spec.py: method: str = setting("full_rank", string, "training method")',
+    ]
+
+
+def test_a_setting_means_the_same_in_every_method():
+    meanings = {}
+    for spec in METHODS.values():
+        for name, item in fields(spec.settings).items():
+            said = (item.metadata["help"], item.metadata["aliases"], item.metadata["convert"], item.default)
+            assert meanings.setdefault(name, said) == said, f"{name} of {spec.name}"
+
+
+@pytest.mark.parametrize("spec", METHODS.values(), ids=list(METHODS))
+def test_a_spec_names_what_there_is(spec):
+    known = {flag.name for flag in config_flags()}
+    named = (*spec.defaults, *spec.refused, *spec.reads, *(name for item in spec.conditions for name in item.names))
+    assert set(named) <= known
+    assert not set(spec.refused) & set(spec.own), "its own settings are checked, not refused"
+    assert set(spec.values) | set(spec.identity) <= set(spec.own)
+    assert spec.update_rules and set(spec.update_rules) <= set(RULES)
+    assert spec.allows.per_layer == ("per_layer" in spec.own)
+    assert spec.allows.quantized_weights == ("quantize" in spec.own)
+    assert issubclass(load_method(spec.name), TrainingMethod)
+    for name, value in spec.defaults.items():
+        flag = next(flag for flag in config_flags() if flag.name == name)
+        assert flag.convert(str(value)) == value
+    assert Config.from_settings({"method": spec.name, **spec.defaults}).method.method == spec.name
+
+
+def test_every_update_rule_has_a_formula():
+    assert set(RULES) - {"adam_zero"} <= set(UPDATE_RULES)
+
+
+def test_the_documentation_says_what_the_specs_say():
+    assert generate_docs.main(["--check"]) == 0, "run: python scripts/generate_docs.py"
+
+
+def test_what_is_generated_is_all_that_changes(tmp_path):
+    page = f"# Title\n{generate_docs.BEGIN}\nold\n{generate_docs.END}\nby hand\n"
+    changed = generate_docs.with_generated(page, "new")
+    assert changed == page.replace("old", "new")
+    with pytest.raises(ValueError, match="needs the lines"):
+        generate_docs.with_generated("# Title\n", "new")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_of_one_method(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.load(["--help", name])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    spec = METHODS[name]
+    assert f"{spec.title}: {spec.summary}" in shown
+    assert all(f"--{setting} " in shown for setting in spec.own)
+    others = {item for other in METHODS.values() for item in other.own} - set(spec.own) - set(spec.defaults)
+    assert not any(f" --{setting} [VALUE]" in shown for setting in others)
+
+
+def test_help_shows_groups_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.load(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for title in ("model:", "data:", "learning-rate schedule:", "method: galore, online_subspace_descent, golore:"):
+        assert title in shown
+    assert "updates between two evaluations (default: 1000)" in shown
+
+
+# Plug-ins.
+
+
+class Point:
+    """An entry point, as `importlib.metadata` has it."""
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def __lt__(self, other):
+        return self.name < other.name
+
+
+@pytest.fixture
+def with_plugins(tmp_path, monkeypatch):
+    """Installs modules `plugin_NAME.settings`, each with the text given for it."""
+
+    def install(**texts):
+        for name, text in texts.items():
+            (tmp_path / f"plugin_{name}").mkdir()
+            (tmp_path / f"plugin_{name}" / "__init__.py").touch()
+            (tmp_path / f"plugin_{name}" / "settings.py").write_text(text)
+        points = [Point(name, f"plugin_{name}.settings") for name in texts]
+        monkeypatch.setattr(metadata, "entry_points", lambda group: points if group == registry.GROUP else [])
+        monkeypatch.syspath_prepend(tmp_path)
+        METHODS.forget()
+        return METHODS
+
+    yield install
+    monkeypatch.undo()
+    METHODS.forget()
+    for name in [name for name in sys.modules if name.startswith("plugin_")]:
+        del sys.modules[name]
+
+
+SPEC = """
+from dataclasses import dataclass
+from peft_pretraining.flags import *
+@dataclass(frozen=True)
+class Settings(MethodSettings):
+    {setting}: int = setting(3, positive_int, "{help}")
+SPEC = MethodSpec(name="{name}", title="Plug-in", summary="a test", settings=Settings)
+"""
+
+
+def test_a_plugin_is_a_method_among_others(with_plugins, command):
+    methods = with_plugins(mine=SPEC.format(setting="my_setting", help="what it is", name="mine"))
+    assert list(methods)[-1] == "mine" and methods.module_of("mine") == "plugin_mine.method"
+    config = cli.load([*command(), "--method", "mine", "--my_setting", "5"], environ={}).config
+    assert config.method.my_setting == 5
+    warnings = cli.load([*command(), "--my_setting", "5"], environ={}).warnings
+    assert warnings == ("without effect for method full_rank with adamw: --my_setting",)
+    with pytest.raises(cli.ConfigError, match="does not declare that it can be divided"):
+        cli.load([*command(), "--method", "mine", "--distributed_type", "fsdp"], environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("SPEC = 3", "must be a MethodSpec"),
+        (SPEC.format(setting="own", help="", name="other"), "calls itself 'other'"),
+        (SPEC.format(setting="rank", help="another meaning", name="bad"), "rank means something else"),
+    ],
+)
+def test_a_plugin_that_does_not_work_is_left_out(with_plugins, text, why):
+    with pytest.warns(UserWarning, match=why):
+        assert "bad" not in with_plugins(bad=text)
+    assert "galore" in METHODS
+
+
+def test_a_plugin_cannot_take_the_place_of_a_method(with_plugins):
+    with pytest.warns(UserWarning, match="there is a method of this name"):
+        assert with_plugins(galore=SPEC.format(setting="own", help="", name="galore"))["galore"].title == "GaLore"
+
+
+def test_a_module_must_have_one_class(with_plugins, tmp_path):
+    with_plugins(mine=SPEC.format(setting="own", help="", name="mine"))
+    (tmp_path / "plugin_mine" / "method.py").write_text("from peft_pretraining.methods.base import TrainingMethod\n")
+    with pytest.raises(TypeError, match="must define one public subclass of TrainingMethod, and has none"):
+        load_method("mine")
+
+
+def test_specs_are_read_without_torch():
+    code = "import sys; from peft_pretraining.methods import METHODS; list(METHODS); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)
+
+
+def test_a_setting_that_a_method_has_not_cannot_be_replaced():
+    with pytest.raises(ValueError, match="full_rank has no setting rank"):
+        Config().replace(rank=4)
+    assert Config().replace(rank=4, method="galore").method.rank == 4
+
+
+def test_only_what_is_allowed_is_allowed():
+    @dataclasses.dataclass(frozen=True)
+    class Settings(MethodSettings):
+        own: str = setting("", string, "a setting")
+
+    spec = MethodSpec(name="new", title="New", summary="says nothing", settings=Settings)
+    assert not any(dataclasses.asdict(spec.allows).values())
