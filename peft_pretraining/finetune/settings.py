@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -18,7 +18,7 @@ from peft_pretraining.config import Config, config_flags, legacy, method_help, m
 from peft_pretraining.config.effects import warn_without_effect
 from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
-from peft_pretraining.flags import ConfigError, Flag, Given, read_flags, section_flags, unsupported
+from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, read_flags, section_flags, unsupported
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
 from peft_pretraining.runtime import launcher
@@ -62,20 +62,37 @@ def method_setting_names() -> set[str]:
 def finetuning_flags(entry: EntryPoint[Any]) -> list[Flag]:
     """All flags of an entry point. A task's own flag takes the place of one of `TrainingArguments` with its name."""
     own = [
+        TRAINING_CONFIG,
+        *_grouped("model and task", section_flags(entry.task_type)),
+        *_grouped("run", section_flags(RunSettings)),
         *(flag for flag in config_flags() if flag.name in method_setting_names()),
-        *legacy.SELECTORS,
-        *legacy.FINETUNING_SELECTORS,
-        *section_flags(entry.task_type, RunSettings),
-        *unsupported.refused_flags(entry.refused),
-        *unsupported.passed_over_flags(entry.passed_over),
     ]
-    taken = {spelling for flag in own for spelling in flag.spellings}
-    rest = [
+    others = [
+        *_grouped(legacy.GROUP, (*legacy.SELECTORS, *legacy.FINETUNING_SELECTORS)),
+        *_grouped(legacy.GROUP, unsupported.refused_flags(entry.refused)),
+        *_grouped(legacy.GROUP, unsupported.passed_over_flags(entry.passed_over)),
+    ]
+    taken = {spelling for flag in (*own, *others) for spelling in flag.spellings}
+    trainer = [
         dataclasses.replace(flag, aliases=tuple(alias for alias in flag.aliases if alias not in taken))
         for flag in training_flags()
         if flag.name not in taken
     ]
-    return own + rest
+    return [
+        dataclasses.replace(
+            flag, default=entry.defaults.get(flag.name, flag.default), help=_HELP.get(flag.name, flag.help)
+        )
+        for flag in (*own, *trainer, *others)
+    ]
+
+
+_HELP = {
+    "target_modules": "linear layers whose dotted name contains one of these (default: as --lora_all_modules says)"
+}
+
+
+def _grouped(group: str, flags: Iterable[Flag]) -> list[Flag]:
+    return [dataclasses.replace(flag, group=group) for flag in flags]
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,7 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
         flags,
         argv,
         prog=entry.prog,
-        description=entry.description,
+        description=f"{entry.description}\n\n{method_help.NOTE}",
         problems=problems,
         warnings=warnings,
     )
@@ -157,9 +174,10 @@ def load(argv: Sequence[str], entry: EntryPoint[T]) -> FineTuning[T]:
         _check_fp16(checked.config, problems)
     if problems:
         raise ConfigError(problems)
-    own = {item.name: given[item.name].value for item in dataclasses.fields(RunSettings) if item.name in given}
+    given_or_default = {**entry.defaults, **{name: item.value for name, item in given.items()}}
+    names = (item.name for item in dataclasses.fields(RunSettings))
     return FineTuning(
-        **own,
+        **{name: given_or_default[name] for name in names if name in given_or_default},
         config=checked.config,
         training=training,
         task=checked.task,

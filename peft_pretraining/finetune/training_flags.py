@@ -8,6 +8,7 @@ training_table.py. Every problem is collected instead of ending the process at t
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -82,6 +83,10 @@ def training_defaults() -> dict[str, Any]:
     return {name: field.default for name, field in training_fields().items()}
 
 
+_GROUP = "transformers' Trainer"
+_OTHERS = "transformers' Trainer: without effect, or refused"
+
+
 def training_flags() -> list[Flag]:
     """Every field of `TrainingArguments` by its name and older spellings, and the flags that were dropped."""
     flags = []
@@ -94,14 +99,15 @@ def training_flags() -> list[Flag]:
             why = REFUSED.get(name, _UNKNOWN)
             flags.append(Flag(name, unsupported.anything, f"refused: {why}", spellings, refused=True))
             continue
-        flags.append(Flag(name, _converter(field), field.help or "as in transformers", spellings))
+        help = field.help or "as in transformers"
+        flags.append(Flag(name, _converter(field), help, spellings, default=field.default))
         if field.type.startswith("bool") and field.default is True:
             flags.append(Flag(f"no_{name}", boolean, f"transformers: turns {name} off", (f"no-{dashed}",)))
     flags += unsupported.passed_over_flags(WITHOUT_EFFECT)
     flags.append(Flag("with_tracking", boolean, "log to wandb: the same as --report_to wandb"))
     flags.append(Flag("group_by_length", boolean, "the same as --train_sampling_strategy group_by_length"))
     flags.append(Flag("adafactor", boolean, "refused: use --optimizer adafactor", refused=True))
-    return flags
+    return [dataclasses.replace(flag, group=_OTHERS if flag.refused else _GROUP) for flag in flags]
 
 
 def _converter(field: Field) -> Callable[[str], Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,9 +46,7 @@ def parse(argv: Sequence[str]) -> FineTuning[OptionSettings]:
     elif training.metric_for_best_model is not None:
         check_metric(training.metric_for_best_model, TASKS[finetuning.task.task_name].metrics)
     training.remove_unused_columns = False  # examples are not dictionaries
-    if "lora_all_modules" in finetuning.given:
-        return finetuning
-    return dataclasses.replace(finetuning, lora_all_modules=True)  # as in pre-training
+    return finetuning
 
 
 def run(argv: Sequence[str]) -> Results:

@@ -14,8 +14,8 @@ from peft_pretraining.flags import Given, boolean, integer, non_negative_int, po
 CONSECUTIVE = "twins"
 """The value of `--split_by` that keeps each two consecutive rows together."""
 
-DEFAULTS: dict[str, Any] = {"rand_ratio": 0.8}
-"""What differs from the methods' defaults."""
+DEFAULTS: dict[str, Any] = {"rand_ratio": 0.8, "lora_all_modules": True}
+"""What differs from the methods' defaults, and from GLUE's: layers are those of pre-training."""
 
 _ZEROTH_ORDER = "zeroth-order training is out of scope"
 _FORWARD_GRADIENTS = "training with forward-mode gradients is out of scope"
