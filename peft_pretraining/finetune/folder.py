@@ -28,11 +28,11 @@ from peft_pretraining.finetune.identity import (
     settings_of,
     write_settings,
 )
+from peft_pretraining.finetune.method_checkpointing import has_factors
 from peft_pretraining.finetune.output import RESULTS_FILE, Results, print_results, read_results
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
-from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.training.tracking import log
 
 T = TypeVar("T")
@@ -184,12 +184,12 @@ def _start(finetuning: FineTuning, folder: Path, settings: Settings, without: se
     training = finetuning.training
     if not training.do_train:
         return None
-    has_factors = load_method(finetuning.config.method.method).convert is not TrainingMethod.convert
+    factors = has_factors(load_method(finetuning.config.method.method))
     if (asked := _asked(finetuning)) is not None:
-        return checkpoints.named(Path(asked), settings, has_factors)
+        return checkpoints.named(Path(asked), settings, factors)
     if finetuning.overwrite_output_dir or str(training.resume_from_checkpoint).lower() == "false":
         return None
-    found = checkpoints.newest_good(folder, settings, has_factors, training.load_best_model_at_end, without)
+    found = checkpoints.newest_good(folder, settings, factors, training.load_best_model_at_end, without)
     if found is not None:
         log.info("going on from %s (--overwrite_output_dir starts over)", found)
     return found

@@ -22,6 +22,11 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods.base import TrainingMethod
 
 
+def has_factors(method: type[TrainingMethod]) -> bool:
+    """Whether a method trains the model in another form than it is exported."""
+    return method.merged_state_dict is not TrainingMethod.merged_state_dict
+
+
 class MethodCheckpointingTrainer(CheckpointingTrainer):
     """A `CheckpointingTrainer` that saves and restores a method."""
 
@@ -34,8 +39,7 @@ class MethodCheckpointingTrainer(CheckpointingTrainer):
 
     @property
     def has_factors(self) -> bool:
-        """Whether the model is trained in another form than it is exported."""
-        return self.method is not None and type(self.method).convert is not TrainingMethod.convert
+        return self.method is not None and has_factors(type(self.method))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The merged model; in a checkpoint the weights in training, too."""
