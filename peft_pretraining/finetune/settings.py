@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from peft_pretraining.config import Config, config_flags, legacy, method_help, method_settings
@@ -24,9 +25,10 @@ from peft_pretraining.optim.rule_settings import RULES
 from peft_pretraining.runtime import launcher
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from transformers import TrainingArguments
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 _SHARED_RULE_SETTINGS = ("adam_beta1", "adam_beta2", "adam_eps")
 """Settings of update rules that are fields of `TrainingArguments`."""
@@ -45,6 +47,12 @@ class FineTuning(RunSettings, Generic[T]):
     given: Mapping[str, Given] = dataclasses.field(default_factory=dict)
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Every field of `TrainingArguments` as it was asked for, whatever this machine makes of it."""
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder, which every command line has."""
+        assert self.training.output_dir is not None
+        return Path(self.training.output_dir)
 
     def with_seed(self, seed: int, output_dir: str) -> FineTuning[T]:
         """The run of one of the seeds."""
@@ -168,11 +176,12 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
 def load(argv: Sequence[str], entry: EntryPoint[T]) -> FineTuning[T]:
     """Parse and check a command line. Raises `ConfigError` with all problems at once."""
     checked = check(argv, entry)
-    given, warnings, problems = checked.given, list(checked.warnings), []
+    given, warnings = checked.given, list(checked.warnings)
+    problems: list[str] = []
     training = _training_arguments(dict(checked.values), problems, warnings)
     if training is not None and training.fp16 and not problems:
         _check_fp16(checked.config, problems)
-    if problems:
+    if training is None or problems:
         raise ConfigError(problems)
     given_or_default = {**entry.defaults, **{name: item.value for name, item in given.items()}}
     names = (item.name for item in dataclasses.fields(RunSettings))

@@ -57,17 +57,21 @@ def training_fields() -> Mapping[str, Field]:
         for node in ast.parse(source.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
     )
-    found = (_field(node) for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+    found = (
+        _field(node.target.id, node)
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    )
     return {field.name: field for field in found}
 
 
-def _field(node: ast.AnnAssign) -> Field:
+def _field(name: str, node: ast.AnnAssign) -> Field:
     keywords = {word.arg: word.value for word in node.value.keywords} if isinstance(node.value, ast.Call) else {}
     default = _literal(keywords.get("default", node.value))
     metadata = keywords.get("metadata")
     entries = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
     help = next((_literal(value) for key, value in entries if key is not None and _literal(key) == "help"), None)
-    return Field(node.target.id, ast.unparse(node.annotation), default, " ".join((help or "").split()))
+    return Field(name, ast.unparse(node.annotation), default, " ".join((help or "").split()))
 
 
 def _literal(node: ast.expr | None) -> Any:
