@@ -119,7 +119,7 @@ class ReLoRaModel(nn.Module):
             mean_over_processes(adapter.gathered_gradient)
             adapter.project(counters, step)
             moments = optimizer.state.get(adapter.trained, {})
-            adapter.commit({**counters, **moments}, step, _first_moment_of(moments), {})
+            adapter.apply({**counters, **moments}, step, _first_moment_of(moments), {})
         self.refreshes += 1
         self._config.forward_type = False
 

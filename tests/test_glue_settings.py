@@ -202,3 +202,19 @@ def test_a_setting_under_two_names_is_told():
     assert found.warnings == (
         "--max_length 32 has no effect: --max_seq_length, which is the same setting, was given after it",
     )
+
+
+def test_help_has_groups_and_the_defaults_of_fine_tuning(capsys):
+    for words, parts in (
+        (
+            ["--help"],
+            ("model and task:", "transformers' Trainer:", "method: lora:", "older code bases:", "--learning_rate"),
+        ),
+        (["--help", "galore"], ("GaLore:", "settings of galore:", "low-rank updates (default: 4)")),
+        (["--help", "lora"], ("settings of lora:", "(default: as --lora_all_modules says)")),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            glue.parse(words)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert stopped.value.code == 0
+        assert [part for part in parts if part not in shown] == []

@@ -53,7 +53,7 @@ def test_public_numbers(monkeypatch, rule, m, n):
     model = nn.ModuleDict({"attn": linear})
     settings = {"rank": 4, "scale": 0.5, "update_proj_gap": 4, "rand_ratio": 8 / 12, "num_training_steps": 12}
     method = GoLoreAdapter(config(optimizer=rule, momentum=0.9, dampening=0.0, **settings))
-    method.convert(model)
+    model = method.convert(model)
     optimizer, layer = method.build_optimizer(model), model["attn"]
     for t in range(12):
         batch = numbers["X"][t], numbers["Y"][t]

@@ -107,6 +107,12 @@ def test_winogrande_script_prints_commands_that_parse(method):
     assert finetuning.task.train_all and finetuning.task.task_name == "WinoGrande" and finetuning.lora_all_modules
 
 
+def test_layers_are_those_of_pretraining_unless_told_otherwise():
+    begin = "--task_name SST2 --model_name m --output_dir out".split()
+    assert options_run.parse(begin).lora_all_modules
+    assert not options_run.parse([*begin, "--lora_all_modules", "False"]).lora_all_modules
+
+
 def test_winogrande_script_refuses_what_it_cannot_do():
     assert dry_run("rmsprop").returncode == 2 and "error: unknown method rmsprop" in dry_run("rmsprop").stderr
     assert dry_run("sgd", "--nproc", "3").stderr == "error: --nproc 3 must divide the batch of 16\n"

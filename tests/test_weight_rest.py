@@ -85,7 +85,8 @@ def test_a_state_dict_has_the_rest_and_older_ones_have_none():
 @pytest.mark.parametrize("name", ["lora", "relora", "switchlora", "golore_adapter"])
 def test_only_corrected_weights_of_16_bits_have_rests(name, dtype, rests):
     model = nn.ModuleDict({"mlp": nn.Linear(8, 8, dtype=dtype)})
-    load_method(name)(Config.from_settings({"method": name, "rank": 2, "target_modules": ("mlp",)})).convert(model)
+    method = load_method(name)(Config.from_settings({"method": name, "rank": 2, "target_modules": ("mlp",)}))
+    model = method.convert(model)
     (layer,) = low_rank_layers(model).values()
     assert (layer.rest is not None) == (rests and name != "lora")
     assert ("mlp.weight_rest" in model.state_dict()) == (layer.rest is not None)

@@ -85,7 +85,7 @@ class Checkpointer:
     """Attempts of this process that did not end in a checkpoint."""
 
     def __post_init__(self) -> None:
-        self.ranks = self.group.companion()
+        self.ranks = self.group.checkpoint_group()
         self._writer = Writer(self.ranks, self._export)
         self._background = Background()
         self.retention = Retention(self.save_dir, self.keep, self.record.id)

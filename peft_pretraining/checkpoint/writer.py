@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.checkpoint.train_state import TrainState, write_counters
-from peft_pretraining.distributed import Companion
+from peft_pretraining.distributed import CheckpointGroup
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Snapshot:
 class Writer:
     """Writes snapshots. All ranks must call it with the same names, and see the same folder."""
 
-    ranks: Companion
+    ranks: CheckpointGroup
     export: Callable[[Path, dict[str, Tensor]], None]
     """Writes the plain LLaMA and its tokenizer into a folder."""
 

@@ -22,8 +22,7 @@ from peft_pretraining.config import (
     validate_folders,
 )
 from peft_pretraining.config.effects import warn_without_effect, warn_without_effect_in_pretraining
-from peft_pretraining.flags import ConfigError, Flag, Given, one_line, read_flags
-from peft_pretraining.flags.reading import TRAINING_CONFIG
+from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, one_line, read_flags
 from peft_pretraining.methods import METHODS
 from peft_pretraining.runtime import launcher
 
@@ -31,10 +30,7 @@ STREAMED_LENGTH = 256
 """Tokens per sequence of streamed documents, unless told otherwise."""
 
 PROG = "torchrun_main.py"
-DESCRIPTION = """Pre-train a LLaMA. Run under torchrun, or as a plain script for one process.
-
-Every flag is also a key of a --training_config file (YAML). `--help METHOD` shows the flags of one method, with its
-defaults; a flag that the chosen method does not read is named in a warning."""
+DESCRIPTION = f"Pre-train a LLaMA. Run under torchrun, or as a plain script for one process.\n\n{method_help.NOTE}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     flags = all_flags()
     method_help.exit_with_help(argv, flags, PROG)
     given = read_flags(
-        [flag for flag in flags if flag.name != TRAINING_CONFIG.name],
+        flags,
         argv,
         prog=PROG,
         description=DESCRIPTION,

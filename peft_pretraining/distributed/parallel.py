@@ -23,11 +23,11 @@ class Sharding:
     """FSDP2's settings (arXiv 2304.11277)."""
 
     replicas: int = 1
-    """Copies of the sharded model (HSDP): parameters are divided over world size / replicas devices."""
+    """Copies of the sharded model (HSDP): parameters are sharded over world size / replicas devices."""
     reshard_after_forward: bool = True
     """Free the gathered weights between forward and backward pass."""
     dimension: Callable[[str, Tensor], int] = lambda name, param: 0
-    """The dimension along which a parameter is divided, where its size allows."""
+    """The dimension along which a parameter is sharded, where its size allows."""
     replicated: Callable[[str, Tensor], bool] = lambda name, param: False
     """Whether a parameter, a frozen one, is whole on every device."""
 
@@ -46,10 +46,10 @@ def shard(
     before: Callable[[str], None] = lambda name: None,
     after: Callable[[nn.Module], None] = lambda module: None,
 ) -> nn.Module:
-    """Divide a model's parameters over the devices, in place: each decoder layer by itself, then the rest.
+    """Shard a model's parameters over the devices, in place: each decoder layer by itself, then the rest.
 
-    before, after: called with the name of each of these modules before, and with the module after it is divided, so
-    that layers can be made one by one and never exist undivided all at once. The rest is the model, named "".
+    before, after: called with the name of each of these modules before, and with the module after it is sharded, so
+    that layers can be made one by one and never exist unsharded all at once. The rest is the model, named "".
 
     Gradients are reduced in float32 (float64 for a float64 model).
     """
@@ -64,7 +64,7 @@ def shard(
 
 
 def _shard_module(module: nn.Module, name: str, mesh: DeviceMesh, group: ProcessGroup, sharding: Sharding) -> None:
-    """Divide the parameters of one module, `name` in the model, that are not divided yet."""
+    """Shard the parameters of one module, `name` in the model, that are not sharded yet."""
     prefix = f"{name}." if name else ""
     names = {param: prefix + key for key, param in module.named_parameters()}
     devices = group.world_size // sharding.replicas

@@ -97,18 +97,18 @@ class ProcessGroup:
         if self.world_size > 1:
             dist.barrier()
 
-    def companion(self) -> Companion:
+    def checkpoint_group(self) -> CheckpointGroup:
         """Another group of the same processes; all must call it."""
         if self.world_size == 1:
-            return Companion(0, 1, None)
+            return CheckpointGroup(0, 1, None)
         # A lost rank is noticed by its connection; the limit must allow for a large model on a slow disk.
         with one_thread_per_group():
             group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        return Companion(self.rank, self.world_size, group)
+        return CheckpointGroup(self.rank, self.world_size, group)
 
 
 @dataclass(frozen=True)
-class Companion:
+class CheckpointGroup:
     """All processes of a run once more, for a thread beside the training: on one group their collectives would mix.
 
     It works on the CPU, whatever the devices.

@@ -28,8 +28,8 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
 
 
 def sharded_optimizer(params: Iterable[Tensor], kind: type[Optimizer], arguments: dict[str, Any]) -> Optimizer:
-    """An optimizer whose states are divided over the ranks by whole parameters; an ordinary one for one process, and
-    for parameters that are divided themselves."""
+    """An optimizer whose states are sharded over the ranks by whole parameters; an ordinary one for one process, and
+    for parameters that are sharded themselves."""
     params = list(params)
     if not dist.is_initialized() or any(isinstance(param, DTensor) for param in params):
         return kind(params, **arguments)
@@ -37,5 +37,5 @@ def sharded_optimizer(params: Iterable[Tensor], kind: type[Optimizer], arguments
 
 
 def own_share(optimizer: Optimizer) -> Optimizer:
-    """The optimizer of the parameters whose states this rank holds: itself, unless its states are divided."""
+    """The optimizer of the parameters whose states this rank holds: itself, unless its states are sharded."""
     return optimizer.optim if isinstance(optimizer, ShardedOptimizer) else optimizer

@@ -22,6 +22,11 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods.base import TrainingMethod
 
 
+def has_factors(method: type[TrainingMethod]) -> bool:
+    """Whether a method trains the model in another form than it is exported."""
+    return method.merged_state_dict is not TrainingMethod.merged_state_dict
+
+
 class MethodCheckpointingTrainer(CheckpointingTrainer):
     """A `CheckpointingTrainer` that saves and restores a method."""
 
@@ -30,18 +35,23 @@ class MethodCheckpointingTrainer(CheckpointingTrainer):
 
     def __init__(self, finetuning: FineTuning, **arguments: Any):
         super().__init__(finetuning, **arguments)
-        self.method: TrainingMethod | None = None
+        self._method: TrainingMethod | None = None
+
+    @property
+    def method(self) -> TrainingMethod:
+        """The method of a trainer that has rows to train on."""
+        assert self._method is not None, "nothing is trained"
+        return self._method
 
     @property
     def has_factors(self) -> bool:
-        """Whether the model is trained in another form than it is exported."""
-        return self.method is not None and type(self.method).convert is not TrainingMethod.convert
+        return self._method is not None and has_factors(type(self._method))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The merged model; in a checkpoint the weights in training, too."""
         super().save_model(output_dir, _internal_call=_internal_call)
         if _internal_call and self.has_factors and self.args.should_save:
-            save_model(self.model, str(Path(output_dir or self.args.output_dir) / TRAINING_WEIGHTS))
+            save_model(self.model, str(Path(output_dir or self._finetuning.output_dir) / TRAINING_WEIGHTS))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is None and self.has_factors and self.args.should_save:
@@ -53,6 +63,7 @@ class MethodCheckpointingTrainer(CheckpointingTrainer):
             super()._load_weights(checkpoint, model)
 
     def _load_best_weights(self) -> None:
+        assert self.state.best_model_checkpoint is not None, "the base class looks"
         if not self._load_training_weights(self.state.best_model_checkpoint):
             super()._load_best_weights()
 

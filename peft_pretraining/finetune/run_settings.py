@@ -20,7 +20,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class RunSettings:
     lora_all_modules: bool = setting(
-        False, boolean, "target all linear layers of the blocks (default: queries and values)"
+        False, boolean, "target all linear layers of the blocks, not only queries and values"
     )
     seeds: tuple[int, ...] = setting(
         (), _seeds, "run once per seed, comma-separated, each in a folder of its own, and report mean and deviation"

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from peft_pretraining.config import Config, config_flags, legacy, method_help, method_settings
 from peft_pretraining.config.effects import warn_without_effect
 from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
-from peft_pretraining.flags import ConfigError, Flag, Given, read_flags, section_flags, unsupported
+from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, read_flags, section_flags, unsupported
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
 from peft_pretraining.runtime import launcher
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from transformers import TrainingArguments
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 _SHARED_RULE_SETTINGS = ("adam_beta1", "adam_beta2", "adam_eps")
 """Settings of update rules that are fields of `TrainingArguments`."""
@@ -46,6 +48,12 @@ class FineTuning(RunSettings, Generic[T]):
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Every field of `TrainingArguments` as it was asked for, whatever this machine makes of it."""
 
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder, which every command line has."""
+        assert self.training.output_dir is not None
+        return Path(self.training.output_dir)
+
     def with_seed(self, seed: int, output_dir: str) -> FineTuning[T]:
         """The run of one of the seeds."""
         training = dataclasses.replace(self.training, seed=seed, output_dir=output_dir)
@@ -62,20 +70,37 @@ def method_setting_names() -> set[str]:
 def finetuning_flags(entry: EntryPoint[Any]) -> list[Flag]:
     """All flags of an entry point. A task's own flag takes the place of one of `TrainingArguments` with its name."""
     own = [
+        TRAINING_CONFIG,
+        *_grouped("model and task", section_flags(entry.task_type)),
+        *_grouped("run", section_flags(RunSettings)),
         *(flag for flag in config_flags() if flag.name in method_setting_names()),
-        *legacy.SELECTORS,
-        *legacy.FINETUNING_SELECTORS,
-        *section_flags(entry.task_type, RunSettings),
-        *unsupported.refused_flags(entry.refused),
-        *unsupported.passed_over_flags(entry.passed_over),
     ]
-    taken = {spelling for flag in own for spelling in flag.spellings}
-    rest = [
+    others = [
+        *_grouped(legacy.GROUP, (*legacy.SELECTORS, *legacy.FINETUNING_SELECTORS)),
+        *_grouped(legacy.GROUP, unsupported.refused_flags(entry.refused)),
+        *_grouped(legacy.GROUP, unsupported.passed_over_flags(entry.passed_over)),
+    ]
+    taken = {spelling for flag in (*own, *others) for spelling in flag.spellings}
+    trainer = [
         dataclasses.replace(flag, aliases=tuple(alias for alias in flag.aliases if alias not in taken))
         for flag in training_flags()
         if flag.name not in taken
     ]
-    return own + rest
+    return [
+        dataclasses.replace(
+            flag, default=entry.defaults.get(flag.name, flag.default), help=_HELP.get(flag.name, flag.help)
+        )
+        for flag in (*own, *trainer, *others)
+    ]
+
+
+_HELP = {
+    "target_modules": "linear layers whose dotted name contains one of these (default: as --lora_all_modules says)"
+}
+
+
+def _grouped(group: str, flags: Iterable[Flag]) -> list[Flag]:
+    return [dataclasses.replace(flag, group=group) for flag in flags]
 
 
 @dataclass(frozen=True)
@@ -119,7 +144,7 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
         flags,
         argv,
         prog=entry.prog,
-        description=entry.description,
+        description=f"{entry.description}\n\n{method_help.NOTE}",
         problems=problems,
         warnings=warnings,
     )
@@ -151,15 +176,17 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
 def load(argv: Sequence[str], entry: EntryPoint[T]) -> FineTuning[T]:
     """Parse and check a command line. Raises `ConfigError` with all problems at once."""
     checked = check(argv, entry)
-    given, warnings, problems = checked.given, list(checked.warnings), []
+    given, warnings = checked.given, list(checked.warnings)
+    problems: list[str] = []
     training = _training_arguments(dict(checked.values), problems, warnings)
     if training is not None and training.fp16 and not problems:
         _check_fp16(checked.config, problems)
-    if problems:
+    if training is None or problems:
         raise ConfigError(problems)
-    own = {item.name: given[item.name].value for item in dataclasses.fields(RunSettings) if item.name in given}
+    given_or_default = {**entry.defaults, **{name: item.value for name, item in given.items()}}
+    names = (item.name for item in dataclasses.fields(RunSettings))
     return FineTuning(
-        **own,
+        **{name: given_or_default[name] for name in names if name in given_or_default},
         config=checked.config,
         training=training,
         task=checked.task,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class MethodTrainer(MethodCheckpointingTrainer):
             max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
             self._check_schedule(max_steps)
             self.method_config = config.replace(num_training_steps=max_steps)
-            self.method = load_method(config.method.method)(self.method_config)
+            self._method = load_method(config.method.method)(self.method_config)
             self._adopt(self.method.convert(self.model))
 
     def _check_schedule(self, max_steps: int) -> None:
@@ -73,8 +73,9 @@ class MethodTrainer(MethodCheckpointingTrainer):
             raise ConfigError([f"--lr_scheduler_type {kind} with these --lr_scheduler_kwargs: {why}"]) from error
         self.lr_scheduler, self._created_lr_scheduler = None, False
 
-    def _adopt(self, model: nn.Module) -> None:
-        """Train what `convert` returned, which may be another module than it was given."""
+    def _adopt(self, converted: nn.Module) -> None:
+        """Train what `convert` returned, which may be another model than it was given."""
+        model = cast("PreTrainedModel", converted)
         if model is self.model:
             return
         self.model = self.model_wrapped = self.callback_handler.model = model
@@ -146,7 +147,7 @@ class MethodTrainer(MethodCheckpointingTrainer):
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """With the method's numbers beside the loss."""
-        if self.method is not None and "loss" in logs:
+        if self._method is not None and "loss" in logs:
             logs = {**logs, **self.method.metrics()}
         super().log(logs, *arguments, **keywords)
 
@@ -155,15 +156,17 @@ class MethodTrainer(MethodCheckpointingTrainer):
     @property
     def bare_optimizer(self) -> Optimizer:
         """The method's own, without accelerate's wrapper."""
+        assert self.optimizer is not None, "the training has begun"
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The method's. As in transformers, `--weight_decay` spares biases and the weights of norms."""
         if self.optimizer is None:
             with bad_input():
-                self.optimizer = self.method.build_optimizer(self.model)
+                optimizer = self.method.build_optimizer(self.model)
             if self.args.weight_decay:
-                _spare(self.optimizer, self.model, set(self.get_decay_parameter_names(self.model)))
+                _spare(optimizer, self.model, set(self.get_decay_parameter_names(self.model)))
+            self.optimizer = optimizer
         return self.optimizer
 
     def optimizer_report(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from peft_pretraining.flags.converters import (
     text,
     token_count,
 )
-from peft_pretraining.flags.reading import read_flags
+from peft_pretraining.flags.reading import TRAINING_CONFIG, read_flags
 from peft_pretraining.flags.settings import (
     EXIT_BAD_INPUT,
     ConfigError,
@@ -44,6 +44,7 @@ from peft_pretraining.flags.spec import (
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "TRAINING_CONFIG",
     "Allows",
     "Condition",
     "ConfigError",

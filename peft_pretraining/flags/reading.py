@@ -22,9 +22,8 @@ def read_flags(
 ) -> dict[str, Given]:
     """Returns what was given, by the flags' names. Problems and warnings are appended to the lists.
 
-    `--training_config` is a flag of every command. hints: what to say of flags that do not exist, by name.
+    flags: with `TRAINING_CONFIG` among them. hints: what to say of flags that do not exist, by name.
     """
-    flags = [TRAINING_CONFIG, *flags]
     given = parse_command_line(flags, argv, prog=prog, description=description, problems=problems, hints=hints)
     if TRAINING_CONFIG.name in given:
         given = {**parse_yaml(flags, given[TRAINING_CONFIG.name].value, problems, hints), **given}

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.gathering import put
+from peft_pretraining.distributed.gathering import copy_to_shard
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
@@ -142,4 +142,8 @@ def _initialize(name: str, param: nn.Parameter, std: float, seed: int) -> None:
         local(param).fill_(0.0 if name.endswith("bias") else 1.0)
         return
     generator = rng.generator(seed, f"initial weights of {name}")
-    put(param, torch.empty(param.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+    in_place = local(param) is param and param.device.type == "cpu" and param.dtype == torch.float32
+    drawn = param.data if in_place else torch.empty(param.shape, dtype=torch.float32)
+    drawn.normal_(0.0, std, generator=generator)
+    if not in_place:
+        copy_to_shard(param, drawn)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.gathering import mean_part, put
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.gathering import copy_to_shard, mean_part
+from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
 from peft_pretraining.optim.bases import basis_rule
 from peft_pretraining.optim.projection import RIGHT
@@ -55,22 +55,22 @@ class AdapterSubspace:
         """Update step of the last refresh (-1: none) and their number."""
         return {"last_refresh": counter(-1), "refreshes": counter(0)}
 
-    def divide(self) -> None:
-        """The model has been divided over devices: from now on gradients and R are this device's parts.
+    def follow_sharding(self) -> None:
+        """The model has been sharded over devices: from now on gradients and R are this device's parts.
 
         Sums over devices, where a basis needs them, are the basis rule's.
         """
         weight, dtype = self.layer.frozen_weight, working_dtype(self.layer.lora_A.dtype)
-        self.subspace.projection = self.subspace.rule.projection(self.settings, Shard.of(weight))
-        if Shard.of(weight).dim is not None:
+        self.subspace.projection = self.subspace.rule.projection(self.settings, ShardInfo.of(weight))
+        if ShardInfo.of(weight).dim is not None:
             # At once, in every backward pass: the gradient of a whole layer exists for that moment only.
             self.layer.gradient_part = lambda gradient: mean_part(gradient.to(dtype), weight)
 
     @property
-    def _divided_rank(self) -> Shard | None:
-        """How the trained factor is divided where R, in contrast, is whole on every device: along the rank, since the
-        other dimension could not be divided evenly."""
-        shard = Shard.of(self.trained)
+    def _sharded_rank(self) -> ShardInfo | None:
+        """How the trained factor is sharded where R, in contrast, is whole on every device: along the rank, since the
+        other dimension could not be sharded evenly."""
+        shard = ShardInfo.of(self.trained)
         return shard if shard.dim is not None and self.subspace.projection.low_rank_shard.dim is None else None
 
     def is_due(self, state: dict[str, Tensor], step: int) -> bool:
@@ -103,27 +103,27 @@ class AdapterSubspace:
         self.projected, self.layer.full_gradient = projected, None
         gradient, trained = projected.low_rank_grad.mul(self.layer.scale), self.trained.grad
         assert trained is not None, "every backward pass gives the trained factor a gradient"
-        if self._divided_rank is None:
+        if self._sharded_rank is None:
             local(trained).copy_(gradient)
         else:
-            put(trained, gradient)
+            copy_to_shard(trained, gradient)
 
     @torch.no_grad()
-    def commit(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
+    def apply(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
         """Merge what the old basis has gathered, change the basis, and begin at zero in it."""
         projected, self.projected = self.projected, None
         assert projected is not None, "the new basis was not chosen"
         if projected.new_bases is not None:
             self.layer.add_to_weight(self.layer.delta_weight())
             local(self.trained).zero_()
-        state, divided = self._with_basis(state), self._divided_rank
+        state, sharded = self._with_basis(state), self._sharded_rank
         moment = state.get(rule.first_moment)
-        if divided is None or divided.dim is None or moment is None:
+        if sharded is None or sharded.dim is None or moment is None:
             self.subspace.apply(state, projected, step, rule, metrics)
             return
-        gathered = divided.gather(moment)
+        gathered = sharded.gather(moment)
         self.subspace.apply({**state, rule.first_moment: gathered}, projected, step, rule, metrics)
-        moment.copy_(divided.part(gathered, divided.dim))
+        moment.copy_(sharded.part(gathered, sharded.dim))
 
     def _with_basis(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The optimizer's state and the basis, where `Subspace` looks for them; changes in place reach both."""

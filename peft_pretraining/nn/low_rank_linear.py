@@ -8,7 +8,7 @@ What happens to W, A and B over time (merge, reset, switch, new basis) is for th
 `add_to_weight`, which computes in float32 (float64 for float64). A W of 16 bits keeps beside it what rounding takes
 from it (nn/weight_rest.py), so that any number of corrections adds up as in float32.
 
-W, A and B may be divided over devices (distributed/sharding.py). What is computed from them between passes is then this
+W, A and B may be sharded over devices (distributed/sharding.py). What is computed from them between passes is then this
 device's part of W, with rows of B and columns of A that meet it.
 """
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_pretraining.distributed.gathering import meeting
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.nn import weight_rest
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
@@ -100,7 +100,7 @@ class LowRankLinear(nn.Module):
         self.full_gradient: Tensor | None = None
         """While this is a tensor (m, n), backward passes add the gradient of the full weight to it."""
         self.gradient_part: Callable[[Tensor], Tensor] | None = None
-        """What makes of a gradient (m, n) the part that `full_gradient` has, where W is divided."""
+        """What makes of a gradient (m, n) the part that `full_gradient` has, where W is sharded."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scale={self.scale:g}"
@@ -134,15 +134,15 @@ class LowRankLinear(nn.Module):
 
     @property
     def rest(self) -> Tensor | None:
-        """The rest of W (m, n), int16, divided and placed as W is now; None where W is all there is.
+        """The rest of W (m, n), int16, sharded and placed as W is now; None where W is all there is.
 
         Neither a parameter nor a buffer: its digits must never be cast, averaged or broadcast.
         """
         if self._rest is None:
             return None
         weight = self.frozen_weight
-        shard, device = Shard.of(weight), local(weight).device
-        if shard.dim is not None and Shard.of(self._rest).dim is None:  # W has been divided since
+        shard, device = ShardInfo.of(weight), local(weight).device
+        if shard.dim is not None and ShardInfo.of(self._rest).dim is None:  # W has been sharded since
             part = shard.part(self._rest, shard.dim).to(device, copy=True)
             self._rest = distribute_like(part, weight, shard.dim, shard.shape[shard.dim])
         elif local(self._rest).device != device:
@@ -150,7 +150,7 @@ class LowRankLinear(nn.Module):
         return self._rest
 
     def follow_sharding(self) -> None:
-        """W, A and B have been divided over devices: keep of what is no parameter this device's part, too."""
+        """W, A and B have been sharded over devices: keep of what is no parameter this device's part, too."""
         _ = self.rest
 
     @torch.no_grad()
@@ -167,26 +167,26 @@ class LowRankLinear(nn.Module):
         self.full_gradient += gradient if self.gradient_part is None else self.gradient_part(gradient)
 
     @property
-    def divided_as(self) -> Tensor:
-        """The parameter that says how (m, n) is divided over devices."""
+    def sharded_as(self) -> Tensor:
+        """The parameter that says how (m, n) is sharded over devices."""
         return self.lora_B if self.weight is None else self.weight
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s·B·A (m, n), or this device's part, in float32 or float64."""
         high = working_dtype(self.lora_A.dtype)
-        scale, shard = self.current_scale(), Shard.of(self.divided_as)
+        scale, shard = self.current_scale(), ShardInfo.of(self.sharded_as)
         b, a = meeting(self.lora_B, shard, 0), meeting(self.lora_A, shard, 1)
         return b.to(high) @ a.to(high) * (scale.to(high) if isinstance(scale, Tensor) else scale)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s·B·A (m, n) in the model's dtype, divided as W: what a plain layer would hold. Changes nothing."""
+        """W + s·B·A (m, n) in the model's dtype, sharded as W: what a plain layer would hold. Changes nothing."""
         delta = self.delta_weight()
         dense = torch.zeros_like(delta) if self.lora_only else self.exact_weight()
-        merged, shard = (dense + delta).to(self.lora_A.dtype), Shard.of(self.divided_as)
+        merged, shard = (dense + delta).to(self.lora_A.dtype), ShardInfo.of(self.sharded_as)
         return (
-            merged if shard.dim is None else distribute_like(merged, self.divided_as, shard.dim, shard.shape[shard.dim])
+            merged if shard.dim is None else distribute_like(merged, self.sharded_as, shard.dim, shard.shape[shard.dim])
         )
 
     @torch.no_grad()

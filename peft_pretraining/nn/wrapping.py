@@ -54,7 +54,7 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of the plain model that computes the same function, under plain names. Changes nothing.
 
-    Merged weights are on the CPU: on the device there may be no room for a second copy. Those of a divided model are
+    Merged weights are on the CPU: on the device there may be no room for a second copy. Those of a sharded model are
     gathered one by one, and only the main process keeps them.
 
     >>> model = nn.Sequential(nn.Linear(8, 2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.param_update import Direction, ParamUpdate
 from peft_pretraining.optim.state_tensor import StateTensor, zeros
 from peft_pretraining.optim.update_rule import UpdateRule, places_by_step, scalar, upright
@@ -32,7 +32,7 @@ class AdamW(UpdateRule):
     def in_format(self, state_format: str) -> UpdateRule:
         return AdamW8bit(self._torch_epsilon) if state_format == "8bit" else self
 
-    def declare_state(self, like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         return {key: StateTensor.like_gradient(zeros(like), shard) for key in ("exp_avg", "exp_avg_sq")}
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
@@ -127,14 +127,14 @@ class AdamW8bit(AdamW):
     def in_format(self, state_format: str) -> UpdateRule:
         return self
 
-    def declare_state(self, like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         if (shard.shape or like.shape).numel() < self._SMALLEST:
             return super().declare_state(like.float(), group, shard)
         return self.declare_older_state(like, shard)
 
-    def declare_older_state(self, like: Tensor, shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_older_state(self, like: Tensor, shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         last = shard.dim is None or shard.offset + shard.size == shard.shape[shard.dim]
-        if not shard.everywhere(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
+        if not shard.on_all_ranks(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
             raise ValueError(
                 f"adamw8bit: a part of {like.numel()} numbers is not whole blocks of {self._BLOCK}; choose another "
                 "rank or number of devices"
@@ -195,7 +195,7 @@ class AdamW8bit(AdamW):
         return Direction(upright(minus_d, shard).to(dtype), -float(group["lr"]), correction)
 
     def rotate_momentum(
-        self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE
+        self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE
     ) -> None:
         if state["exp_avg"].dtype != torch.uint8:
             super().rotate_momentum(state, change, shard)

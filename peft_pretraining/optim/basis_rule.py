@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.collectives import Phased
 from peft_pretraining.optim.param_update import ParamUpdate
 from peft_pretraining.optim.projection import SIDES, Bases, Projection
@@ -75,7 +75,7 @@ class BasisRule:
         """What two rules share whose states are interchangeable, sides aside."""
         return (type(self),)
 
-    def projection(self, group: dict[str, Any], shape: torch.Size | Shard) -> Projection:
+    def projection(self, group: dict[str, Any], shape: torch.Size | ShardInfo) -> Projection:
         """Which sides a weight is projected from, and on how many dimensions."""
         side = group["proj_type"] if group["proj_type"] in SIDES else "std"
         return Projection.for_weight(side, group["rank"], shape)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Collective(NamedTuple):
     """
 
     part: Tensor
-    shard: Shard
+    shard: ShardInfo
     op: Literal["sum", "max", "whole"] = "sum"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.collectives import Phased
 from peft_pretraining.optim.param_update import ParamUpdate
 from peft_pretraining.optim.projection import Projection
@@ -29,7 +29,7 @@ class Lift:
         return type(self).__name__.lower()
 
     def declare_state(
-        self, weight: Tensor, projection: Projection, group: dict[str, Any], shard: Shard
+        self, weight: Tensor, projection: Projection, group: dict[str, Any], shard: ShardInfo
     ) -> dict[str, StateTensor]:
         """The lift's own tensors for one weight (its device's part, in the working dtype), by key."""
         return {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.distributed.sharding import ShardInfo, local, whole_norm
 from peft_pretraining.optim.base import grad_of, gradient_of
 from peft_pretraining.optim.collectives import run
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
@@ -188,7 +188,7 @@ class LowRankOptimizer(SubspaceOptimizer):
             return super().grad_norm()
         return whole_norm(self._gradient_parts())
 
-    def _gradient_parts(self) -> list[tuple[Tensor, Shard]]:
+    def _gradient_parts(self) -> list[tuple[Tensor, ShardInfo]]:
         parts = []
         for (param, _), gradient in zip(self._with_gradients(), self.gradients(), strict=True):
             slot = self._slots[param]
@@ -334,7 +334,7 @@ def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
     return metrics
 
 
-def wide_norm(parts: Sequence[tuple[Tensor, Shard]]) -> Tensor:
+def wide_norm(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
     """`whole_norm`, in float64 where it overflowed: then it is finite if every number is."""
     norm = whole_norm(parts)
     return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])

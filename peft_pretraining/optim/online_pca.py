@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.basis_rule import own_state
 from peft_pretraining.optim.collectives import Collective, Phases, phases
 from peft_pretraining.optim.lifts import LIFTS
@@ -57,12 +57,12 @@ class OnlinePCA(SVDBasis):
 
     def declare_state(self, bases: Bases, projection: Projection, group: dict[str, Any]) -> dict[str, StateTensor]:
         (basis,) = bases.values()
-        own = self._rule.declare_state(basis, self._settings, Shard(basis.shape))
+        own = self._rule.declare_state(basis, self._settings, ShardInfo(basis.shape))
         return {"basis_step": StateTensor(counter(0)), **{f"basis_{key}": tensor for key, tensor in own.items()}}
 
     def declare_older_state(self, bases: Bases) -> dict[str, StateTensor]:
         (basis,) = bases.values()
-        own = self._rule.declare_older_state(basis, Shard(basis.shape))
+        own = self._rule.declare_older_state(basis, ShardInfo(basis.shape))
         return {f"basis_{key}": tensor for key, tensor in own.items()}
 
     def advance(self, updates: Sequence[ParamUpdate], pace: float) -> Phases[None]:
@@ -74,7 +74,7 @@ class OnlinePCA(SVDBasis):
             own = own_state(update.state, "basis_")
             own["step"] += 1
             steps.append(ParamUpdate(update.name, update.index, basis, gradient, own, update.step, pace,
-                                     low_rank_shard=Shard(basis.shape)))  # fmt: skip
+                                     low_rank_shard=ShardInfo(basis.shape)))  # fmt: skip
         directions = yield from phases(self._rule.directions(steps, settings))
         for step, direction in zip(steps, directions, strict=True):
             step.direction = direction
@@ -91,7 +91,7 @@ def _reconstruction_gradients(updates: Sequence[ParamUpdate]) -> Phases[list[Ten
         assert update.grad is not None
         shard = update.projection.shard
         grads.append(Collective(update.grad, update.projection.sum_shard, "whole"))
-        shards.append(Shard(shard.shape) if update.projection.shards_projected_side else shard)
+        shards.append(ShardInfo(shard.shape) if update.projection.shards_projected_side else shard)
     whole = yield grads
     asked = []
     for update, grad, shard in zip(updates, whole, shards, strict=True):

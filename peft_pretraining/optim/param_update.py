@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.projection import Bases, Projection
 
 
@@ -42,9 +42,9 @@ class ParamUpdate:
     rate: float
     grad: Tensor | None = None
     """G (m, n) in the working dtype, for lifts and bases that declare that they read it."""
-    shard: Shard = WHOLE
+    shard: ShardInfo = WHOLE
     """How W and G are divided."""
-    low_rank_shard: Shard = WHOLE
+    low_rank_shard: ShardInfo = WHOLE
     """How R, and what has its shape, is divided."""
     projection: Projection = field(default_factory=Projection)
     scale: float = 1.0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from peft_pretraining.distributed.sharding import Shard, whole_norm
+from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
 from peft_pretraining.optim import scaled_losses
 from peft_pretraining.optim.base import check_dense, gradient_of
 from peft_pretraining.optim.low_rank import LowRankOptimizer
@@ -239,7 +239,7 @@ class PerLayerUpdates:
         gradient, shard = projected.low_rank_grad if projected else grad, self._optimizer.shard_of(param)
         assert gradient is not None
         reads = self._optimizer.objects(param).lift.reads_gradient and grad is not None
-        norm = whole_norm([(grad, Shard.of(param)) if reads and grad is not None else (gradient, shard)])
+        norm = whole_norm([(grad, ShardInfo.of(param)) if reads and grad is not None else (gradient, shard)])
         value = float(norm)
         if not math.isfinite(value):  # in float64 it overflows no more
             norm = whole_norm([(gradient.double(), shard)])
@@ -247,7 +247,7 @@ class PerLayerUpdates:
         self._squared_norms[param] = norm.double().square()
         if self._frozen or not math.isfinite(value):
             return
-        if value == 0 and not self._moved and shard.everywhere(~gradient.any()):
+        if value == 0 and not self._moved and shard.on_all_ranks(~gradient.any()):
             # Expanded zeros take no memory.
             self._zero[param] = (None if grad is None else grad.new_zeros(()).expand(grad.shape), projected)
             return
@@ -257,7 +257,7 @@ class PerLayerUpdates:
         self._zero.clear()
         if self._clip:
             if self._clip_full and projected and grad is not None:
-                norm = whole_norm([(grad, Shard.of(param))])
+                norm = whole_norm([(grad, ShardInfo.of(param))])
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor)
             if projected and reads and grad is not None:

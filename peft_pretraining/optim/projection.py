@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 
 LEFT, RIGHT = "left_basis", "right_basis"
 """Keys of P (m, r) and Q (r, n) in a parameter's optimizer state."""
@@ -49,12 +49,12 @@ class Projection:
 
     sides: tuple[str, ...] = ()
     rank: int = 0
-    shard: Shard = WHOLE
+    shard: ShardInfo = WHOLE
 
     @classmethod
-    def for_weight(cls, side: str, rank: int, shape: torch.Size | Shard) -> Projection:
+    def for_weight(cls, side: str, rank: int, shape: torch.Size | ShardInfo) -> Projection:
         """The projection of a weight (m, n), or of one that is divided; a rank beyond min(m, n) becomes min(m, n)."""
-        shard = shape if isinstance(shape, Shard) else Shard(shape)
+        shard = shape if isinstance(shape, ShardInfo) else ShardInfo(shape)
         return cls(projected_sides(side, shard.shape), min(rank, *shard.shape), shard)
 
     def new_bases(self, weight: Tensor) -> Bases:
@@ -84,16 +84,16 @@ class Projection:
         return self.shard.dim is not None and (LEFT, RIGHT)[self.shard.dim] in self.sides
 
     @property
-    def sum_shard(self) -> Shard:
+    def sum_shard(self) -> ShardInfo:
         """The devices over which `project` has to be summed up: none where the projected side is not divided."""
         return self.shard if self.shards_projected_side else WHOLE
 
     @property
-    def low_rank_shard(self) -> Shard:
+    def low_rank_shard(self) -> ShardInfo:
         """How R is divided."""
         shape, along = self.low_rank_shape(self.shard.shape), 1 if self.sides == (LEFT,) else 0
         if self.shards_projected_side or self.shard.dim is None:
-            return Shard(shape, along=along)
+            return ShardInfo(shape, along=along)
         return replace(self.shard, shape=shape, along=along)
 
     def _local(self, bases: Bases) -> Bases:

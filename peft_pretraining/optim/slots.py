@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.optim.base import name_of
 from peft_pretraining.optim.bases import basis_rule, check_names
 from peft_pretraining.optim.basis_rule import BasisRule
@@ -80,7 +80,7 @@ class Slot:
 
     def __init__(self, param: Tensor, index: int, name: str, objects: Objects, subspace: Subspace | None):
         self.index, self.name, self.objects, self.subspace = index, name, objects, subspace
-        self.shard = Shard.of(param)
+        self.shard = ShardInfo.of(param)
         """How W and G are divided."""
         self.dtype = working_dtype(objects.state_format, param.dtype)
         """Of R, D, bases and moments, whatever the parameter becomes after construction."""
@@ -149,7 +149,7 @@ def new_slots(group: dict[str, Any], objects: Objects, place: int, peers: list[S
                 raise ValueError(
                     f"a projected parameter must be a matrix, {empty}got {name} of shape {tuple(param.shape)}{note}"
                 )
-            projection = objects.basis.projection(group, Shard.of(param))
+            projection = objects.basis.projection(group, ShardInfo.of(param))
             subspace = Subspace(objects.basis, projection, name, peers, note)
         slots.append((param, Slot(param, index, name, objects, subspace)))
     return slots

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class StateTensor:
     """Entries in that dimension, over all devices."""
 
     @classmethod
-    def like_gradient(cls, value: Tensor, shard: Shard) -> StateTensor:
+    def like_gradient(cls, value: Tensor, shard: ShardInfo) -> StateTensor:
         """A tensor of the gradient's shape, which is divided as the gradient is."""
         return cls(value) if shard.dim is None else cls(value, shard.dim, shard.shape[shard.dim])
 
     @classmethod
-    def along(cls, value: Tensor, dim: int, shard: Shard) -> StateTensor:
+    def along(cls, value: Tensor, dim: int, shard: ShardInfo) -> StateTensor:
         """A vector with one entry per index of the gradient's dimension `dim`."""
         return cls(value, 0, shard.shape[dim]) if shard.dim == dim else cls(value)
 

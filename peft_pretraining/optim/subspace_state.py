@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.base import InPlaceOptimizer
 from peft_pretraining.optim.bases import basis_rule
 from peft_pretraining.optim.saved_state import other_state
@@ -138,7 +138,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
         """Of the gradients that the update rule sees, whatever the parameter has become since construction."""
         return self._slots[param].dtype
 
-    def shard_of(self, param: Tensor) -> Shard:
+    def shard_of(self, param: Tensor) -> ShardInfo:
         """How the gradients that the update rule sees are divided."""
         return self._slots[param].low_rank_shard
 
@@ -152,7 +152,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
                 raise other_state("rank", saved["rank"], own["rank"])
             if subspace and not self.objects(param).basis_is_given:
                 rule = basis_rule(saved)
-                kind = (*rule.kind, rule.projection(saved, Shard.of(param)).sides)
+                kind = (*rule.kind, rule.projection(saved, ShardInfo.of(param)).sides)
                 if kind != subspace.kind:
                     names = ("proj_type", "rand_ratio")
                     found, expected = ([group[name] for name in names] for group in (saved, own))

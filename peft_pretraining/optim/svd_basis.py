@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.basis_rule import BasisRule, NewBases, Refresh, attempt
 from peft_pretraining.optim.collectives import Collective, Phases, phases, together
 from peft_pretraining.optim.projection import LEFT, RIGHT, Bases
@@ -127,4 +127,4 @@ def _of_noise(refresh: Refresh) -> Refresh:
     """The refresh for a Gaussian matrix instead of the gradient, which every device has as a whole."""
     shape, draws = refresh.projection.shard.shape, refresh.generator("gaussian matrix")
     noise = torch.randn(shape, generator=draws, dtype=torch.float32).to(refresh.grad.device)
-    return replace(refresh, grad=noise, projection=replace(refresh.projection, shard=Shard(shape)))
+    return replace(refresh, grad=noise, projection=replace(refresh.projection, shard=ShardInfo(shape)))

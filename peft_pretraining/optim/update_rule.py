@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.collectives import Collective, Phased
 from peft_pretraining.optim.param_update import Direction, ParamUpdate
 from peft_pretraining.optim.state_tensor import StateTensor, counter
@@ -49,11 +49,11 @@ class UpdateRule:
         """The parameter's count of updates, zero."""
         return counter(0)
 
-    def declare_state(self, like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         """The rule's tensors, by key, for gradients of `like`'s shape, dtype and device, divided as `shard` says."""
         return {}
 
-    def declare_older_state(self, like: Tensor, shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_older_state(self, like: Tensor, shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         """The rule's tensors as older versions had them."""
         return {}
 
@@ -77,24 +77,24 @@ class UpdateRule:
         raise NotImplementedError
 
     def rotate_momentum(
-        self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: Shard = WHOLE
+        self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE
     ) -> None:
         """Put the first moment through `change`, which rotates it into a new basis."""
         if (moment := state.get(self.first_moment)) is not None:
             moment.copy_(change(moment))
 
 
-def upright(matrix: Tensor, shard: Shard) -> Tensor:
+def upright(matrix: Tensor, shard: ShardInfo) -> Tensor:
     """A matrix turned so that its rows are what devices divide: then a device has whole blocks of numbers."""
     return matrix.T if matrix.ndim == 2 and shard.along == 1 else matrix
 
 
-def mean_over(part: Tensor, dim: int, shard: Shard) -> Collective:
+def mean_over(part: Tensor, dim: int, shard: ShardInfo) -> Collective:
     """What `mean_from` makes the mean over a dimension of: over all devices where that dimension is divided."""
     return Collective(part.sum(dim), shard) if shard.dim == dim else Collective(part.mean(dim), WHOLE)
 
 
-def mean_from(answer: Tensor, dim: int, shard: Shard) -> Tensor:
+def mean_from(answer: Tensor, dim: int, shard: ShardInfo) -> Tensor:
     """The mean that was asked for by `mean_over`."""
     return answer / shard.shape[dim] if shard.dim == dim else answer
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.adamw import AdamW, AdamW8bit, TorchAdamW
 from peft_pretraining.optim.collectives import Collective, Phases
 from peft_pretraining.optim.param_update import Direction, ParamUpdate
@@ -35,7 +35,7 @@ class Adafactor(UpdateRule):
     optional = frozenset({"exp_avg"})
     _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
 
-    def declare_state(self, like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         wide = torch.promote_types(like.dtype, torch.float32)  # 1e-30 and slow decay need it
         if like.ndim >= 2:
             row = like.new_zeros(like.shape[:-1], dtype=wide)
@@ -115,7 +115,7 @@ class Lion(UpdateRule):
     lift = "sign"
     betas: tuple[float, float] = (0.9, 0.99)
 
-    def declare_state(self, like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         return {"exp_avg": StateTensor.like_gradient(zeros(like), shard)}
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
@@ -134,7 +134,7 @@ class SGD(UpdateRule):
     first_moment = "momentum_buffer"
     optional = frozenset({"momentum_buffer"})
 
-    def declare_state(self, like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> dict[str, StateTensor]:
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         return {self.first_moment: StateTensor.like_gradient(zeros(like), shard)} if group["momentum"] else {}
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:

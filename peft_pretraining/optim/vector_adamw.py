@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.optim.base import InPlaceOptimizer, gradient_of
 from peft_pretraining.optim.settings import check_betas, check_keys, check_numbers
 
@@ -58,7 +58,7 @@ class VectorAdamW(InPlaceOptimizer):
             if vectors is not None and (type(vectors) is not int or vectors not in (0, 1) or param.ndim != 2):
                 raise ValueError(f"vectors must be None, or 0 or 1 for matrices, got {vectors!r} for {param.ndim} dims")
             count = () if vectors is None else (param.shape[vectors],)
-            if vectors is not None and Shard.of(param).dim == vectors:
+            if vectors is not None and ShardInfo.of(param).dim == vectors:
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} is divided within its vectors' counts")
             states[param] = {
                 "step": torch.zeros(count, dtype=torch.float32, device=param.device),

@@ -23,7 +23,7 @@ def distributed_model(
     group: ProcessGroup,
     weights_from: str | None = None,
 ) -> PreTrainedModel:
-    """The training model, with its layers changed and its parameters divided as the settings say.
+    """The training model, with its layers changed and its parameters sharded as the settings say.
 
     `shape` is the model JSON's. Weights that are drawn get their memory last, and those of layers that the method
     replaces one by one, so that a device never holds more than its part of them, and the host no more than that and
@@ -31,7 +31,7 @@ def distributed_model(
     """
     distributed, seed = config.distributed, config.run.seed
     sharded = distributed.distributed_type == "fsdp" and group.world_size > 1
-    # Dividing a model moves it to the devices, layer by layer.
+    # Sharding a model moves it to the devices, layer by layer.
     made_on = torch.device("cpu") if sharded else group.device
     model = build_model(config.model, shape, weights_from, group.device)
     if type(method).convert is not TrainingMethod.convert:  # which may read any of the weights

@@ -173,7 +173,9 @@ def _draw(groups: Groups, wanted: int | None, seed: int, flag: str) -> tuple[Gro
     order = torch.randperm(len(groups), generator=rng.generator(seed, f"examples for {flag}")).tolist()
     if wanted is None:
         return [groups[index] for index in order], []
-    chosen, rest, size = [], [], 0
+    chosen: Groups = []
+    rest: Groups = []
+    size = 0
     for index in order:
         fits = size + len(groups[index]) <= wanted or (not chosen and wanted > 0)
         (chosen if fits else rest).append(groups[index])

@@ -75,7 +75,7 @@ class GoLoreAdapter(FactorMethod):
             weight_decay=settings.weight_decay,
         )
         for adapter in self.subspaces:
-            adapter.divide()
+            adapter.follow_sharding()
             optimizer.state[adapter.trained] |= adapter.new_counters()
         return optimizer
 
@@ -118,7 +118,7 @@ class GoLoreAdapter(FactorMethod):
 
     def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         for adapter in self._due:
-            adapter.commit(optimizer.local_state(adapter.trained), step, optimizer.rule, self._refreshes)
+            adapter.apply(optimizer.local_state(adapter.trained), step, optimizer.rule, self._refreshes)
         self._due = []
 
     def metrics(self) -> dict[str, float]:

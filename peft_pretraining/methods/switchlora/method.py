@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.distributed.sharding import ShardInfo, local, whole_norm
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
@@ -54,7 +54,7 @@ class SwitchLoRA(FactorMethod):
 
     def build_optimizer(self, model: nn.Module) -> VectorAdamW:
         for name, layer in low_rank_layers(model).items():
-            if Shard.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
+            if ShardInfo.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
                 raise ConfigError([f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
                                    f"of {name} evenly: use another number of devices, --replicas, or ddp"])  # fmt: skip
         groups = self.parameter_groups(model)
@@ -98,7 +98,7 @@ class SwitchLoRA(FactorMethod):
         corrections = exchange(due, settings.switch_lora_drop)
         self.switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
         if settings.cal_delta_norm:
-            shards = [Shard.of(layer.weight) for layer, _ in due]
+            shards = [ShardInfo.of(layer.weight) for layer, _ in due]
             self.correction_norm = whole_norm(zip(corrections, shards, strict=True))
         for layer, switch in due:
             layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step
