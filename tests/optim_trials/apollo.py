@@ -1,4 +1,4 @@
-"""APOLLO (arXiv 2412.05270) as one lift: the gradient itself, each channel as long as AdamW makes it in a projection."""
+"""APOLLO (arXiv 2412.05270) as one lift: the gradient, each channel as long as AdamW makes it in a projection."""
 
 import math
 
