@@ -17,9 +17,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+_torch: Any = distributed_c10d
+"""Without types: those that torch declares for gloo's options are not those it has."""
 
 
 @contextmanager
@@ -28,31 +32,32 @@ def one_thread_per_group() -> Iterator[None]:
     if not dist.is_gloo_available():
         yield
         return
-    original = distributed_c10d.ProcessGroupGloo
-    distributed_c10d.ProcessGroupGloo = _one_thread_group()
+    original = _torch.ProcessGroupGloo
+    _torch.ProcessGroupGloo = _one_thread_group()
     try:
         yield
     finally:
-        distributed_c10d.ProcessGroupGloo = original
+        _torch.ProcessGroupGloo = original
 
 
 @functools.cache
-def _one_thread_group() -> type[dist.ProcessGroupGloo]:
+def _one_thread_group() -> Any:
     """The class that stands in for torch's: called with the same arguments."""
+    gloo = _torch.ProcessGroupGloo
 
-    class OneThreadGloo(dist.ProcessGroupGloo):
+    class OneThreadGloo(gloo):
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-            options = dist.ProcessGroupGloo._Options()
+            options = gloo._Options()
             options._threads = 1
-            options._devices = _devices()
+            options._devices = _devices(gloo)
             options._timeout = timeout
             super().__init__(store, rank, size, options)
 
     return OneThreadGloo
 
 
-def _devices() -> list[dist.ProcessGroupGloo.Device]:
+def _devices(gloo: Any) -> list[Any]:
     """Those that torch takes by itself: of GLOO_SOCKET_IFNAME's interfaces, or of the host's name."""
     if names := os.environ.get("GLOO_SOCKET_IFNAME"):
-        return [dist.ProcessGroupGloo.create_device(interface=name) for name in names.split(",") if name]
-    return [dist.ProcessGroupGloo.create_default_device()]
+        return [gloo.create_device(interface=name) for name in names.split(",") if name]
+    return [gloo.create_default_device()]
