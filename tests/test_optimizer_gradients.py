@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import importlib
 import math
 
 import pytest
@@ -9,13 +10,26 @@ import torch
 from projection_helpers import build, matrix, parameter, set_gradients, through_a_file, train
 from torch import nn
 
-from peft_pretraining.optim import LowRankOptimizer, low_rank, low_rank_gradients, per_layer, vector_adamw
+from peft_pretraining import optim
+from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.projection import RIGHT
 
+WITH_EXAMPLES = (
+    "basis_rule",
+    "collectives",
+    "lifts",
+    "low_rank",
+    "low_rank_gradients",
+    "model_groups",
+    "per_layer",
+    "update_rule",
+    "vector_adamw",
+)
 
-@pytest.mark.parametrize("module", [low_rank, low_rank_gradients, per_layer, vector_adamw])
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_in_docstrings_run(module):
-    found = doctest.testmod(module)
+    found = doctest.testmod(importlib.import_module(f"{optim.__name__}.{module}"))
     assert found.attempted > 3 and not found.failed
 
 

@@ -54,7 +54,26 @@ def attempt(compute: Callable[[], Bases]) -> NewBases:
 
 
 class BasisRule:
-    """Makes the bases of one parameter group. They are orthonormal unless the rule says otherwise."""
+    """Makes the bases of one parameter group. They are orthonormal unless the rule says otherwise.
+
+    >>> from peft_pretraining.optim import LowRankOptimizer
+    >>> class Coordinates(BasisRule):
+    ...     def reads_gradient(self, step):
+    ...         return False
+    ...
+    ...     def compute_basis(self, refresh):
+    ...         (side,) = refresh.projection.sides
+    ...         basis = refresh.projection.new_bases(refresh.grad)[side]  # (r, n) of zeros
+    ...         chosen = torch.randperm(basis.shape[1], generator=refresh.generator("coordinates"))
+    ...         return {side: basis.index_put_((torch.arange(len(basis)), chosen[: len(basis)]), torch.ones(()))}
+    >>> weight = torch.nn.Parameter(torch.ones(6, 4))
+    >>> group = {"params": [weight], "basis": Coordinates(), "rank": 2, "proj_type": "right"}
+    >>> optimizer = LowRankOptimizer([group], lr=1.0)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> int((weight == 1).sum())
+    12
+    """
 
     carries_momentum = False
     """Whether the first moment moves into a new basis, or its coordinates are simply read in the new one."""

@@ -45,7 +45,17 @@ def phases(job: Phased[T]) -> Phases[T]:
 
 
 def together(jobs: Sequence[Phases[T]]) -> Phases[list[T]]:
-    """Advances jobs side by side and returns their results: the collectives of each phase are yielded as one list."""
+    """Advances jobs side by side and returns their results: the collectives of each phase are yielded as one list.
+
+    >>> from peft_pretraining.distributed.sharding import WHOLE
+    >>> def norm(part):
+    ...     (square,) = yield [Collective(part.square().sum(), WHOLE)]
+    ...     return float(square.sqrt())
+    >>> run(norm(torch.ones(9)))
+    3.0
+    >>> run(together([norm(torch.tensor([3.0, 4.0])), norm(torch.ones(4))]))
+    [5.0, 2.0]
+    """
     waiting = dict(enumerate(jobs))
     answers: dict[int, list[Tensor]] = {}
     results: dict[int, T] = {}

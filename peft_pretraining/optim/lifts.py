@@ -15,7 +15,24 @@ from peft_pretraining.optim.state_tensor import StateTensor
 
 
 class Lift:
-    """Moves the weights of one parameter group, all of its matrices at once."""
+    """Moves the weights of one parameter group, all of its matrices at once.
+
+    >>> import torch
+    >>> from peft_pretraining.optim import LowRankOptimizer
+    >>> class Bounded(Lift):
+    ...     def move(self, updates, group):
+    ...         for update in updates:
+    ...             direction, factor, _ = update.direction
+    ...             with update.moving() as weight:
+    ...                 step = update.projection.project_back(update.bases, direction)
+    ...                 weight.sub_((factor * step).clamp(-1e-3, 1e-3))
+    >>> weight = torch.nn.Parameter(torch.ones(6, 4))
+    >>> optimizer = LowRankOptimizer([{"params": [weight], "lift": Bounded(), "rank": 2}], lr=1.0)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> bool(((weight - 1).abs() < 0.0011).all())
+    True
+    """
 
     reads_gradient = False
     """Whether `move` needs G beside R. Then gradients are reduced as a whole, clipped by G's norm, and added up as a

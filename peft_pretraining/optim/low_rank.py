@@ -16,7 +16,7 @@ from peft_pretraining.optim.base import gradient_of
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
 from peft_pretraining.optim.moving import Member, move
 from peft_pretraining.optim.param_update import ParamUpdate
-from peft_pretraining.optim.projected_gradients import ProjectedGradients, wide_norm
+from peft_pretraining.optim.projected_gradients import ProjectedGradients, not_finite, wide_norm
 from peft_pretraining.optim.settings import check_numbers, check_whole
 from peft_pretraining.optim.slots import update_rule
 from peft_pretraining.optim.state_tensor import is_counter
@@ -154,7 +154,7 @@ class LowRankOptimizer(ProjectedGradients):
         not finite leave it out as well."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None and self.update_step is None and moving:
-            found_inf = (~wide_norm(self._gradient_parts()).isfinite()).float()
+            found_inf = not_finite(self._gradient_parts())
         members = [self._member(param, group, gradient_of(param)) for param, group in moving]
         move(members, self.refresh_metrics, found_inf, getattr(self, "grad_scale", None))
 

@@ -73,8 +73,18 @@ class OnlinePCA(SVDBasis):
             (basis,) = update.bases.values()
             own = own_state(update.state, "basis_")
             own["step"] += 1
-            steps.append(ParamUpdate(update.name, update.index, basis, gradient, own, update.step, pace,
-                                     low_rank_shard=ShardInfo(basis.shape)))  # fmt: skip
+            steps.append(
+                ParamUpdate(
+                    name=update.name,
+                    index=update.index,
+                    weight=basis,
+                    low_rank_grad=gradient,
+                    state=own,
+                    step=update.step,
+                    rate=pace,
+                    low_rank_shard=ShardInfo(basis.shape),
+                )
+            )
         directions = yield from phases(self._rule.directions(steps, settings))
         for step, direction in zip(steps, directions, strict=True):
             step.direction = direction

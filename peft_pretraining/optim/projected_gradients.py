@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
 from peft_pretraining.optim.base import grad_of, gradient_of
-from peft_pretraining.optim.collectives import run
+from peft_pretraining.optim.collectives import Collective, Phases, run
 from peft_pretraining.optim.subspace import Arrival, project_gradients
 from peft_pretraining.optim.subspace_state import SubspaceOptimizer
 
@@ -148,3 +148,14 @@ def wide_norm(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
     """`whole_norm`, in float64 where it overflowed: then it is finite if every number is."""
     norm = whole_norm(parts)
     return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])
+
+
+def not_finite(parts: Sequence[tuple[Tensor, Shard]]) -> Tensor:
+    """1 if some number is not finite on any device, else 0: a float32 scalar, which is not read."""
+    flags = [Collective((~part.isfinite().all()).float(), shard, "max") for part, shard in parts]
+    answers = run(_asked(flags))
+    return torch.stack([answer.to(answers[0].device) for answer in answers]).amax()
+
+
+def _asked(collectives: list[Collective]) -> Phases[list[Tensor]]:
+    return (yield collectives)

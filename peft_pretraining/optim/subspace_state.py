@@ -92,8 +92,9 @@ class SubspaceOptimizer(InPlaceOptimizer):
         if group["rule"] == self.rule.name:
             group["rule"] = self.rule  # which may be an object that was given
         objects = objects_of(group)
-        if group.get("betas") is None and objects.rule.betas is not None:
-            group["betas"] = objects.rule.betas
+        betas = objects.rule.betas or self.defaults.get("betas")  # schedulers want some, whether the rule does or not
+        if group.get("betas") is None and betas is not None:
+            group["betas"] = betas
         # Online Subspace Descent's base rate, where no scheduler keeps an `initial_lr`.
         group.setdefault("first_lr", float(group["lr"]))
         known = len(self._peers)
@@ -112,6 +113,9 @@ class SubspaceOptimizer(InPlaceOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and create its state at once. A group that is refused leaves nothing behind."""
+        rule = param_group.get("rule", self.rule.name) if isinstance(param_group, dict) else self.rule.name
+        if getattr(rule, "name", rule) != self.rule.name:
+            param_group = {"betas": None, **param_group}  # those of its rule, not of the optimizer's
         super().add_param_group(param_group)
         for follower in self._followers:
             follower.attach()

@@ -15,7 +15,24 @@ from peft_pretraining.optim.state_tensor import StateTensor, counter
 
 
 class UpdateRule:
-    """Turns the gradients of one parameter group, in the coordinates they arrive in, into directions."""
+    """Turns the gradients of one parameter group, in the coordinates they arrive in, into directions.
+
+    >>> from peft_pretraining.optim import Direction, LowRankOptimizer, StateTensor
+    >>> class Momentum(UpdateRule):
+    ...     def declare_state(self, like, group, shard=WHOLE):
+    ...         return {"exp_avg": StateTensor.like_gradient(torch.zeros_like(like), shard)}
+    ...
+    ...     def directions(self, updates, group):
+    ...         moments = [update.state["exp_avg"] for update in updates]
+    ...         torch._foreach_lerp_(moments, [update.low_rank_grad for update in updates], 0.1)
+    ...         return [Direction(moment, update.rate) for moment, update in zip(moments, updates)]
+    >>> weight = torch.nn.Parameter(torch.zeros(6, 4))
+    >>> optimizer = LowRankOptimizer([{"params": [weight], "rule": Momentum(), "rank": 2}], lr=0.1)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> tuple(optimizer.state[weight]["exp_avg"].shape), optimizer.param_groups[0]["rule"]
+    ((6, 2), 'momentum')
+    """
 
     decays_first = False
     """Whether decoupled weight decay, W <- W - lr * decay * W, comes before the update or after it."""
