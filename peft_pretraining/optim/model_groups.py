@@ -28,8 +28,11 @@ def model_groups(model: nn.Module, target_modules: Sequence[str], projection: di
 
 
 ROLES = ("matrices", "embedding", "head", "norms", "others")
-"""What a parameter is to a language model. `matrices`: the weights of the target layers; `embedding`: token and position
-tables; `head`: the matrix before the logits, tied ones included; `norms`: all vectors, biases too; `others`: the rest."""
+"""What a parameter is to a language model.
+
+`matrices`: the weights of the target layers; `embedding`: token and position tables; `head`: the matrix before the
+logits, tied ones included; `norms`: all vectors, biases too; `others`: the rest.
+"""
 
 
 def roles_of(model: nn.Module, matrices: Collection[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import Shard, whole_norm
+from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
 from peft_pretraining.optim.base import grad_of, gradient_of
 from peft_pretraining.optim.collectives import run
 from peft_pretraining.optim.subspace import Arrival, project_gradients
@@ -97,7 +97,7 @@ class ProjectedGradients(SubspaceOptimizer):
             return super().grad_norm()
         return whole_norm(self._gradient_parts())
 
-    def _gradient_parts(self) -> list[tuple[Tensor, Shard]]:
+    def _gradient_parts(self) -> list[tuple[Tensor, ShardInfo]]:
         parts = []
         for (param, _), gradient in zip(self._with_gradients(), self.gradients(), strict=True):
             slot = self._slots[param]
@@ -144,7 +144,7 @@ def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
     return metrics
 
 
-def wide_norm(parts: Sequence[tuple[Tensor, Shard]]) -> Tensor:
+def wide_norm(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
     """`whole_norm`, in float64 where it overflowed: then it is finite if every number is."""
     norm = whole_norm(parts)
     return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])
