@@ -259,9 +259,18 @@ def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss, micro_batch: in
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment, with threads that leave the cores to each other."""
+    """This process's environment, with threads that leave the cores to each other; a crash prints its stacks."""
     fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    return {**os.environ, **fixed, **changes}
+    return {**os.environ, **fixed, "PYTHONFAULTHANDLER": "1", **changes}
+
+
+def last_words(stderr: str, characters: int = 30_000) -> str:
+    """The end of a log, from the crash of the first process on if one crashed: the others go on writing."""
+    crash = stderr.find("Fatal Python error")
+    if crash < 0:
+        return stderr[-characters:]
+    before = stderr[:crash].splitlines(keepends=True)[-20:]
+    return "".join(before)[-(characters // 8) :] + stderr[crash : crash + characters]
 
 
 def _run_cases(path: Path) -> None:
@@ -325,6 +334,7 @@ def _run_cases(path: Path) -> None:
             if case.get("count"):
                 stops.enter_context(collectives.counted(results[-1].setdefault("collectives", [])))
             results[-1]["exit_code"] = run(case["argv"])
+    assert set(threads := collectives.gloo_threads()) == {1}, threads
     destroy()
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))
 

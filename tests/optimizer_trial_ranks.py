@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 optimizer_trial_ranks.py FOLDER
 
-writes `rank{N}.pt`: for each case the weights after the last update and the collectives of each of its steps.
+writes `rank{N}.pt`: for each case the weights after the last update, and the number of collectives of each step.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
+from peft_pretraining.distributed.gloo import one_thread_per_group
 from peft_pretraining.distributed.low_rank_reduction import LowRankReduction, reduce_low_rank
 from peft_pretraining.distributed.process_group import ProcessGroup
 
@@ -32,9 +33,10 @@ class Sharding:
 
     def mesh(self, group: ProcessGroup) -> DeviceMesh:
         shards = group.world_size // self.replicas
-        if self.replicas == 1:
-            return init_device_mesh(group.device.type, (shards,), mesh_dim_names=("shard",))
-        return init_device_mesh(group.device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
+        with one_thread_per_group():  # of replicas, and of the shards of one replica
+            if self.replicas == 1:
+                return init_device_mesh(group.device.type, (shards,), mesh_dim_names=("shard",))
+            return init_device_mesh(group.device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(
