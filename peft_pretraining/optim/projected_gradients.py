@@ -150,7 +150,7 @@ def wide_norm(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
     return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])
 
 
-def not_finite(parts: Sequence[tuple[Tensor, Shard]]) -> Tensor:
+def not_finite(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
     """1 if some number is not finite on any device, else 0: a float32 scalar, which is not read."""
     flags = [Collective((~part.isfinite().all()).float(), shard, "max") for part, shard in parts]
     answers = run(_asked(flags))
