@@ -15,6 +15,7 @@ from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import token_loss_sum
+from peft_pretraining.optim.gradient_owner import GradientOwner, gradient_owner
 from peft_pretraining.training.build_model import distributed_model, reduced_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,7 @@ class Trainee:
     parallel_model: nn.Module
     method: TrainingMethod
     optimizer: Optimizer
+    gradients: GradientOwner
 
     @classmethod
     def build(cls, name: str, layout: str, shape: dict[str, Any], group: ProcessGroup, **settings: Any) -> Trainee:
@@ -52,18 +54,19 @@ class Trainee:
         model = distributed_model(config, shape, method, group)
         optimizer = method.build_optimizer(model)
         method.prepare(model, optimizer, group.all_reduce_mean)
-        return cls(config, group, model, reduced_model(config, method, group, model, optimizer), method, optimizer)
+        gradients = gradient_owner(optimizer, model)
+        return cls(config, group, model, reduced_model(config, group, model, gradients), method, optimizer, gradients)
 
     def update(self, step: int, before_step: Callable[[], None] = lambda: None) -> None:
         """One update, in the train loop's order; `before_step` is called when gradients are complete."""
         method, model, optimizer = self.method, self.model, self.optimizer
-        method.before_forward(model, optimizer, step)
+        self.gradients.begin_update(step)
+        method.before_update(model, optimizer, step)
         token_loss_sum(self.parallel_model, {"input_ids": self._tokens(step)}).backward()
-        method.grad_norm(model, optimizer)
+        self.gradients.grad_norm()
         before_step()
-        method.before_optimizer_step(model, optimizer, step)
+        method.before_step(model, optimizer, step)
         optimizer.step()
-        method.after_optimizer_step(model, optimizer, step)
         optimizer.zero_grad(set_to_none=True)
 
     def _tokens(self, step: int) -> Tensor:

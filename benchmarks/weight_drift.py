@@ -23,6 +23,7 @@ from peft_pretraining.config import Config  # noqa: E402
 from peft_pretraining.methods import load_method  # noqa: E402
 from peft_pretraining.methods.base import TrainingMethod  # noqa: E402
 from peft_pretraining.nn import LowRankLinear  # noqa: E402
+from peft_pretraining.optim.gradient_owner import gradient_owner  # noqa: E402
 
 SCALE = {"lora_alpha": 1.0, "init_lora_type": "switchlora"}
 METHODS = {
@@ -69,14 +70,16 @@ def _update(
     """One update; how the method changed the function besides the optimizer."""
     layer = model["mlp"]
     before = effective(layer)
-    method.before_forward(model, optimizer, step)
+    gradients = gradient_owner(optimizer, model)
+    gradients.begin_update(step)
+    method.before_update(model, optimizer, step)
     moved = effective(layer) - before
     x = torch.randn(32, layer.in_features, generator=generator).to(layer.lora_A.dtype)
     target = torch.randn(32, layer.out_features, generator=generator).to(x.dtype)
     (layer(x) - target).square().mean().backward()
-    method.grad_norm(model, optimizer)
+    gradients.grad_norm()
     before = effective(layer)
-    method.before_optimizer_step(model, optimizer, step)
+    method.before_step(model, optimizer, step)
     moved += effective(layer) - before
     optimizer.step()
     optimizer.zero_grad()

@@ -48,13 +48,13 @@ def main(path: Path) -> None:
         return wrapped
 
     def observed_train(run):
-        before_forward = run.method.before_forward
+        before_update = run.method.before_update
 
-        def counted_before_forward(model, optimizer, step):
+        def counted_before_update(model, optimizer, step):
             sent.append(0)
-            before_forward(model, optimizer, step)
+            before_update(model, optimizer, step)
 
-        run.method.before_forward = counted_before_forward
+        run.method.before_update = counted_before_update
         code = train(run)
         trainable = sum(param.numel() for param in run.model.parameters() if param.requires_grad)
         results[-1] |= {"digest": digest(run), "bytes": list(sent), "trainable": trainable}

@@ -100,7 +100,7 @@ def trained_relora(**settings):
     model = method.convert(model)
     optimizer = method.build_optimizer(model)
     for step in range(3):
-        method.before_forward(model, optimizer, step)
+        method.before_update(model, optimizer, step)
         model["head"](model["mlp"](torch.randn(8, 20))).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -125,7 +125,7 @@ def test_what_a_reset_leaves(kind):
     factors = [model["mlp"].lora_A, model["mlp"].lora_B]
     held = [optimizer.state[param][key] for param in factors for key in state_reset.MOMENTS]
     before, other = moments_of(optimizer, factors), moments_of(optimizer, model["head"].parameters())
-    method.before_forward(model, optimizer, 3)
+    method.before_update(model, optimizer, 3)
     after = moments_of(optimizer, factors)
     if kind == "all":
         assert all(moment.count_nonzero() == 0 for moment in after)
@@ -149,10 +149,10 @@ def test_what_a_reset_leaves(kind):
 def test_resets_may_be_rarer_than_merges():
     """Every --cycle_length updates, where that is given."""
     method, model, optimizer = trained_relora(cycle_length=6)
-    method.before_forward(model, optimizer, 3)
+    method.before_update(model, optimizer, 3)
     assert model["mlp"].lora_B.count_nonzero() == 0  # merged
     assert optimizer.state[model["mlp"].lora_B]["exp_avg"].count_nonzero() > 0
-    method.before_forward(model, optimizer, 6)
+    method.before_update(model, optimizer, 6)
     assert optimizer.state[model["mlp"].lora_B]["exp_avg"].count_nonzero() == 0
 
 
@@ -162,7 +162,7 @@ def test_a_merge_draws_another_a_and_puts_a_trained_scale_back():
     with torch.no_grad():
         layer.scaling.fill_(0.3)
     before, function = layer.lora_A.clone(), layer.merged_weight()
-    method.before_forward(model, optimizer, 3)
+    method.before_update(model, optimizer, 3)
     assert layer.scaling == 1 and (layer.lora_A != before).all()
     assert layer.lora_A.abs().max() <= 20**-0.5 and layer.lora_B.count_nonzero() == 0
     torch.testing.assert_close(layer.merged_weight(), function, rtol=0, atol=1e-6)

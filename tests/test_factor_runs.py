@@ -223,16 +223,16 @@ def test_a_skipped_update_switches_nothing(command, tmp_path):
 
 @pytest.mark.parametrize("flags", [{}, {"discontinuous_switch": True}, {"no_offload_candidates": True}])
 def test_switching_keeps_the_function_in_every_update(command, monkeypatch, flags):
-    switch, deviations = SwitchLoRA.before_optimizer_step, []
+    switch, deviations = SwitchLoRA.before_step, []
 
     def watched(self, model, optimizer, step):
         before = {name: layer.merged_weight() for name, layer in low_rank_layers(model).items()}
         switch(self, model, optimizer, step)
         for name, layer in low_rank_layers(model).items():
             deviation = (layer.merged_weight() - before[name]).abs().max() / before[name].abs().max()
-            deviations.append((self.switched, float(deviation)))
+            deviations.append((optimizer.reported["switched_vectors"], float(deviation)))
 
-    monkeypatch.setattr(SwitchLoRA, "before_optimizer_step", watched)
+    monkeypatch.setattr(SwitchLoRA, "before_step", watched)
     assert helpers.run(command(**FACTORS["switchlora"], dtype="float64", **flags)) == 0
     assert sum(switched for switched, _ in deviations) > 100
     assert max(deviation for _, deviation in deviations) < 1e-13

@@ -265,14 +265,15 @@ def test_two_runs_do_not_share_a_folder(run, finished):
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
-    step = MethodTrainer.after_optimizer_step
+    step = MethodTrainer.training_step
 
-    def spoil(trainer):
-        step(trainer)
+    def spoil(trainer, *arguments, **keywords):
+        loss = step(trainer, *arguments, **keywords)
         if trainer.state.global_step == 2:
             trainer.model.classifier.weight.data[0, 0] = float("nan")
+        return loss
 
-    monkeypatch.setattr(MethodTrainer, "after_optimizer_step", spoil)
+    monkeypatch.setattr(MethodTrainer, "training_step", spoil)
     code, said = run(tmp_path, save_steps=1, max_steps=5, save_total_limit=1)
     assert code == 1 and said.count("error: ") == 1
     assert "no checkpoint after update 3: classifier.weight is not finite" in said

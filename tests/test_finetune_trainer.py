@@ -8,7 +8,7 @@ import pytest
 import torch
 from finetune_helpers import glue_flags, rows, run_glue, write_bert, write_llama, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, set_seed
 
 from peft_pretraining.finetune import glue
 from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINING_WEIGHTS
@@ -173,17 +173,18 @@ def test_golore_knows_the_number_of_updates(bert, data, tmp_path):
 def test_update_with_an_infinite_gradient_is_skipped(method, bert, data, tmp_path):
     trainer = trainer_for(bert, data, tmp_path, method=method, max_steps=3)
     seen = []
-    compute_loss, step = trainer.compute_loss, trainer.after_optimizer_step
+    compute_loss = trainer.compute_loss
 
     def poisoned(*arguments, **keywords):
         loss = compute_loss(*arguments, **keywords)
         return loss * float("inf") if trainer.state.global_step == 1 else loss
 
-    def watched():
-        seen.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-        step()
+    class Watch(TrainerCallback):
+        def on_step_end(self, *arguments, **keywords):
+            seen.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
 
-    trainer.compute_loss, trainer.after_optimizer_step = poisoned, watched
+    trainer.compute_loss = poisoned
+    trainer.add_callback(Watch())
     trainer.train()
     first, second, third = seen
     assert all(torch.equal(first[name], second[name]) for name in first)

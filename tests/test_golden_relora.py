@@ -36,7 +36,7 @@ def test_relora(shape):
     effective = []
     for t in range(12):
         before = layer.merged_weight()
-        method.before_forward(model, optimizer, t)
+        method.before_update(model, optimizer, t)
         torch.testing.assert_close(layer.merged_weight(), before, **TOLERANCE)  # a merge keeps the function
         (layer(numbers["X"][t]) * numbers["Y"][t]).sum().backward()
         optimizer.step()

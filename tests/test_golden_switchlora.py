@@ -92,14 +92,14 @@ def test_one_layer(stem):
         def exact(actual, name, t=t):
             assert actual.tolist() == numbers[name][t].tolist(), f"{name} at update {t}"
 
-        method.before_forward(model, optimizer, t)
+        method.before_update(model, optimizer, t)
         y = layer(numbers["x"][t])
         same(y, "y")
         (y * numbers["gy"][t]).sum().backward()
         same(layer.lora_A.grad, "gradA_raw")
         same(layer.lora_B.grad, "gradB_raw")
         before = layer.merged_weight().double()
-        method.before_optimizer_step(model, optimizer, t)
+        method.before_step(model, optimizer, t)
         assert (layer.merged_weight().double() - before).abs().max() <= 1e-6
         for name, parameter in (("W", layer.weight), ("A", layer.lora_A), ("B", layer.lora_B)):
             same(parameter, f"{name}_after_switch")
@@ -170,8 +170,8 @@ def test_counts_of_a_real_layer(name):
     for t in range(case["total"]):
         for factor in (layer.lora_A, layer.lora_B):
             factor.grad = torch.ones_like(factor)
-        method.before_optimizer_step(model, optimizer, t)
-        done.append(method.switched // 2)
+        method.before_step(model, optimizer, t)
+        done.append(optimizer.reported["switched_vectors"] // 2)
     assert done == numbers[f"{name}.k_done"].tolist()
 
 

@@ -45,7 +45,6 @@ class Observer:
         first = 2 * run.state.update_step
         run.batches = iter([{"input_ids": tokens} for tokens in NUMBERS["data"][first:]])
         run.method.uniform = lambda step, index: self.uniforms[step, columns[index]]
-        after = run.method.after_optimizer_step
         plan = run.method.plan
 
         def observed_plan(layer, step, index):
@@ -53,11 +52,11 @@ class Observer:
             self.done[step, columns[index]] = len(switch.slots_a)
             return switch
 
-        def observed_after(model, optimizer, step):
-            after(model, optimizer, step)
-            self.after[step + 1] = self.snapshot()
+        def observed_after(*_):
+            self.after[run.state.update_step + 1] = self.snapshot()
 
-        run.method.plan, run.method.after_optimizer_step = observed_plan, observed_after
+        run.method.plan = observed_plan
+        run.optimizer.register_step_post_hook(observed_after)
         return self.train(run)
 
     def copy_in(self, state, layers):

@@ -25,14 +25,14 @@ def train_step(method, model, optimizer, step, backward, rate, clip=0.0):
     """One update as the trainer makes it."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    method.before_forward(model, optimizer, step)
+    optimizer.begin_update(step)
+    method.before_update(model, optimizer, step)
     backward()
-    norm = method.grad_norm(model, optimizer)
+    norm = optimizer.grad_norm()
     if clip:
-        method.scale_gradients(model, optimizer, (clip / (norm + 1e-6)).clamp(max=1.0))
-    method.before_optimizer_step(model, optimizer, step)
+        optimizer.scale_((clip / (norm + 1e-6)).clamp(max=1.0))
+    method.before_step(model, optimizer, step)
     optimizer.step()
-    method.after_optimizer_step(model, optimizer, step)
     optimizer.zero_grad()
     return norm
 
@@ -160,18 +160,18 @@ def test_an_update_that_is_skipped_leaves_no_trace_and_the_refresh_pending():
 
     train_step(adapter, model, optimizer, 0, lambda: backward(given[0][0]), 1e-2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapter.before_forward(model, optimizer, 10)  # a refresh is due
+    optimizer.begin_update(10)  # a refresh is due
     backward(given[1][0])
     adapter.subspaces[3].layer.full_gradient[0, 0] = float("nan")
     adapter.subspaces[3].trained.grad[0, 0] = float("nan")
-    assert not adapter.grad_norm(model, optimizer).isfinite()
+    assert not optimizer.grad_norm().isfinite()
     optimizer.zero_grad()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     train_step(adapter, model, optimizer, 11, lambda: backward(given[2][0]), 1e-2)
     for subspace in adapter.subspaces:
         state = optimizer.state[subspace.trained]
         assert (int(state["refreshes"]), int(state["last_refresh"])) == (2, 11)
-    adapter.before_forward(model, optimizer, 12)
+    optimizer.begin_update(12)
     assert all(subspace.layer.full_gradient is None for subspace in adapter.subspaces)
 
 
@@ -179,15 +179,15 @@ def test_more_gradients_for_a_refresh():
     """`--refresh_accumulation`: the basis is that of the mean over further batches; the update sees its own batch."""
     adapter, model, optimizer = forms("adamw", 0.5, refresh_accumulation=3)[0]
     given = [micro_batches[0] for micro_batches in batches(3)]
-    adapter.before_forward(model, optimizer, 0)
-    assert adapter.extra_batches(model, optimizer, 0) == 2
+    optimizer.begin_update(0)
+    assert optimizer.wants_extra_batches() == 2
     for batch in given[:2]:
         token_loss_sum(model, batch).backward()
-        adapter.observe_gradients(model, optimizer)
+        optimizer.observe_gradients()
         optimizer.zero_grad()
     token_loss_sum(model, given[2]).backward()
-    adapter.grad_norm(model, optimizer)
-    adapter.before_optimizer_step(model, optimizer, 0)
+    optimizer.grad_norm()
+    optimizer.take_bases()
 
     plain = small_llama()
     full = []
@@ -203,5 +203,5 @@ def test_more_gradients_for_a_refresh():
     torch.testing.assert_close(basis @ basis.T, expected, rtol=0, atol=1e-8)
     own = basis.T @ full[2] if left else full[2] @ basis
     torch.testing.assert_close(subspace.trained.grad, -0.5 * own, rtol=0, atol=1e-10)
-    adapter.before_forward(model, optimizer, 1)
-    assert adapter.extra_batches(model, optimizer, 1) == 0
+    optimizer.begin_update(1)
+    assert optimizer.wants_extra_batches() == 0

@@ -15,6 +15,7 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.loss import IGNORED, count_targets, token_loss_sum
 from peft_pretraining.models.targets import target_linears
+from peft_pretraining.optim.gradient_owner import gradient_owner
 
 CPU = torch.device("cpu")
 
@@ -134,10 +135,12 @@ def test_methods_create_all_optimizer_state_at_once_and_export_what_they_train(n
     optimizer = method.build_optimizer(model)
     assert set(optimizer.state) == {param for param in model.parameters() if param.requires_grad}
     shapes = {param: {key: value.shape for key, value in state.items()} for param, state in optimizer.state.items()}
-    method.before_forward(model, optimizer, 0)
+    gradients = gradient_owner(optimizer, model)
+    gradients.begin_update(0)
+    method.before_update(model, optimizer, 0)
     token_loss_sum(model, {"input_ids": torch.arange(32).reshape(2, 16)}).backward()
-    assert math.isfinite(method.grad_norm(model, optimizer))
-    method.before_optimizer_step(model, optimizer, 0)
+    assert math.isfinite(gradients.grad_norm())
+    method.before_step(model, optimizer, 0)
     optimizer.step()
     assert shapes == {
         param: {key: value.shape for key, value in state.items()} for param, state in optimizer.state.items()
@@ -156,9 +159,9 @@ def test_galore_clips_by_the_norm_of_what_it_projects(model_json):
             build(model_json),
         )
         optimizer = method.build_optimizer(model)
-        method.before_forward(model, optimizer, 0)
+        optimizer.begin_update(0)
         token_loss_sum(model, {"input_ids": torch.arange(32).reshape(2, 16)}).backward()
-        norms[kind] = method.grad_norm(model, optimizer)
+        norms[kind] = optimizer.grad_norm()
         targets = {layer.weight for layer in target_linears(model, ("attn", "mlp")).values()}
         squares = [param.grad.square().sum() for param in model.parameters() if param not in targets]
         for param in targets:
@@ -167,7 +170,7 @@ def test_galore_clips_by_the_norm_of_what_it_projects(model_json):
             else:  # at a refresh R holds the top singular values
                 squares.append(torch.linalg.svdvals(param.grad)[:4].square().sum())
         torch.testing.assert_close(norms[kind], torch.stack(squares).sum().sqrt())
-        method.scale_gradients(model, optimizer, torch.tensor(0.5))
+        optimizer.scale_(torch.tensor(0.5))
         torch.testing.assert_close(
             torch.nn.utils.get_total_norm(optimizer.gradients()),
             norms["projected"] / 2,

@@ -16,6 +16,7 @@ from peft_pretraining.models import targets as targets_module
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.targets import TargetError, target_linears
 from peft_pretraining.nn import low_rank_layers
+from peft_pretraining.optim.gradient_owner import gradient_owner
 
 LOW_RANK = [name for name, entry in METHODS.items() if "target_modules" in entry.own]
 
@@ -90,16 +91,17 @@ def test_gpt2s_layers_train_and_export_though_their_weights_are_stored_turned(me
     first = model(batch).logits.detach()
     made, optimizer = start(method, model, "attn", "mlp")
     torch.testing.assert_close(model(batch).logits, first, atol=1e-5, rtol=1e-5)
+    gradients = gradient_owner(optimizer, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     for step in range(3):
-        made.before_forward(model, optimizer, step)
-        made.before_micro_batch(model, optimizer, 0, 1)
+        gradients.begin_update(step)
+        made.before_update(model, optimizer, step)
+        gradients.begin_micro_batch(0, 1)
         model(batch, labels=batch).loss.backward()
-        made.grad_norm(model, optimizer)
-        made.before_optimizer_step(model, optimizer, step)
+        gradients.grad_norm()
+        made.before_step(model, optimizer, step)
         optimizer.step()
-        made.after_optimizer_step(model, optimizer, step)
         optimizer.zero_grad()
     plain = gpt2().eval()
     plain.load_state_dict(made.merged_state_dict(model))

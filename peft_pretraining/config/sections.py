@@ -119,6 +119,23 @@ class OptimizerConfig:
     optimizer: str = setting("adamw", string, "update rule; galore_adamw and the like also choose the method")
     lr: float = setting(1e-4, positive_float, "peak learning rate")
     weight_decay: float = setting(0.0, non_negative_float, "decoupled weight decay, multiplied by the rate")
+    adam_lr: float | None = setting(
+        None,
+        positive_float,
+        "peak rate of embedding, head, norms and what else is no matrix of a layer (default: --lr)",
+    )
+    head_lr: float | None = setting(None, positive_float, "peak rate of the head, tied ones too (default: --adam_lr)")
+    embed_lr: float | None = setting(None, positive_float, "peak rate of the embedding (default: --adam_lr)")
+    norm_lr: float | None = setting(None, positive_float, "peak rate of norms and biases (default: --adam_lr)")
+    head_weight_decay: float | None = setting(
+        None, non_negative_float, "decay of the head, tied ones too (default: --weight_decay)"
+    )
+    embed_weight_decay: float | None = setting(
+        None, non_negative_float, "decay of the embedding (default: --weight_decay)"
+    )
+    norm_weight_decay: float | None = setting(
+        None, non_negative_float, "decay of norms and biases (default: --weight_decay)"
+    )
     clip_grad_norm: float = setting(
         1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
     )

@@ -26,10 +26,8 @@ class Sharding:
     """Copies of the sharded model (HSDP): parameters are sharded over world size / replicas devices."""
     reshard_after_forward: bool = True
     """Free the gathered weights between forward and backward pass."""
-    dimension: Callable[[str, Tensor], int] = lambda name, param: 0
-    """The dimension along which a parameter is sharded, where its size allows."""
-    replicated: Callable[[str, Tensor], bool] = lambda name, param: False
-    """Whether a parameter, a frozen one, is whole on every device."""
+    dimension: Callable[[str, Tensor], int | None] = lambda name, param: 0
+    """The dimension along which a parameter is sharded, where its size allows; None: every device keeps all of it."""
 
     def mesh(self, group: ProcessGroup) -> DeviceMesh:
         shards = group.world_size // self.replicas
@@ -71,10 +69,11 @@ def _shard_module(module: nn.Module, name: str, mesh: DeviceMesh, group: Process
 
     def placement(param: nn.Parameter) -> ShardPlacement:
         dim = sharding.dimension(names[param], param)
+        assert dim is not None, "replicated parameters are ignored"
         # FSDP2 pads an uneven first dimension, but no other.
         return ShardPlacement(dim if dim == 0 or param.shape[dim] % devices == 0 else 0)
 
-    replicated = {param for param, key in names.items() if sharding.replicated(key, param)}
+    replicated = {param for param, key in names.items() if sharding.dimension(key, param) is None}
     assert not any(param.requires_grad for param in replicated), "nobody would reduce their gradients"
     for param in replicated:  # FSDP2 moves the others
         param.data = param.data.to(group.device)

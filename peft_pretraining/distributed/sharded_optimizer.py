@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -27,13 +26,12 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
             self.optim.state = value
 
 
-def sharded_optimizer(params: Iterable[Tensor], kind: type[Optimizer], arguments: dict[str, Any]) -> Optimizer:
+def sharded_optimizer(groups: list[dict[str, Any]], kind: type[Optimizer], arguments: dict[str, Any]) -> Optimizer:
     """An optimizer whose states are sharded over the ranks by whole parameters; an ordinary one for one process, and
     for parameters that are sharded themselves."""
-    params = list(params)
-    if not dist.is_initialized() or any(isinstance(param, DTensor) for param in params):
-        return kind(params, **arguments)
-    return ShardedOptimizer(params, kind, **arguments)
+    if not dist.is_initialized() or any(isinstance(param, DTensor) for group in groups for param in group["params"]):
+        return kind(groups, **arguments)
+    return ShardedOptimizer(groups, kind, **arguments)
 
 
 def own_share(optimizer: Optimizer) -> Optimizer:

@@ -27,6 +27,7 @@ from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
+from peft_pretraining.optim.gradient_owner import GradientOwner, gradient_owner
 from peft_pretraining.training.loop import state_bytes
 from peft_pretraining.training.tracking import log
 
@@ -40,6 +41,9 @@ class MethodTrainer(MethodCheckpointingTrainer):
     The method's settings are those of `finetuning`, completed by the layers that the model has and by the number of
     updates, which follows from the training data. Without training data nothing is converted.
     """
+
+    gradients: GradientOwner
+    """The optimizer's answers about gradients, from the beginning of the training on."""
 
     def __init__(self, finetuning: FineTuning, model: PreTrainedModel, **arguments: Any):
         super().__init__(finetuning, model=model, **arguments)
@@ -101,9 +105,9 @@ class MethodTrainer(MethodCheckpointingTrainer):
 
     def training_step(self, model: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
         if self._micro_batch == 0:
-            self.method.before_forward(self.model, self.bare_optimizer, self.state.global_step)
-        count = self.current_gradient_accumulation_steps
-        self.method.before_micro_batch(self.model, self.bare_optimizer, self._micro_batch, count)
+            self.gradients.begin_update(self.state.global_step)
+            self.method.before_update(self.model, self.bare_optimizer, self.state.global_step)
+        self.gradients.begin_micro_batch(self._micro_batch, self.current_gradient_accumulation_steps)
         self._micro_batch += 1
         return super().training_step(model, *arguments, **keywords)
 
@@ -112,7 +116,7 @@ class MethodTrainer(MethodCheckpointingTrainer):
         factor = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if self._skipped:
             return norm
-        self.method.scale_gradients(self.model, self.bare_optimizer, factor)
+        self.gradients.scale_(factor)
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
@@ -121,7 +125,7 @@ class MethodTrainer(MethodCheckpointingTrainer):
     def _gradient_norm(self) -> Tensor:
         """The method's norm of this update's gradients, which are complete and reduced; says whether to skip it."""
         self.accelerator.unscale_gradients()
-        norm = self.method.grad_norm(self.model, self.bare_optimizer)
+        norm = self.gradients.grad_norm()
         self._skipped = not bool(norm.isfinite())
         return norm
 
@@ -139,16 +143,12 @@ class MethodTrainer(MethodCheckpointingTrainer):
                 )
         else:
             self._skips_in_a_row = 0
-            self.method.before_optimizer_step(self.model, self.bare_optimizer, self.state.global_step)
-
-    def after_optimizer_step(self) -> None:
-        if not self._skipped:
-            self.method.after_optimizer_step(self.model, self.bare_optimizer, self.state.global_step)
+            self.method.before_step(self.model, self.bare_optimizer, self.state.global_step)
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """With the method's numbers beside the loss."""
         if self._method is not None and "loss" in logs:
-            logs = {**logs, **self.method.metrics()}
+            logs = {**logs, **self.gradients.metrics()}
         super().log(logs, *arguments, **keywords)
 
     # The optimizer.
@@ -186,13 +186,12 @@ class _AroundTheStep(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.method.prepare(self.trainer.model, self.trainer.bare_optimizer, _reduce(args))
+        trainer = self.trainer
+        trainer.method.prepare(trainer.model, trainer.bare_optimizer, _reduce(args))
+        trainer.gradients = gradient_owner(trainer.bare_optimizer, trainer.model)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer.before_optimizer_step()
-
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.after_optimizer_step()
 
 
 @contextlib.contextmanager

@@ -9,22 +9,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed.sharding import local, total_norm
+from peft_pretraining.distributed.sharding import local
+from peft_pretraining.optim.gradient_owner import GradientOwner
 from peft_pretraining.optim.saved_state import Loading
 from peft_pretraining.optim.state_tensor import is_counter
 
 
-class InPlaceOptimizer(torch.optim.Optimizer):
+class InPlaceOptimizer(GradientOwner, torch.optim.Optimizer):
     """An optimizer whose state exists from the start: a checkpoint loads into tensors that are there.
 
     Subclasses say what a group's state is (`_new_states`) and what must not be loaded (`_check_saved_group`). State
     lies on its weight's device, wherever that goes, but for counters; it keeps the dtype that it had at construction.
-
-    What a training loop asks about gradients is here, too, as it is for an optimizer that takes them as they are.
     """
-
-    update_step: int | None = None
-    """The 0-based update that `begin_update` has announced."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises `ValueError` for settings that are wrong in themselves."""
@@ -83,36 +79,6 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         for param, _ in found:
             check_dense(param, type(self).__name__)
         return iter(found)
-
-    # Gradients, between the backward pass and `step`.
-
-    def begin_update(self, step: int, frozen: bool = False) -> None:
-        """Takes `step` as the 0-based number of the update, before its first forward pass, and drops what a skipped one
-        may have left. `frozen`: its gradients are to move nothing, not even inside the backward pass."""
-        self.update_step = step
-
-    def begin_micro_batch(self, index: int, count: int) -> None:
-        """Before the forward pass of micro-batch `index` of `count`."""
-
-    def wants_extra_batches(self) -> int:
-        """Further total batches whose gradients `observe_gradients` should see before those of the update."""
-        return 0
-
-    def observe_gradients(self) -> None:
-        """The gradients of an extra batch are complete and reduced; they are dropped afterwards."""
-
-    def grad_norm(self) -> Tensor:
-        """Global 2-norm of the gradients, over all devices; a scalar, which clipping uses."""
-        return total_norm(grad_of(param) for param, _ in self._with_gradients())
-
-    def scale_(self, factor: Tensor) -> None:
-        """Multiplies every gradient by a scalar, in place, after `grad_norm`."""
-        if gradients := [gradient_of(param) for param, _ in self._with_gradients()]:
-            torch._foreach_mul_(gradients, factor)
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers about the last update, for the log. They are told once."""
-        return {}
 
     # Loading.
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from peft_pretraining.models.targets import target_linears
 
@@ -61,6 +62,24 @@ def roles_of(model: nn.Module, matrices: Collection[str]) -> dict[str, str]:
         else:
             roles[name] = "norms" if param.ndim < 2 else "others"
     return roles
+
+
+def describe_groups(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """One line for each parameter group: what is in it, and its rate, decay, rule and rank."""
+    roles = roles_of(model, matrices=())
+    role_by_param = {param: roles[name] for name, param in model.named_parameters()}
+    lines = []
+    for group in optimizer.param_groups:
+        numbers: dict[str, int] = {}
+        for param in group["params"]:
+            role = role_by_param.get(param, "others").replace("others", "matrices")
+            numbers[role] = numbers.get(role, 0) + param.numel()
+        held = ", ".join(f"{count / 1e6:.2f}M of {role}" for role, count in numbers.items())
+        rank = "" if group.get("rank") is None else f", rank {group['rank']}"
+        rule = group.get("rule", type(optimizer).__name__)
+        rate, decay = float(group.get("initial_lr", group["lr"])), float(group["weight_decay"])
+        lines.append(f"rate {rate:g}, weight decay {decay:g}, {rule}{rank}: {held}")
+    return lines
 
 
 def role_settings(

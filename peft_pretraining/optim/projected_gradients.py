@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from peft_pretraining.optim.base import grad_of, gradient_of
 from peft_pretraining.optim.collectives import Collective, Phases, run
 from peft_pretraining.optim.subspace import Arrival, project_gradients
 from peft_pretraining.optim.subspace_state import SubspaceOptimizer
+
+if TYPE_CHECKING:
+    from peft_pretraining.distributed import LowRankReduction
 
 
 class ProjectedGradients(SubspaceOptimizer):
@@ -122,12 +126,18 @@ class ProjectedGradients(SubspaceOptimizer):
             else:
                 projected.scaled_by = projected.scaled_by * factor
 
-    scale_gradients = scale_  # until the methods call it by its new name
+    def low_rank_reduction(self) -> LowRankReduction | None:
+        from peft_pretraining.optim.low_rank_gradients import LowRankGradients
+
+        projected = [self.objects(param) for param in self.subspaces]
+        if self.full_norm or all(objects.reads_gradient for objects in projected):
+            return None
+        return LowRankGradients(self)
 
     def metrics(self) -> dict[str, float]:
         """Means and smallest values of captured energy and overlap over the layers that the last update refreshed."""
         metrics, self.refresh_metrics = summary(self.refresh_metrics), {}
-        return metrics
+        return {**super().metrics(), **metrics}
 
 
 def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:

@@ -35,6 +35,8 @@ from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
+from peft_pretraining.optim.gradient_owner import gradient_owner
+from peft_pretraining.optim.model_groups import describe_groups
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import distributed_model, reduced_model
 from peft_pretraining.training.loop import Run, train
@@ -107,13 +109,14 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
     method.prepare(model, optimizer, group.all_reduce_mean)
-    parallel_model = reduced_model(config, method, group, model, optimizer)
+    gradients = gradient_owner(optimizer, model)
+    parallel_model = reduced_model(config, group, model, gradients)
     if not exists:
         lock = _begin_folder(save_dir, group, stack)
     if group.is_main:
         begin_writing(save_dir, record, versions())
     group.barrier()
-    _describe(config, save_dir, model, data, group)
+    _describe(config, save_dir, model, optimizer, data, group)
     return Run(
         config=config,
         group=group,
@@ -121,6 +124,7 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
         parallel_model=parallel_model,
         method=method,
         optimizer=optimizer,
+        gradients=gradients,
         state=state,
         data=data,
         batches=data.training(state.data_position, state.data_state),
@@ -230,7 +234,14 @@ def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callabl
         return lambda folder: None
 
 
-def _describe(config: Config, save_dir: Path, model: torch.nn.Module, data: Data, group: ProcessGroup) -> None:
+def _describe(
+    config: Config,
+    save_dir: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    group: ProcessGroup,
+) -> None:
     batch = config.batch
     trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
     log.info("run folder %s", save_dir)
@@ -239,6 +250,8 @@ def _describe(config: Config, save_dir: Path, model: torch.nn.Module, data: Data
         *(config.method.method, group.world_size, group.device.type, resolve_dtype(config.model.dtype, group.device)),
         *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
     )
+    for line in describe_groups(model, optimizer):
+        log.info("%s", line)
     log.info(
         "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %s",
         *(config.schedule.num_training_steps + config.schedule.num_extra_training_steps, batch.total_batch_size),

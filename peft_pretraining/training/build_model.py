@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model, materialize, materialize_layer
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, replace_linear
+from peft_pretraining.optim.gradient_owner import GradientOwner
 
 
 def distributed_model(
@@ -47,9 +49,7 @@ def distributed_model(
             replace_linear(model, layer, replacements.pop(layer))
 
     if sharded:
-        settings = Sharding(
-            distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension, method.is_replicated
-        )
+        settings = Sharding(distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension)
         shard(model, group, settings, before=replace_within, after=_follow_sharding)
     else:
         replace_within("")
@@ -64,13 +64,16 @@ def _follow_sharding(module: nn.Module) -> None:
 
 def reduced_model(
     config: Config,
-    method: TrainingMethod,
     group: ProcessGroup,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    gradients: GradientOwner,
 ) -> nn.Module:
-    """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
-    if method.reduces_gradients:
+    """The module whose backward pass leaves gradients averaged over the ranks, or their projections.
+
+    Per-layer updates average them themselves: a gradient is gone before DDP could.
+    """
+    if config.per_layer:
         return model
-    low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
-    return parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
+    allowed = METHODS[config.method.method].allows.projected_gradient
+    low_rank = allowed and config.distributed.reduce_low_rank is not False and group.world_size > 1
+    return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None)

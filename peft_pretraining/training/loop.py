@@ -27,6 +27,7 @@ from peft_pretraining.distributed import ProcessGroup, synchronised_backward
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import Batch, count_targets, token_loss_sum
+from peft_pretraining.optim.gradient_owner import GradientOwner
 from peft_pretraining.runtime.signals import EXIT_REQUEUE, StopRequest
 from peft_pretraining.runtime.watchdog import Watchdog
 from peft_pretraining.training import spikes
@@ -48,6 +49,8 @@ class Run:
     """`model`, wrapped for several devices."""
     method: TrainingMethod
     optimizer: Optimizer
+    gradients: GradientOwner
+    """The optimizer's answers about gradients."""
     state: TrainState
     data: Data
     batches: Iterator[Batch]
@@ -128,15 +131,16 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     step = state.update_step
     torch.manual_seed(rng.derive_seed(run.config.run.seed, "update", step, group.rank))  # dropout
     lr = set_learning_rate(run, step)
-    method.before_forward(model, optimizer, step)
-    extra = method.extra_batches(model, optimizer, step)
+    run.gradients.begin_update(step, frozen=step in run.config.data.skip_batches)
+    method.before_update(model, optimizer, step)
+    extra = run.gradients.wants_extra_batches()
     observed_targets: list[torch.Tensor] = []
     for _ in range(extra):
         observed = forward_backward(run, next_micro_batches(run))
         if observed is None:
             continue
         observed_targets.append(observed[1])
-        method.observe_gradients(model, optimizer)
+        run.gradients.observe_gradients()
         optimizer.zero_grad(set_to_none=True)
     sums = forward_backward(run, micro_batches)
     if sums is None:
@@ -146,9 +150,9 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     targets_read = sum(observed_targets, targets)
     totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
 
-    norm = method.grad_norm(model, optimizer)
+    norm = run.gradients.grad_norm()
     if (limit := run.config.optimizer.clip_grad_norm) > 0:
-        method.scale_gradients(model, optimizer, (limit / (norm + 1e-6)).clamp(max=1.0))
+        run.gradients.scale_((limit / (norm + 1e-6)).clamp(max=1.0))
     # The update's only wait for the device.
     values = torch.stack([totals[0] / targets, totals[1], norm.double(), targets_read])
     loss_mean, asked_to_stop, norm_value, tokens_read = values.tolist()
@@ -156,9 +160,8 @@ def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Updat
     found = [] if skipped else find_spikes(run, loss_mean, norm_value)
     skipped |= bool(found) and run.config.optimizer.skip_spikes > 0
     if not skipped:
-        method.before_optimizer_step(model, optimizer, step)
+        method.before_step(model, optimizer, step)
         optimizer.step()
-        method.after_optimizer_step(model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
     samples, tokens = advance(run, int(tokens_read), extra)
     return Update(loss_mean, norm_value, lr, samples, tokens, skipped, found, asked_to_stop > 0)
@@ -196,10 +199,10 @@ def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor
         return None
     loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
     for index, batch in enumerate(micro_batches):
-        run.method.before_micro_batch(run.model, run.optimizer, index, len(micro_batches))
+        run.gradients.begin_micro_batch(index, len(micro_batches))
         batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
         last = index == len(micro_batches) - 1
-        with synchronised_backward(run.parallel_model, now=last or run.method.reduces_gradients):
+        with synchronised_backward(run.parallel_model, now=last or run.config.per_layer):
             loss = token_loss_sum(run.parallel_model, batch)
             # Times the world size because gradients are averaged over the ranks.
             (loss * (group.world_size / targets).to(loss.dtype)).backward()

@@ -57,7 +57,7 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         **({"empty": True} if update.empty else {}),
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
-        **run.method.metrics(),
+        **run.gradients.metrics(),
     )
     bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
     bar.update()

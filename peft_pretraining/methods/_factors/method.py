@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from peft_pretraining import rng
 from peft_pretraining.methods._factors.rank_sync import assert_equal_on_all_ranks
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.methods.full_rank.method import create_adam_state
+from peft_pretraining.methods.groups import by_role
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict
 from peft_pretraining.nn.initialization import draw_factors
+from peft_pretraining.optim import LowRankOptimizer
 
 
 class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
@@ -76,22 +77,28 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
         all_a = [layer.lora_A for layer in layers if layer.lora_A.requires_grad]
         all_b = [layer.lora_B for layer in layers if layer.lora_B.requires_grad]
         in_factors = {*all_a, *all_b}
-        others = [param for param in model.parameters() if param.requires_grad and param not in in_factors]
-        ratios = (1.0, self.b_ratio, self.config.method.dense_lr_ratio)
-        groups = zip((all_a, all_b, others), ratios, strict=True)
-        return [{"params": params, "lr": lr * ratio, "initial_lr": lr * ratio} for params, ratio in groups if params]
+        trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        others = [(name, param) for name, param in trained if param not in in_factors]
+        groups = []
+        for params, ratio in ((all_a, 1.0), (all_b, self.b_ratio)):
+            if params:
+                groups.append({"params": params, "lr": lr * ratio, "initial_lr": lr * ratio})
+        rate = lr * self.config.method.dense_lr_ratio
+        for group in by_role(self.config, model, {"params": others, "lr": rate, "initial_lr": rate}, ()):
+            groups.append({**group, "params": [param for _, param in group["params"]]})
+        return [group for group in groups if group["params"]]
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
-        optimizer = AdamW(
+        return LowRankOptimizer(
             self.parameter_groups(model),
+            rule="torch_adamw",
+            lr=self.config.optimizer.lr,
             **self.config.rule.arguments(),
             weight_decay=self.config.optimizer.weight_decay,
-            fused=True,
+            full_norm=True,
         )
-        create_adam_state(optimizer)
-        return optimizer
 
-    def sharded_dimension(self, name: str, param: Tensor) -> int:
+    def sharded_dimension(self, name: str, param: Tensor) -> int | None:
         """W and B by rows, A by columns: merging and exporting gather A alone, and a row of A, like a column of B, has
         a part on every device."""
         return 1 if name.endswith(".lora_A") else 0
@@ -109,7 +116,7 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
         """Updates of the schedule from where the method began; known from its first update on."""
         return self.config.schedule.num_training_steps - (self.start or 0)
 
-    def before_forward(self, model: nn.Module, optimizer: Any, step: int) -> None:
+    def before_update(self, model: nn.Module, optimizer: Any, step: int) -> None:
         t = self.own_time(step)
         every = self.config.method.check_rank_sync
         if every and t % every == 0:

@@ -6,17 +6,15 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods._projection.settings import ONLINE_TYPES
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.methods.groups import by_role
 from peft_pretraining.models.targets import target_linears
-from peft_pretraining.optim import LowRankGradients, LowRankOptimizer, PerLayerUpdates
+from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.projection import LEFT, SIDES, projected_sides
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
     def __init__(self, config: Config):
         super().__init__(config)
         self._updates: PerLayerUpdates | None = None
-        self._metrics: dict[str, float] = {}
 
     def projection(self) -> dict[str, Any]:
         """Settings of the projected parameter group: where its bases come from."""
@@ -52,8 +49,8 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         named = list(model.named_parameters())
         return LowRankOptimizer(
             [
-                {"params": [(name, param) for name, param in named if name not in targets]},
-                {"params": [(name, param) for name, param in named if name in targets], **self.projection()},
+                *by_role(self.config, model, {"params": [each for each in named if each[0] not in targets]}, targets),
+                {"params": [each for each in named if each[0] in targets], **self.projection()},
             ],
             rule=settings.optimizer,
             lr=settings.lr,
@@ -61,6 +58,8 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             weight_decay=settings.weight_decay,
             svd_method=method.svd_method,
             seed=self.config.run.seed,
+            full_norm=method.clip_norm == "full",
+            refresh_accumulation=method.refresh_accumulation,
         )
 
     def sharded_dimension(self, name: str, param: Tensor) -> int:
@@ -71,85 +70,26 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         proj_type = self.config.method.proj_type
         return 1 if projected_sides(proj_type if proj_type in SIDES else "std", param.shape) == (LEFT,) else 0
 
-    def low_rank_reduction(self, model: nn.Module, optimizer: LowRankOptimizer) -> LowRankReduction | None:
-        method, clips = self.config.method, self.config.optimizer.clip_grad_norm > 0
-        if method.proj_type in ONLINE_TYPES:
-            return None  # a step of the basis needs the whole gradient
-        if clips and method.clip_norm == "full":
-            log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
-            return None
-        return LowRankGradients(optimizer)
-
-    @property
-    def reduces_gradients(self) -> bool:
-        return bool(self.config.method.per_layer)  # the gradient is gone before DDP could have reduced it
-
     def prepare(self, model: nn.Module, optimizer: LowRankOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+        if optimizer.full_norm and self.config.distributed.reduce_low_rank is not False:
+            log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
         if not self.config.method.per_layer:
             return
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
         if any(ShardInfo.of(param).dim is not None for param in model.parameters()):
             reduce = _as_it_is  # FSDP2's gradients arrive reduced
         self._updates = PerLayerUpdates(
-            optimizer, reduce, clip=clip, clip_full=clip > 0 and method.clip_norm == "full",
+            optimizer,
+            reduce,
+            clip=clip,
+            clip_full=clip > 0 and method.clip_norm == "full",
             early_first_bases=bool(method.stagger_refresh),
-        )  # fmt: skip
+        )
         log_per_layer_updates(optimizer, method, clip, self.config.batch.gradient_accumulation or 1)
-
-    def before_forward(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
-        if self._updates:
-            self._updates.begin_update(step, frozen=step in self.config.data.skip_batches)
-        else:
-            optimizer.begin_update(step)
-
-    def before_micro_batch(self, model: nn.Module, optimizer: Optimizer, index: int, count: int) -> None:
-        if self._updates:
-            self._updates.begin_micro_batch(index, count)
-
-    def extra_batches(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> int:
-        further = self.config.method.refresh_accumulation - 1
-        return further if further and optimizer.some_refresh_reads_gradients() else 0
-
-    def observe_gradients(self, model: nn.Module, optimizer: LowRankOptimizer) -> None:
-        optimizer.observe_gradients()
-
-    def grad_norm(self, model: nn.Module, optimizer: LowRankOptimizer) -> Tensor:
-        """Norm over R of the projected weights, in this update's basis, and over the full gradients of the rest."""
-        if self._updates:
-            return self._updates.grad_norm()
-        optimizer.project_gradients()
-        if self.config.method.clip_norm == "full":
-            return super().grad_norm(model, optimizer)
-        return optimizer.grad_norm()
-
-    def scale_gradients(self, model: nn.Module, optimizer: LowRankOptimizer, factor: Tensor) -> None:
-        if not self._updates:  # they have clipped, each parameter by its own norm
-            optimizer.scale_gradients(factor)
-
-    def after_optimizer_step(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
-        self._metrics = summary(optimizer.refresh_metrics)
-
-    def metrics(self) -> dict[str, float]:
-        metrics, self._metrics = self._metrics, {}
-        return metrics
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def summary(refreshes: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Mean and smallest captured energy and overlap over the layers that an update refreshed; failures counted."""
-    metrics: dict[str, float] = {}
-    for name in ("captured_energy", "basis_overlap"):
-        if values := refreshes.get(name):
-            stacked = torch.stack([value.float() for value in values])
-            metrics[f"{name}_mean"], metrics[f"{name}_min"] = stacked.mean().item(), stacked.min().item()
-    if "refreshed" in refreshes:
-        metrics["refreshed_layers"] = len(refreshes["refreshed"])
-    if "failed_refreshes" in refreshes:
-        metrics["failed_refreshes"] = len(refreshes["failed_refreshes"])
-    return metrics
 
 
 def log_per_layer_updates(

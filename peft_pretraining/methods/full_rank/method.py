@@ -1,4 +1,4 @@
-"""Full-rank training: the baseline. AdamW is torch's; the other update rules are those of the projected optimizer."""
+"""Full-rank training, the baseline: the composed optimizer without a basis. Its AdamW is torch's, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.optim import AdamW, Optimizer
 
 from peft_pretraining.distributed import own_share, sharded_optimizer
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.methods.groups import by_role
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.update_rules import AdamW8bit
 
@@ -15,21 +16,22 @@ from peft_pretraining.optim.update_rules import AdamW8bit
 class FullRank(TrainingMethod[Optimizer]):
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         settings, own = self.config.optimizer, self.config.rule.arguments()
-        if settings.optimizer not in ("adamw", "adam_zero"):
-            return LowRankOptimizer(
-                model.named_parameters(),
-                rule=AdamW8bit(torch_epsilon=True) if settings.optimizer == "adamw8bit" else settings.optimizer,
-                lr=settings.lr,
-                **own,
-                weight_decay=settings.weight_decay,
-            )
-        arguments = {"lr": settings.lr, **own, "weight_decay": settings.weight_decay, "fused": True}
+        groups = by_role(self.config, model, {"params": list(model.named_parameters())})
         if settings.optimizer == "adam_zero":
-            optimizer = sharded_optimizer(model.parameters(), AdamW, arguments)
-        else:
-            optimizer = AdamW(model.parameters(), **arguments)
-        create_adam_state(own_share(optimizer))
-        return optimizer
+            arguments = {"lr": settings.lr, **own, "weight_decay": settings.weight_decay, "fused": True}
+            unnamed = [{**group, "params": [param for _, param in group["params"]]} for group in groups]
+            sharded = sharded_optimizer(unnamed, AdamW, arguments)
+            create_adam_state(own_share(sharded))
+            return sharded
+        rules = {"adamw": "torch_adamw", "adamw8bit": AdamW8bit(torch_epsilon=True)}
+        return LowRankOptimizer(
+            groups,
+            rule=rules.get(settings.optimizer, settings.optimizer),
+            lr=settings.lr,
+            **own,
+            weight_decay=settings.weight_decay,
+            full_norm=True,
+        )
 
 
 def create_adam_state(optimizer: Optimizer) -> None:

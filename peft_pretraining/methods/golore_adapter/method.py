@@ -7,6 +7,7 @@ effective weights follow those of `golore` with ε/s in place of ε for AdamW, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from peft_pretraining.distributed.sharding import total_norm
 from peft_pretraining.methods._factors.method import FactorMethod
-from peft_pretraining.methods._projection.method import summary
 from peft_pretraining.nn import LowRankLinear
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim import LowRankOptimizer
@@ -30,8 +30,6 @@ class GoLoreAdapter(FactorMethod):
         super().__init__(config)
         self.subspaces: list[AdapterSubspace] = []
         self._peers: list[Subspace] = []
-        self._due: list[AdapterSubspace] = []
-        self._refreshes: dict[str, list[Tensor]] = {}
         self._by_columns: set[str] = set()
         self._bases: set[str] = set()
 
@@ -55,75 +53,95 @@ class GoLoreAdapter(FactorMethod):
         self._bases.add(f"{name}.lora_B" if adapter.side == LEFT else f"{name}.lora_A")
         return layer
 
-    def sharded_dimension(self, name: str, param: Tensor) -> int:
-        """W and its trained factor along the side that is not projected, so that R and merging need nothing else."""
+    def sharded_dimension(self, name: str, param: Tensor) -> int | None:
+        """W and its trained factor along the side that is not projected, so that R and merging need nothing else; every
+        device has the whole basis."""
+        if name in self._bases:
+            return None
         return 1 if name in self._by_columns else 0
 
-    def is_replicated(self, name: str, param: Tensor) -> bool:
-        """Bases are whole on every device."""
-        return name in self._bases
-
-    def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
+    def build_optimizer(self, model: nn.Module) -> AdapterOptimizer:
         """The update rules of the optimizer form, without projection: the trained factors are in the subspace."""
         settings = self.config.optimizer
-        optimizer = LowRankOptimizer(
+        return AdapterOptimizer(
+            self.subspaces,
+            self.config.method.scale,
             self.parameter_groups(model),
             rule=settings.optimizer,
             lr=settings.lr,
             **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
+            refresh_accumulation=self.config.method.refresh_accumulation,
         )
-        for adapter in self.subspaces:
+
+    def prepare(self, model: nn.Module, optimizer: AdapterOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().prepare(model, optimizer, reduce)
+        optimizer.reduce = reduce
+
+    def before_step(self, model: nn.Module, optimizer: AdapterOptimizer, step: int) -> None:
+        optimizer.take_bases()
+
+
+class AdapterOptimizer(LowRankOptimizer):
+    """Trains factors that are in the subspace already, and takes new bases from the full gradients of refreshes."""
+
+    def __init__(self, adapters: list[AdapterSubspace], scale: float, params: Any, **settings: Any):
+        super().__init__(params, **settings)
+        self._adapters, self._adapter_scale = adapters, float(scale)
+        self._due_adapters: list[AdapterSubspace] = []
+        self.reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        """Averages a tensor over the ranks, in place."""
+        for adapter in adapters:
             adapter.follow_sharding()
-            optimizer.state[adapter.trained] |= adapter.new_counters()
-        return optimizer
+            self.state[adapter.trained] |= adapter.new_counters()
 
-    def before_forward(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
-        super().before_forward(model, optimizer, step)
-        optimizer.begin_update(step)
-        self._refreshes = {}
-        self._due = [adapter for adapter in self.subspaces if adapter.is_due(optimizer.state[adapter.trained], step)]
-        for adapter in self.subspaces:
+    def begin_update(self, step: int, frozen: bool = False) -> None:
+        super().begin_update(step, frozen)
+        self._due_adapters = [each for each in self._adapters if each.is_due(self.state[each.trained], step)]
+        for adapter in self._adapters:
             adapter.subspace.forget_observed()
-            adapter.gather(adapter in self._due)
+            adapter.gather(adapter in self._due_adapters)
 
-    def extra_batches(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> int:
-        further = self.config.method.refresh_accumulation - 1
-        reads = any(adapter.subspace.rule.reads_gradient(step) for adapter in self._due)
-        return further if further and reads else 0
+    def wants_extra_batches(self) -> int:
+        further, step = self.refresh_accumulation - 1, self.update_step
+        return further if further and any(self._reads_gradient(each, step) for each in self._due_adapters) else 0
 
-    def observe_gradients(self, model: nn.Module, optimizer: LowRankOptimizer) -> None:
-        for adapter in self._due:
+    @staticmethod
+    def _reads_gradient(adapter: AdapterSubspace, step: int | None) -> bool:
+        assert step is not None, "`begin_update` comes first"
+        return adapter.subspace.rule.reads_gradient(step)
+
+    def observe_gradients(self) -> None:
+        for adapter in self._due_adapters:
             self._reduce_gradient(adapter)
             adapter.observe()
 
     def _reduce_gradient(self, adapter: AdapterSubspace) -> None:
         if adapter.layer.gradient_part is None:  # which has averaged it over the devices
-            self._reduce(adapter.gathered_gradient)
+            self.reduce(adapter.gathered_gradient)
 
-    def grad_norm(self, model: nn.Module, optimizer: LowRankOptimizer) -> Tensor:
+    def grad_norm(self) -> Tensor:
         """Norm over R of the adapted weights, in this update's basis, and over the full gradients of everything else.
 
         Chooses the new bases of a refresh: full gradients are reduced here, in these updates alone.
         """
-        for adapter in self._due:
+        for adapter in self._due_adapters:
             self._reduce_gradient(adapter)
-            assert optimizer.update_step is not None, "`before_forward` began the update"
-            adapter.project(optimizer.local_state(adapter.trained), optimizer.update_step)
-        trained = {adapter.trained: adapter.layer.scale for adapter in self.subspaces}
-        gradients = [param.grad for param in model.parameters() if param.grad is not None and param not in trained]
-        low_rank = total_norm(param.grad for param in trained if param.grad is not None)
-        low_rank = low_rank / float(self.config.method.scale)  # the gradient of a trained factor is -s·R
+            assert self.update_step is not None, "`begin_update` comes first"
+            adapter.project(self.local_state(adapter.trained), self.update_step)
+        trained = {adapter.trained for adapter in self._adapters}
+        gradients = [param.grad for param in self.in_norm_order() if param.grad is not None and param not in trained]
+        low_rank = total_norm(each.trained.grad for each in self._adapters if each.trained.grad is not None)
+        low_rank = low_rank / self._adapter_scale  # the gradient of a trained factor is -s·R
         norm: Tensor = torch.linalg.vector_norm(torch.stack([low_rank, total_norm(gradients)]))
         return norm
 
-    def before_optimizer_step(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
-        for adapter in self._due:
-            adapter.apply(optimizer.local_state(adapter.trained), step, optimizer.rule, self._refreshes)
-        self._due = []
-
-    def metrics(self) -> dict[str, float]:
-        return summary(self._refreshes)
+    def take_bases(self) -> None:
+        """Before the step: the bases that `grad_norm` chose become those in use, and the weights take over the rest."""
+        for adapter in self._due_adapters:
+            assert self.update_step is not None, "`begin_update` comes first"
+            adapter.apply(self.local_state(adapter.trained), self.update_step, self.rule, self.refresh_metrics)
+        self._due_adapters = []
 
 
 def projection_settings(config: Config) -> dict[str, Any]:

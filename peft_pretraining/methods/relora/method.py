@@ -19,9 +19,9 @@ from peft_pretraining.optim import state_reset
 
 
 class ReLoRA(FactorMethod):
-    def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    def before_update(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Between two updates: the first update after a merge is the one at which a cycle of the schedule begins."""
-        super().before_forward(model, optimizer, step)
+        super().before_update(model, optimizer, step)
         t = self.own_time(step)
         if t == 0:
             return

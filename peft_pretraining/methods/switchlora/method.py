@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from peft_pretraining import rng
 from peft_pretraining.distributed.sharding import ShardInfo, local, whole_norm
@@ -36,12 +35,10 @@ class SwitchLoRA(FactorMethod):
         super().__init__(config)
         self.uniform: Callable[[int, int], float] = self.draw_uniform
         """(update, layer) -> a number in [0, 1) that rounds the count of switches; tests put in their own."""
-        self.switched = 0
-        self.correction_norm: Tensor | None = None
 
-    def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-        super().before_forward(model, optimizer, step)
-        self.switched, self.correction_norm = 0, None  # an update that is skipped switches nothing
+    def before_update(self, model: nn.Module, optimizer: VectorAdamW, step: int) -> None:
+        super().before_update(model, optimizer, step)
+        optimizer.reported = {"switched_vectors": 0}  # an update that is skipped switches nothing
 
     def wrap(self, linear: nn.Linear, index: int, name: str) -> SwitchedLinear:
         settings, seed = self.config.method, self.config.run.seed
@@ -61,7 +58,7 @@ class SwitchLoRA(FactorMethod):
         groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
         return VectorAdamW(groups, **self.config.rule.arguments(), weight_decay=self.config.optimizer.weight_decay)
 
-    def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    def before_step(self, model: nn.Module, optimizer: VectorAdamW, step: int) -> None:
         """Switch, reset, freeze; with gradients that were computed before the switch, and clipped."""
         layers = [layer for layer in low_rank_layers(model).values() if isinstance(layer, SwitchedLinear)]
         switches = [self.plan(layer, step, index) for index, layer in enumerate(layers)]
@@ -91,15 +88,17 @@ class SwitchLoRA(FactorMethod):
         generator = rng.generator(self.config.run.seed, "switched candidates", step, index)
         return state.next_at_random(count, not settings.zero_init_B, generator)
 
-    def carry_out(self, layers: list[SwitchedLinear], switches: list[Switch], optimizer: Optimizer) -> None:
+    def carry_out(self, layers: list[SwitchedLinear], switches: list[Switch], optimizer: VectorAdamW) -> None:
         """Exchange the vectors of all layers, reset the optimizer's state of their counterparts and freeze those."""
         settings = self.config.method
         due = [(layer, switch) for layer, switch in zip(layers, switches, strict=True) if switch]
         corrections = exchange(due, settings.switch_lora_drop)
-        self.switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
+        switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
+        optimizer.reported = {"switched_vectors": switched}
         if settings.cal_delta_norm:
             shards = [ShardInfo.of(layer.frozen_weight) for layer, _ in due]
-            self.correction_norm = whole_norm(zip(corrections, shards, strict=True))
+            norm = whole_norm(zip(corrections, shards, strict=True))
+            optimizer.reported = {**optimizer.reported, "switch_delta_norm": norm}
         for layer, switch in due:
             layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step
             layer.switching.frozen_A[switch.slots_b] = settings.adam_warm_step
@@ -108,7 +107,7 @@ class SwitchLoRA(FactorMethod):
         self._reset([(layer.lora_A, "lora_A", switch.slots_b) for layer, switch in due], optimizer)
         self._freeze(layers)
 
-    def _reset(self, slots: list[tuple[Tensor, str, list[int]]], optimizer: Optimizer) -> None:
+    def _reset(self, slots: list[tuple[Tensor, str, list[int]]], optimizer: VectorAdamW) -> None:
         """Zero moments and step counts of some vectors of each factor."""
         settings = self.config.method
         slots = [item for item in slots if item[2]]
@@ -137,9 +136,3 @@ class SwitchLoRA(FactorMethod):
             indices = to_device([item[2] for item in frozen], frozen[0][0].device)
             for (gradient, dim, _), index in zip(frozen, indices, strict=True):
                 gradient.index_fill_(dim, index, 0)
-
-    def metrics(self) -> dict[str, float]:
-        found = {"switched_vectors": float(self.switched)}
-        if self.correction_norm is not None:
-            found["switch_delta_norm"] = float(self.correction_norm)
-        return found

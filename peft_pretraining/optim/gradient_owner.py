@@ -1,0 +1,77 @@
+"""What a training loop asks about gradients, between the backward pass and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peft_pretraining.distributed.sharding import local, total_norm
+
+if TYPE_CHECKING:
+    from peft_pretraining.distributed import LowRankReduction
+
+
+class GradientOwner:
+    """The answers of an optimizer that takes gradients as they are; the package's own optimizers are such owners."""
+
+    param_groups: list[dict[str, Any]]
+    update_step: int | None = None
+    """The 0-based update that `begin_update` has announced."""
+    reported: Mapping[str, float | Tensor] = MappingProxyType({})
+    """What a method adds to `metrics`."""
+    norm_order: Sequence[Tensor] | None = None
+    """The parameters in the order in which norms are summed, the model's: else rounding depends on their grouping."""
+
+    def begin_update(self, step: int, frozen: bool = False) -> None:
+        """Takes `step` as the 0-based number of the update, before its first forward pass, and drops what a skipped one
+        may have left. `frozen`: its gradients are to move nothing, not even inside the backward pass."""
+        self.update_step = step
+
+    def begin_micro_batch(self, index: int, count: int) -> None:
+        """Before the forward pass of micro-batch `index` of `count`."""
+
+    def wants_extra_batches(self) -> int:
+        """Further total batches whose gradients `observe_gradients` should see before those of the update."""
+        return 0
+
+    def observe_gradients(self) -> None:
+        """The gradients of an extra batch are complete and reduced; they are dropped afterwards."""
+
+    def low_rank_reduction(self) -> LowRankReduction | None:
+        """How DDP can average projected gradients in place of whole ones; None where whole ones are needed."""
+        return None
+
+    def in_norm_order(self) -> Iterable[Tensor]:
+        """Parameters that have a gradient."""
+        every = self.norm_order or [param for group in self.param_groups for param in group["params"]]
+        return (param for param in every if param.grad is not None)
+
+    def grad_norm(self) -> Tensor:
+        """Global 2-norm of the gradients, over all devices; a scalar, which clipping uses."""
+        return total_norm(param.grad for param in self.in_norm_order() if param.grad is not None)
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiplies every gradient by a scalar, in place, after `grad_norm`."""
+        if gradients := [local(param.grad) for param in self.in_norm_order() if param.grad is not None]:
+            torch._foreach_mul_(gradients, factor)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last update, for the log: once, so read them after it."""
+        return {name: float(value) for name, value in self.reported.items()}
+
+
+class _OfAnyOptimizer(GradientOwner):
+    def __init__(self, optimizer: Optimizer):
+        self.param_groups = optimizer.param_groups
+
+
+def gradient_owner(optimizer: Optimizer, model: nn.Module) -> GradientOwner:
+    """The owner of the gradients of a model's optimizer: itself, or one that takes them as they are for torch's."""
+    owner = optimizer if isinstance(optimizer, GradientOwner) else _OfAnyOptimizer(optimizer)
+    owner.norm_order = list(model.parameters())
+    return owner
