@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -113,7 +114,7 @@ class BasisRule:
 
     def compute_bases(self, refreshes: Sequence[Refresh]) -> Phased[list[NewBases]]:
         """New bases for each, in float32 or float64; nothing is stored."""
-        return [attempt(lambda refresh=refresh: self.compute_basis(refresh)) for refresh in refreshes]  # type: ignore[misc]
+        return [attempt(partial(self.compute_basis, refresh)) for refresh in refreshes]
 
     def compute_basis(self, refresh: Refresh) -> Bases:
         """New bases for one matrix, which is not divided over devices. Raises `LinAlgError`."""

@@ -8,7 +8,7 @@ all of its matrices.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -74,6 +74,27 @@ def together(jobs: Sequence[Phases[T]]) -> Phases[list[T]]:
                 answers[place] = found[taken : taken + len(asks)]
                 taken += len(asks)
     return [results[place] for place in range(len(jobs))]
+
+
+def in_lots(items: Iterable[T], numbers: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Consecutive items whose `numbers` add up to `limit`, or just beyond: what memory has room for at a time.
+
+    `items` may be a generator, from which no more is taken before it is asked for. Where collectives follow, `numbers`
+    must be the same on all devices.
+
+        >>> list(in_lots([5, 1, 2, 9, 1], lambda number: number, limit=6))
+        [[5, 1], [2, 9], [1]]
+    """
+    lot: list[T] = []
+    total = 0
+    for item in items:
+        lot.append(item)
+        total += numbers(item)
+        if total >= limit:
+            yield lot
+            lot, total = [], 0
+    if lot:
+        yield lot
 
 
 def run(job: Phases[T]) -> T:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from peft_pretraining.optim.collectives import Phases, phases, run, together
+from peft_pretraining.optim.collectives import Phases, in_lots, phases, run, together
 from peft_pretraining.optim.param_update import ParamUpdate
 from peft_pretraining.optim.slots import Objects, Slot, keep_changes
 from peft_pretraining.optim.subspace import Projected
 
 _NUMBERS_AT_ONCE = 2**26
-"""Directions that exist at a time, in numbers: more matrices than that are moved one lot after the other."""
+"""Numbers of the matrices that are moved at a time, over all devices: directions, and gradients in another dtype, exist
+for so many. Where devices share the weights it is four times as many, and collectives so much rarer."""
 
 
 @dataclass
@@ -38,28 +39,22 @@ def move(
     grad_scale: Tensor | None = None,
 ) -> None:
     """Moves all weights, those of one group by one call of each of its objects, and the collectives of all groups
-    together. `divided`: whether devices share the weights. `found_inf` and `grad_scale` are for rules that move weights
-    themselves."""
-    for lot in _lots(members, divided):
+    together.
+
+    `members` may be a generator. `divided`: whether devices share the weights. `found_inf` and `grad_scale` are for
+    rules that move weights themselves.
+    """
+    limit = 4 * _NUMBERS_AT_ONCE if divided else _NUMBERS_AT_ONCE
+    for lot in in_lots(members, _numbers, limit):
         groups: dict[int, list[Member]] = {}
         for member in lot:
             groups.setdefault(id(member.group), []).append(member)
         run(together([_move_group(group, metrics, found_inf, grad_scale) for group in groups.values()]))
 
 
-def _lots(members: Iterable[Member], divided: bool) -> Iterator[list[Member]]:
-    """All at once where devices share the weights, and collectives with them; else as many as memory has room for,
-    taken from `members` only then: a member may hold a gradient in another dtype."""
-    lot: list[Member] = []
-    numbers = 0
-    for member in members:
-        lot.append(member)
-        numbers += member.update.low_rank_grad.numel()
-        if numbers >= _NUMBERS_AT_ONCE and not divided:
-            yield lot
-            lot, numbers = [], 0
-    if lot:
-        yield lot
+def _numbers(member: Member) -> int:
+    """Entries of D, over all devices."""
+    return member.slot.numbers
 
 
 def _move_group(

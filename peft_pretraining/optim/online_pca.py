@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.basis_rule import own_state
-from peft_pretraining.optim.collectives import Collective, Phases, phases
+from peft_pretraining.optim.collectives import Collective, Phases, in_lots, phases
 from peft_pretraining.optim.lifts import LIFTS
 from peft_pretraining.optim.param_update import ParamUpdate
 from peft_pretraining.optim.projection import RIGHT, Bases, Projection
@@ -35,6 +35,10 @@ BASIS_OPTIMIZERS: dict[str, tuple[Callable[[], UpdateRule], dict[str, Any]]] = {
 
 _SMALLEST_SQUARE = 1e-30
 """Of a gradient's norm: eight digits above the smallest normal float32 (and bf16)."""
+
+
+_NUMBERS_AT_ONCE = 2**24
+"""Of the bases that move at a time: their gradients exist together, and are added up over devices by one call."""
 
 
 class OnlinePCA(SVDBasis):
@@ -66,6 +70,10 @@ class OnlinePCA(SVDBasis):
         return {f"basis_{key}": tensor for key, tensor in own.items()}
 
     def advance(self, updates: Sequence[ParamUpdate], pace: float) -> Phases[None]:
+        for lot in in_lots(updates, _numbers_of_basis, _NUMBERS_AT_ONCE):
+            yield from self._advance(lot, pace)
+
+    def _advance(self, updates: Sequence[ParamUpdate], pace: float) -> Phases[None]:
         gradients = yield from _reconstruction_gradients(updates)
         settings, steps = {**self._settings, "lr": pace}, []
         for update, gradient in zip(updates, gradients, strict=True):
@@ -93,20 +101,22 @@ class OnlinePCA(SVDBasis):
         yield from phases(LIFTS[self._rule.lift or "identity"]().move(steps, settings))
 
 
+def _numbers_of_basis(update: ParamUpdate) -> int:
+    return sum(basis.numel() for basis in update.bases.values())
+
+
 def _reconstruction_gradients(updates: Sequence[ParamUpdate]) -> Phases[list[Tensor]]:
     """∇L of each matrix. Devices that hold different parts of G and R add up two tensors of it, or, where they hold
     different parts of what is projected away, put G together."""
-    grads, shards = [], []
-    for update in updates:
-        assert update.grad is not None
-        shard = update.projection.shard
-        grads.append(Collective(update.grad, update.projection.sum_shard, "whole"))
-        shards.append(ShardInfo(shard.shape) if update.projection.shards_projected_side else shard)
-    whole = yield grads
     asked = []
-    for update, grad, shard in zip(updates, whole, shards, strict=True):
-        (side,) = update.projection.sides
-        asked += [Collective(part, shard) for part in _parts(side, grad, update.low_rank_grad)]
+    for update in updates:
+        projection, grad = update.projection, update.grad
+        assert grad is not None
+        shard = projection.shard
+        if projection.shards_projected_side:  # one at a time: no device has room for all of them
+            (grad,) = yield [Collective(grad, shard, "whole")]
+            shard = ShardInfo(shard.shape)
+        asked += [Collective(part, shard) for part in _parts(projection.sides[0], grad, update.low_rank_grad)]
     sums = yield asked
     gradients = []
     for place, update in enumerate(updates):

@@ -86,6 +86,8 @@ class Slot:
         """Of R, D, bases and moments, whatever the parameter becomes after construction."""
         self.low_rank_shard = subspace.projection.low_rank_shard if subspace else self.shard
         """How the gradients that the update rule sees are divided."""
+        self.numbers = self.low_rank_shard.shape.numel()
+        """Of these, over all devices."""
 
     def take(self, objects: Objects) -> None:
         """Go on with other objects of the same kinds."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.basis_rule import BasisRule, NewBases, Refresh, attempt
-from peft_pretraining.optim.collectives import Collective, Phases, phases, together
+from peft_pretraining.optim.collectives import Collective, Phases, in_lots
 from peft_pretraining.optim.projection import LEFT, RIGHT, Bases
 from peft_pretraining.optim.svd import (
     SVD_METHODS,
@@ -20,6 +21,9 @@ from peft_pretraining.optim.svd import (
     top_singular_vectors,
     with_signs,
 )
+
+_NUMBERS_AT_ONCE = 2**22
+"""Of the Gram matrices that devices add up by one call: 32 MB in float64."""
 
 
 class SVDBasis(BasisRule):
@@ -31,11 +35,17 @@ class SVDBasis(BasisRule):
         self.svd_method = svd_method
 
     def compute_bases(self, refreshes: Sequence[Refresh]) -> Phases[list[NewBases]]:
-        answers = yield [self._needed(refresh) for refresh in refreshes]
-        return [
-            attempt(lambda refresh=refresh, answer=answer: self._vectors(refresh, answer))  # type: ignore[misc]
-            for refresh, answer in zip(refreshes, answers, strict=True)
-        ]
+        found = {}
+        added_up = [refresh for refresh in refreshes if self._adds_up_grams(refresh)]
+        for lot in in_lots(added_up, _numbers_of_gram, _NUMBERS_AT_ONCE):
+            grams = yield [Collective(_short_gram(refresh), refresh.projection.shard) for refresh in lot]
+            for refresh, gram in zip(lot, grams, strict=True):
+                found[id(refresh)] = attempt(partial(self._vectors, refresh, gram))
+        for refresh in refreshes:
+            if id(refresh) not in found:  # one at a time: no device has room for the gradients of all
+                (grad,) = yield [Collective(refresh.grad, refresh.projection.shard, "whole")]
+                found[id(refresh)] = attempt(partial(self._vectors, refresh, grad))
+        return [found[id(refresh)] for refresh in refreshes]
 
     def compute_basis(self, refresh: Refresh) -> Bases:
         return self._vectors(refresh, refresh.grad)
@@ -50,12 +60,6 @@ class SVDBasis(BasisRule):
             and not projection.shards_projected_side
         )
 
-    def _needed(self, refresh: Refresh) -> Collective:
-        shard = refresh.projection.shard
-        if self._adds_up_grams(refresh):
-            return Collective(short_gram(refresh.grad, _short_side(shard.shape)), shard)
-        return Collective(refresh.grad, shard, "whole")
-
     def _vectors(self, refresh: Refresh, answer: Tensor) -> Bases:
         """From the whole gradient, or from the whole Gram matrix."""
         sides, rank = refresh.projection.sides, refresh.projection.rank
@@ -65,6 +69,15 @@ class SVDBasis(BasisRule):
         else:
             new = top_singular_vectors(answer, rank, sides, self.svd_method, start, refresh.generator("sketch"))
         return {side: with_signs(new[side], start.get(side), dim=0 if side == LEFT else 1) for side in sides}
+
+
+def _numbers_of_gram(refresh: Refresh) -> int:
+    return min(refresh.projection.shard.shape) ** 2
+
+
+def _short_gram(refresh: Refresh) -> Tensor:
+    """What this device adds to the Gram matrix of the shorter side."""
+    return short_gram(refresh.grad, _short_side(refresh.projection.shard.shape))
 
 
 def _short_side(shape: torch.Size) -> str:
@@ -103,10 +116,12 @@ class SVDThenRandom(BasisRule):
         return self.rand_ratio > 1 or step / self.num_training_steps < self.rand_ratio
 
     def compute_bases(self, refreshes: Sequence[Refresh]) -> Phases[list[NewBases]]:
-        rules = [self._svd if self.reads_gradient(refresh.step) else self._random for refresh in refreshes]
-        jobs = [phases(rule.compute_bases([refresh])) for rule, refresh in zip(rules, refreshes, strict=True)]
-        computed = yield from together(jobs)
-        return [bases for (bases,) in computed]
+        decomposed = [refresh for refresh in refreshes if self.reads_gradient(refresh.step)]
+        found = iter((yield from self._svd.compute_bases(decomposed)))
+        return [
+            next(found) if self.reads_gradient(refresh.step) else self._random.compute_basis(refresh)
+            for refresh in refreshes
+        ]
 
 
 class GaussianBasis(SVDBasis):
