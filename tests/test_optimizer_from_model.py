@@ -30,7 +30,10 @@ def test_a_models_attention_and_mlps_are_projected():
     assert [group["param_names"] for group in optimizer.param_groups] == [
         group["param_names"] for group in reference.param_groups
     ]
-    assert tuple(Config().method.target_modules) == TARGET_MODULES and len(optimizer.subspaces) == 14
+    assert (
+        tuple(Config.from_settings({"method": "galore"}).method.target_modules) == TARGET_MODULES
+        and len(optimizer.subspaces) == 14
+    )
     tokens = torch.arange(32).view(2, 16)
     for _ in range(4):
         for each, its in ((model, optimizer), (other, reference)):

@@ -102,7 +102,7 @@ def test_config_yaml(command, tmp_path):
     assert set(written) == {"settings", "identity", "versions", "run"}
     assert len(written["run"]["id"]) == 16 and written["run"]["first_update"] == 0
     settings = written["settings"]
-    assert set(settings) == set(Config().settings())
+    assert set(settings) == set(Config.from_settings({"method": "galore"}).settings())
     assert {name: settings[name] for name in ("method", "rank", "update_proj_gap", "lr", "num_training_steps")} == {
         **{"method": "galore", "rank": 4, "update_proj_gap": 5, "lr": 1e-2, "num_training_steps": 2},
     }
