@@ -179,7 +179,8 @@ def elements(formula: str, m: int, n: int, r: int) -> int:
     """The value of a spec's `state`: a sum of products such as 2mr."""
     sizes, total = {"m": m, "n": n, "r": r}, 0
     for term in formula.replace(" ", "").split("+"):
-        assert (parts := re.fullmatch(r"(\d*)([mnr]*)", term)) and term, f"{formula!r} is no sum of products of m, n, r"
+        parts = re.fullmatch(r"(\d*)([mnr]*)", term)
+        assert parts and term, f"{formula!r} is no sum of products of m, n, r"
         product = int(parts[1] or 1)
         for letter in parts[2]:
             product *= sizes[letter]
