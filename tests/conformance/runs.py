@@ -86,6 +86,12 @@ class Outcome:
         return [loss for _, loss in helpers.evaluations(self.folder)]
 
 
+def inside_backward(case: Case) -> dict[str, Any]:
+    """Settings with which per-layer updates are ordinary ones: a clip would be of each layer by its own norm, and the
+    first bases would come from the first micro-batch alone."""
+    return {"clip_grad_norm": 0, **({"stagger_refresh": False} if "stagger_refresh" in case.spec.own else {})}
+
+
 class Runs:
     """Makes runs in a folder: `runs(case, **changes)`, each once."""
 
@@ -166,6 +172,15 @@ def assert_same_weights(one: Path, other: Path, atol: float) -> None:
     for name in expected:
         if name.startswith("model."):
             torch.testing.assert_close(ours[name], expected[name], atol=atol, rtol=0, msg=lambda text, n=name: n + text)
+
+
+def assert_resumes(runs: Runs, case: Case, folder: Path, stop: int, **changes: Any) -> None:
+    """A run that is stopped by a signal within update `stop` and launched again ends as one without, bit by bit."""
+    argv = [*runs.command(case, folder, **changes), *helpers.RESUME]
+    helpers.stop_after(stop, argv)
+    assert helpers.checkpoints(folder) == [stop]
+    assert helpers.run(argv) == 0
+    helpers.assert_same_run(folder, runs(case, **changes).folder)
 
 
 def rounding(optimizer: torch.optim.Optimizer) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import helpers
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conformance.runs import CASES, VOCABULARY, Outcome, each_case, elements
+from conformance.runs import CASES, VOCABULARY, Case, Outcome, assert_resumes, each_case, elements
 from peft_pretraining.export import merged_model
 
 LAYERS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
@@ -47,13 +48,17 @@ def test_formulas_are_read():
 
 
 @each_case(case for case in CASES if case.rule == "adamw8bit")
-def test_states_of_8_bits(runs, case):
-    """Where the layers are large enough for them; such a run learns."""
-    outcome = runs(case, hidden=64, dtype="float32", **({"rank": 64} if "rank" in case.spec.own else {}))
+def test_states_of_8_bits(runs, case, tmp_path):
+    """Where the layers are large enough for them. Such a run begins as one with float32 states does, and resumes."""
+    changes = {"hidden": 64, "dtype": "float32", **({"rank": 64} if "rank" in case.spec.own else {})}
+    outcome = runs(case, **changes)
     for layer in LAYERS:
         dtypes = [value.dtype for value in state_of(outcome, layer).values() if value.numel() >= 4096]
         assert dtypes.count(torch.uint8) == 2, dtypes
-    assert outcome.losses[1] < outcome.losses[0]
+    if "adamw" in case.spec.update_rules:
+        losses, wide = (helpers.updates(runs(each, **changes).folder) for each in (case, Case(case.method, "adamw")))
+        assert max(abs(one[1] - other[1]) for one, other in zip(losses[:4], wide[:4], strict=True)) < 0.1
+    assert_resumes(runs, case, tmp_path / "run", 3, **changes)
 
 
 @each_case()

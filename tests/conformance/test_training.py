@@ -13,9 +13,11 @@ from conformance.runs import (
     TOTAL_BATCH,
     UPDATES,
     allowing,
+    assert_resumes,
     assert_same_weights,
     differing,
     each_case,
+    inside_backward,
     observed,
     rounding,
     snapshot,
@@ -45,24 +47,16 @@ def test_the_same_command_gives_the_same_bits(runs, case):
     helpers.assert_same_run(runs(case, again=1).folder, runs(case).folder)
 
 
-def check_stop_and_resume(runs, case, tmp_path, stop: int) -> None:
-    argv = [*runs.command(case, tmp_path / "run"), *helpers.RESUME]
-    helpers.stop_after(stop, argv)
-    assert helpers.checkpoints(tmp_path / "run") == [stop]
-    assert helpers.run(argv) == 0
-    helpers.assert_same_run(tmp_path / "run", runs(case).folder)
-
-
 @each_case()
 def test_stopped_and_resumed_changes_no_bit(runs, case, tmp_path):
-    check_stop_and_resume(runs, case, tmp_path, STOP)
+    assert_resumes(runs, case, tmp_path / "run", STOP)
 
 
 @pytest.mark.slow
 @each_case()
 @pytest.mark.parametrize("stop", [update for update in range(1, UPDATES) if update != STOP])
 def test_stopped_anywhere_and_resumed_changes_no_bit(runs, case, tmp_path, stop):
-    check_stop_and_resume(runs, case, tmp_path, stop)
+    assert_resumes(runs, case, tmp_path / "run", stop)
 
 
 @contextlib.contextmanager
@@ -107,13 +101,21 @@ def test_a_non_finite_gradient_leaves_no_trace(runs, case, tmp_path, monkeypatch
 
 @each_case(allowing("per_layer"))
 def test_per_layer_updates_are_ordinary_ones(runs, case):
-    """Without clipping, which has no global norm then, and with first bases from whole gradients."""
-    shared = {"clip_grad_norm": 0, "stagger_refresh": False}
-    shared = {name: value for name, value in shared.items() if name == "clip_grad_norm" or name in case.spec.own}
+    shared = inside_backward(case)
     ordinary = runs(case, **shared)
     for batch_size in (TOTAL_BATCH, TOTAL_BATCH // 2):
         inside = runs(case, **shared, per_layer=True, batch_size=batch_size)
         assert_same_weights(inside.checkpoint, ordinary.checkpoint, rounding(ordinary.optimizer))
+
+
+@each_case(allowing("quantized_weights"))
+def test_quantised_weights_learn_and_resume(runs, case, tmp_path):
+    """Frozen, they take a byte each."""
+    outcome = runs(case, quantize="8bit", dtype="float32")
+    assert outcome.losses[1] < outcome.losses[0] - 0.05
+    dtypes = [value.dtype for name, value in outcome.model.state_dict().items() if ".0.mlp.up_proj." in name]
+    assert {torch.int8, torch.uint8} & {*dtypes}, dtypes
+    assert_resumes(runs, case, tmp_path / "run", STOP, quantize="8bit", dtype="float32")
 
 
 def test_the_suite_sees_runs(runs):
