@@ -23,9 +23,9 @@ from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_p
 from peft_pretraining.data.slices import merge, pretokenize_slice
 from peft_pretraining.data.sources import COMPRESSED, Source, find_source
 from peft_pretraining.data.tokenizer import SMALLEST_VOCABULARY
-from peft_pretraining.flags import ConfigError, Flag, exit_with_problems, parse_command_line
+from peft_pretraining.flags import ConfigError, exit_with_problems, parse_command_line, section_flags
 
-FLAGS = [Flag(field.name, **field.metadata) for field in dataclasses.fields(PretokenizeConfig)]
+FLAGS = section_flags(PretokenizeConfig)
 
 
 def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:

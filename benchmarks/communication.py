@@ -29,7 +29,7 @@ from real_updates import LAYOUTS, Trainee  # noqa: E402
 from peft_pretraining.distributed import ProcessGroup  # noqa: E402
 from peft_pretraining.methods import METHODS  # noqa: E402
 from peft_pretraining.models.model_config import read_model_json  # noqa: E402
-from peft_pretraining.train import state_bytes  # noqa: E402
+from peft_pretraining.training.loop import state_bytes  # noqa: E402
 
 _LARGEST_SCALARS = 8
 COLLECTIVES = {

@@ -156,12 +156,14 @@ def projected(
 
 def refresh(optimizer: LowRankOptimizer, layers: LayerSet, warm: bool) -> Callable[[], list[Bases]]:
     """The new bases of all layers, without an update."""
-    rules = [subspace.rule for subspace in optimizer.subspaces.values()]
+    subspaces = list(optimizer.subspaces.values())
 
     def run() -> list[Bases]:
         return [
-            rule.refreshed(layer.start, layer.grad, Refresh(step=0, number=int(warm), seed=0, name=str(place)))
-            for place, (rule, layer) in enumerate(zip(rules, layers.layers, strict=True))
+            subspace.rule.compute_basis(
+                Refresh(0, int(warm), 0, str(place), layer.grad, subspace.projection, layer.start),
+            )
+            for place, (subspace, layer) in enumerate(zip(subspaces, layers.layers, strict=True))
         ]
 
     return run
@@ -226,7 +228,7 @@ def _quality(layers: LayerSet) -> dict[str, dict[str, float]]:
         new = refresh(optimizer, layers, not cold)()
         for layer, projection, bases in zip(layers.layers, layers.projections(), new, strict=True):
             grad = in_float32(layer.grad)
-            captured.append(projection.down(bases, grad).square().sum() / grad.square().sum())
+            captured.append(projection.project(bases, grad).square().sum() / grad.square().sum())
         found[name] = spread([(one / other).item() for one, other in zip(captured, best, strict=True)])
     return found
 

@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from peft_pretraining.config import ModelConfig  # noqa: E402
-from peft_pretraining.data.sources import json_objects  # noqa: E402
+from peft_pretraining.data.json_rows import json_objects  # noqa: E402
 from peft_pretraining.data.tokenizer import load_tokenizer  # noqa: E402
 from peft_pretraining.finetune.options.encoding import EncodedExample, OptionEncoder  # noqa: E402
 from peft_pretraining.finetune.options.scoring import collate_options, option_scores  # noqa: E402

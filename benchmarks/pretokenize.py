@@ -68,7 +68,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, float
 
     from tokenizers import Tokenizer
 
-    from peft_pretraining.data.sources import find_source, open_pieces
+    from peft_pretraining.data.pieces import open_pieces
+    from peft_pretraining.data.sources import find_source
     from peft_pretraining.data.tally import Tally
 
     rust = Tokenizer.from_file(str(result / "tokenizer.json"))

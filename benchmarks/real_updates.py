@@ -15,7 +15,7 @@ from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import token_loss_sum
-from peft_pretraining.training.build import distributed_model, reduced_model
+from peft_pretraining.training.build_model import distributed_model, reduced_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp-whole": {"reduce_low_rank": False},
@@ -25,6 +25,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 """Settings by the name that tables give them; `ddp-whole` never reduces projected gradients."""
 _SETTINGS = {"relora": {"relora": 200}, "switchlora": {"lora_alpha": 1.0, "init_lora_type": "switchlora"}}
 _TOKENS = 16
+
+
+def config_of(name: str, layout: str, **settings: Any) -> Config:
+    """The configuration of method `name` on layout `layout`, in float32; `settings` are flags."""
+    own = {**METHODS[name].defaults, **_SETTINGS.get(name, {}), **LAYOUTS[layout]}
+    return Config.from_settings({"method": name, **own, **settings}).replace(dtype="float32")
 
 
 @dataclass
@@ -41,9 +47,7 @@ class Trainee:
     @classmethod
     def build(cls, name: str, layout: str, shape: dict[str, Any], group: ProcessGroup, **settings: Any) -> Trainee:
         """Method `name` on layout `layout`, in float32. `shape` is a model JSON's; `settings` are flags."""
-        config = Config.from_settings(
-            {"method": name, **METHODS[name].defaults, **_SETTINGS.get(name, {}), **LAYOUTS[layout], **settings}
-        ).replace(dtype="float32")
+        config = config_of(name, layout, **settings)
         method = load_method(name)(config)
         model = distributed_model(config, shape, method, group)
         optimizer = method.build_optimizer(model)

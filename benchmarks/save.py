@@ -23,8 +23,8 @@ from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.config import cli
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.runtime.signals import StopRequest
-from peft_pretraining.train import Run, next_micro_batches, train_step
 from peft_pretraining.training.build import build
+from peft_pretraining.training.loop import Run, next_micro_batches, train_step
 
 
 def main() -> None:

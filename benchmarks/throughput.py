@@ -31,8 +31,8 @@ from peft_pretraining.config import cli  # noqa: E402
 from peft_pretraining.distributed import ProcessGroup  # noqa: E402
 from peft_pretraining.models.llama import build_model  # noqa: E402
 from peft_pretraining.runtime.signals import StopRequest  # noqa: E402
-from peft_pretraining.train import Run, report, state_bytes, train_step  # noqa: E402
 from peft_pretraining.training.build import build  # noqa: E402
+from peft_pretraining.training.loop import Run, report, state_bytes, train_step  # noqa: E402
 from peft_pretraining.training.profiling import peak_memory_bytes  # noqa: E402
 
 

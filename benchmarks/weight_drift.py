@@ -46,7 +46,7 @@ def drift(flags: dict[str, object], dtype: torch.dtype, keep_rest: bool, size: i
     config = Config.from_settings({**common, **flags})
     model = nn.ModuleDict({"mlp": nn.Linear(size, size, bias=False, dtype=dtype)})
     method = load_method(config.method.method)(config)
-    method.convert(model)
+    model = method.convert(model)
     layer = model["mlp"]
     if not keep_rest:
         layer._rest = None

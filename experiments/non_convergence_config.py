@@ -10,7 +10,6 @@ from pathlib import Path
 
 from peft_pretraining.flags import (
     ConfigError,
-    Flag,
     Given,
     comma_separated,
     non_negative_float,
@@ -18,6 +17,7 @@ from peft_pretraining.flags import (
     parse_command_line,
     positive_float,
     positive_int,
+    section_flags,
     setting,
     string,
 )
@@ -150,7 +150,7 @@ class Run:
 def load(argv: Sequence[str], *, description: str) -> tuple[Settings, list[str]]:
     """The settings and warnings about flags without effect. Raises `ConfigError` with every problem."""
     problems: list[str] = []
-    flags = [Flag(field.name, **field.metadata) for field in dataclasses.fields(Settings)]
+    flags = section_flags(Settings)
     given = parse_command_line(flags, argv, prog="non_convergence.py", description=description, problems=problems)
     settings = Settings(**{name: item.value for name, item in given.items()})
     settings = _with_older_meaning(settings, given)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.nn import LowRankLinear, merged_state_dict, wrap_linears
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
+from peft_pretraining.optim.bases import SVDThenRandom
 from peft_pretraining.optim.subspace import Subspace
-from peft_pretraining.optim.update_rules import UpdateRule
+from peft_pretraining.optim.update_rule import UpdateRule
 
 
 class ReLoRaLinear(LowRankLinear):
@@ -36,6 +37,23 @@ class ReLoRaModel(nn.Module):
     r: rank, at most a layer's smaller side. scale: s. The random bases are functions of (seed, layer's name, number of
     refreshes so far), equal on all ranks. The weights are needed for the full gradient, so `lora_only=True`,
     `keep_original_weights=False` and `quantize` raise `ValueError`.
+
+    >>> model = ReLoRaModel(nn.Sequential(nn.Linear(8, 4)), r=2, target_modules=["0"])
+    >>> trained = [param for param in model.parameters() if param.requires_grad]  # one factor of each layer, and biases
+    >>> optimizer = torch.optim.SGD(trained, lr=0.1)
+    >>> x = torch.randn(16, 8)
+    >>> before = model.merged_state_dict()["0.weight"].clone()
+    >>> for step in range(4):
+    ...     model._config.forward_type = reset_now = step % 2 == 0
+    ...     model(x).square().mean().backward()
+    ...     if reset_now:
+    ...         model.merge_and_reinit(optimizer, use_rand=False)
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> int(model.refreshes)
+    2
+    >>> bool((model.merged_state_dict()["0.weight"] != before).any())
+    True
     """
 
     def __init__(
@@ -54,6 +72,7 @@ class ReLoRaModel(nn.Module):
         svd_method: str = "gram",
     ):
         super().__init__()
+        self.refreshes: Tensor
         if lora_only or not keep_original_weights:
             raise ValueError("lora_only=True and keep_original_weights=False drop the weights that a refresh changes")
         if quantize or use_double_quant:
@@ -94,11 +113,13 @@ class ReLoRaModel(nn.Module):
         for adapter, counters in zip(self._adapters, self._counters, strict=True):
             counters["refreshes"].fill_(step)  # the buffer is what is saved
             counters["last_refresh"].fill_(step - 1)
-            adapter.subspace.rule.rand_ratio = 0.0 if use_rand else 2.0
-            mean_over_processes(adapter.layer.full_gradient)
+            rule = adapter.subspace.rule
+            assert isinstance(rule, SVDThenRandom)
+            rule.rand_ratio = 0.0 if use_rand else 2.0
+            mean_over_processes(adapter.gathered_gradient)
             adapter.project(counters, step)
             moments = optimizer.state.get(adapter.trained, {})
-            adapter.commit({**counters, **moments}, step, _first_moment_of(moments), {})
+            adapter.apply({**counters, **moments}, step, _first_moment_of(moments), {})
         self.refreshes += 1
         self._config.forward_type = False
 
@@ -108,7 +129,8 @@ class ReLoRaModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **settings: Any) -> None:
         """Write the merged, plain model, as transformers' own `save_pretrained` would."""
-        self.wrapped_model.save_pretrained(folder, state_dict=self.merged_state_dict(), **settings)
+        model: Any = self.wrapped_model
+        model.save_pretrained(folder, state_dict=self.merged_state_dict(), **settings)
 
 
 def _first_moment_of(state: dict[str, Any]) -> UpdateRule:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_pretraining.checkpoint import resume, run_dir
-from peft_pretraining.checkpoint.checkpointer import describe, quietly, without_unsaved_rests
+from peft_pretraining.checkpoint.contents import describe, quietly, without_unsaved_rests
 from peft_pretraining.checkpoint.safe_loading import load_tensors
 from peft_pretraining.checkpoint.train_state import read_counters
 from peft_pretraining.config import Config, config_flags
@@ -39,10 +39,11 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
         try:
             tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))
             load_tensors({"model": tensors}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError([f"{checkpoint} cannot be loaded: {error}"]) from error
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
-    plain.to(wanted).load_state_dict(method.merged_state_dict(model))  # rounds
+    plain.to(wanted)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+    plain.load_state_dict(method.merged_state_dict(model))  # rounds
     plain.config.dtype = wanted
     return plain
 
@@ -59,7 +60,7 @@ def _settings_of(checkpoint: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: {error}"]) from error
     if record is None:
         raise ConfigError([f"{path}: not found; it says how {checkpoint} was trained"])
-    settings = {}
+    settings: dict[str, Any] = {}
     for flag in config_flags():
         value = record.settings.get(flag.name)
         if value is None:  # which some settings are

@@ -23,7 +23,12 @@ def derive_seed(seed: int, purpose: str, step: int = 0, index: int = 0) -> int:
 def generator(
     seed: int, purpose: str, step: int = 0, index: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A fresh generator for one purpose at one step."""
+    """A fresh generator for one purpose at one step.
+
+    >>> drawn = [torch.rand(2, generator=generator(42, "bases", step=7)) for _ in range(2)]
+    >>> torch.equal(*drawn)
+    True
+    """
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, step, index))
 
 
@@ -32,6 +37,9 @@ def permute(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
 
     A Feistel network over the smallest even number of bits that holds `size`, walked along its cycle until the result
     lies inside. Needs no memory and no set-up, where `torch.randperm` takes 5 GB for the 600M blocks of C4.
+
+    >>> sorted(permute(np.arange(10), 10, seed=1).tolist()) == list(range(10))
+    True
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)

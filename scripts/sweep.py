@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 
-import study_folder
-from study_folder import PROJECT, RunFailed, distinct_numbers, is_number
+from _study import folder
+from _study.folder import RunFailed, distinct_numbers
+from _study.pretraining import train
 
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.flags import ConfigError, exit_with_problems
-from peft_pretraining.report import metrics_file
 
 
 def main() -> int:
@@ -37,7 +36,7 @@ def main() -> int:
     try:
         lrs = dict(zip(distinct_numbers(arguments.lrs, "--lrs"), arguments.lrs.split(","), strict=True))
         seeds = distinct_numbers(arguments.seeds, "--seeds", int)
-        with study_folder.opened(arguments.out, {"flags": flags}):
+        with folder.opened(arguments.out, {"flags": flags}):
             return sweep(arguments.out, lrs, seeds, flags)
     except ConfigError as error:
         return exit_with_problems(error)
@@ -53,47 +52,14 @@ def sweep(out: Path, lrs: dict[float, str], seeds: tuple[int, ...], flags: list[
     rows = []
     for lr, as_given in lrs.items():
         for seed in seeds:
-            perplexity = train(out / f"lr{as_given}_seed{seed}", as_given, str(seed), flags)
+            perplexity = train(out / f"lr{as_given}_seed{seed}", [*flags, "--lr", as_given, "--seed", str(seed)])
             rows.append({"lr": lr, "seed": seed, "perplexity": perplexity})
             print(f"lr {as_given:>8}  seed {seed:>4}  validation perplexity {perplexity:.2f}", flush=True)
     best = min(rows, key=lambda row: row["perplexity"])
     print(f"best: lr {best['lr']:g}, seed {best['seed']}, validation perplexity {best['perplexity']:.2f}")
-    content = study_folder.without_infinities({"flags": flags, "runs": rows})
+    content = folder.without_infinities({"flags": flags, "runs": rows})
     run_dir.write_atomically(out / "table.json", json.dumps(content, indent=2) + "\n")
     return 0
-
-
-def train(save_dir: Path, lr: str, seed: str, flags: list[str]) -> float:
-    """Run, or finish, one training; its last validation perplexity, infinite where it is none.
-
-    Raises `CalledProcessError` when the training fails, `RunFailed` when it leaves no evaluation.
-    """
-    command = [sys.executable, str(PROJECT / "torchrun_main.py"), *flags]
-    command += ["--lr", lr, "--seed", seed, "--save_dir", str(save_dir), "--autoresume", "True"]
-    save_dir.mkdir(parents=True, exist_ok=True)
-    with open(save_dir.with_name(save_dir.name + ".log"), "a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
-    found = evaluations(save_dir)
-    if not found:
-        raise RunFailed(f"{save_dir} holds no evaluation, though its run has ended: see {save_dir}.log")
-    return perplexity_of(found[-1])
-
-
-def evaluations(save_dir: Path) -> list[dict]:
-    """The evaluations in a run's metrics; says in one line on stderr what of them was passed over."""
-    metrics = save_dir / run_dir.METRICS_FILE
-    if not metrics.is_file():
-        return []
-    records, problems = metrics_file.read_records(metrics)
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
-    return [record for record in records if "final_eval_perplexity" in record]
-
-
-def perplexity_of(evaluation: dict) -> float:
-    """The perplexity, infinite where the run has diverged."""
-    value = evaluation["final_eval_perplexity"]
-    return float(value) if is_number(value) else math.inf
 
 
 if __name__ == "__main__":

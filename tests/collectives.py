@@ -1,4 +1,4 @@
-"""Counting what a run hands to collectives."""
+"""Counting what a run hands to collectives, and the threads that carry them out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +31,7 @@ class _Counting(TorchDispatchMode):
 @contextlib.contextmanager
 def counted(into: list[dict[str, int]]) -> Iterator[None]:
     """Append to `into`, for every update, the number of collectives of each kind that this rank called."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step = train.train_step
 
@@ -44,3 +46,8 @@ def counted(into: list[dict[str, int]]) -> Iterator[None]:
         yield
     finally:
         train.train_step = train_step
+
+
+def gloo_threads() -> list[int]:
+    """How many threads each gloo group of this process has."""
+    return [group._get_backend(torch.device("cpu")).options._threads for group in distributed_c10d._world.pg_map]

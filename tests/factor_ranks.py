@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_pretraining.training import build
+from peft_pretraining.training import build, build_model
 
 
 def digest(run) -> str:
@@ -33,7 +33,7 @@ def digest(run) -> str:
 
 def main(path: Path) -> None:
     rank, results, sent = int(os.environ["RANK"]), [], []
-    train, parallelize, all_reduce = build.train, build.parallelize, dist.all_reduce
+    train, parallelize, all_reduce = build.train, build_model.parallelize, dist.all_reduce
 
     def counted_all_reduce(tensor, *args, **settings):
         if tensor.is_floating_point() and tensor.numel() > 8:  # not the trainer's few scalars
@@ -61,7 +61,7 @@ def main(path: Path) -> None:
         sent.clear()
         return code
 
-    build.train, build.parallelize, dist.all_reduce = observed_train, counted_parallelize, counted_all_reduce
+    build.train, build_model.parallelize, dist.all_reduce = observed_train, counted_parallelize, counted_all_reduce
     # One group for all runs: a second one would find the first one's addresses in torchrun's store.
     init, destroy = dist.init_process_group, dist.destroy_process_group
     dist.init_process_group = lambda *args, **settings: None if dist.is_initialized() else init(*args, **settings)

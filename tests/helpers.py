@@ -150,7 +150,7 @@ def truncate(path: Path) -> None:
 @contextlib.contextmanager
 def before_update(step: int, act: Callable[[], Any]) -> Iterator[None]:
     """Call `act` at the beginning of 0-based update `step`, once."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step, done = train.train_step, []
 
@@ -176,7 +176,7 @@ def signal_in_update(step: int, number: int = signal.SIGTERM):
 @contextlib.contextmanager
 def signal_before_evaluation(number: int) -> Iterator[None]:
     """SIGUSR1 to this process when it begins its `number`-th evaluation, which then does not take place."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     evaluate, begun = train.evaluate, []
 
@@ -202,8 +202,8 @@ def spoil_weights(step: int, times: int = 1) -> Iterator[None]:
     """
     import torch
 
-    from peft_pretraining import train
     from peft_pretraining.distributed.sharding import local
+    from peft_pretraining.training import loop as train
 
     train_step, left = train.train_step, [times]
 
@@ -239,7 +239,7 @@ def poisoned_gradient(loss, model):
 @contextlib.contextmanager
 def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss, micro_batch: int = 1) -> Iterator[None]:
     """Let the 0-based updates `steps` be non-finite in their second micro-batch, or in the one that is named."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step, loss_sum, now = train.train_step, train.token_loss_sum, []
 
@@ -259,9 +259,18 @@ def poison(monkeypatch, steps: set[int], poisoned=poisoned_loss, micro_batch: in
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment, with threads that leave the cores to each other."""
+    """This process's environment, with threads that leave the cores to each other; a crash prints its stacks."""
     fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    return {**os.environ, **fixed, **changes}
+    return {**os.environ, **fixed, "PYTHONFAULTHANDLER": "1", **changes}
+
+
+def last_words(stderr: str, characters: int = 30_000) -> str:
+    """The end of a log, from the crash of the first process on if one crashed: the others go on writing."""
+    crash = stderr.find("Fatal Python error")
+    if crash < 0:
+        return stderr[-characters:]
+    before = stderr[:crash].splitlines(keepends=True)[-20:]
+    return "".join(before)[-(characters // 8) :] + stderr[crash : crash + characters]
 
 
 def _run_cases(path: Path) -> None:
@@ -283,8 +292,8 @@ def _run_cases(path: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from peft_pretraining.distributed.sharding import local
-    from peft_pretraining.train import state_bytes
     from peft_pretraining.training import build
+    from peft_pretraining.training.loop import state_bytes
 
     rank, results, train, no_sync = int(os.environ["RANK"]), [], build.train, DistributedDataParallel.no_sync
 
@@ -325,6 +334,7 @@ def _run_cases(path: Path) -> None:
             if case.get("count"):
                 stops.enter_context(collectives.counted(results[-1].setdefault("collectives", [])))
             results[-1]["exit_code"] = run(case["argv"])
+    assert set(threads := collectives.gloo_threads()) == {1}, threads
     destroy()
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))
 

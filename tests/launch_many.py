@@ -3,7 +3,7 @@
     python tests/launch_many.py --launches 200 --methods relora golore_adapter --layouts fsdp ddp
 
 Each launch is the real torchrun with two processes and a model of 30,000 weights. `--hold_lock` makes the race of
-distributed/leaving.py more likely: the main thread keeps the interpreter's lock for a while just before the interpreter
+runtime/leaving.py more likely: the main thread keeps the interpreter's lock for a while just before the interpreter
 ends, so that threads of gloo that want it then are waiting for it. Prints a table, and the log of every launch that did
 not exit with 0; exit code 1 if there was one.
 """

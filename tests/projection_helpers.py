@@ -34,6 +34,7 @@ def build(weight: Tensor, regular: Iterable[Tensor] = (), rule: Any = "adamw", *
     """An optimizer that projects `weight`; `changes` are settings of its group or of the optimizer."""
     optimizer = {"lr": 0.01, "weight_decay": 0.1}
     of_optimizer = {*optimizer, "betas", "eps", "beta1", "momentum", "dampening", "svd_method", "seed"}
+    of_optimizer |= {"full_norm", "refresh_accumulation"}
     optimizer |= {name: changes.pop(name) for name in of_optimizer & changes.keys()}
     groups = [{"params": [weight], "rank": 2, "update_proj_gap": 4, "scale": 0.5, "proj_type": "std", **changes}]
     if regular := list(regular):

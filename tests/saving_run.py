@@ -27,10 +27,10 @@ from pathlib import Path
 import helpers
 import torch.distributed as dist
 
-from peft_pretraining import train
 from peft_pretraining.checkpoint import checkpointer, writer
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.training import build
+from peft_pretraining.training import loop as train
 
 ROOM = 300
 """Bytes, about one record of `metrics.jsonl`. Python ignores SIGXFSZ: a write beyond them fails with EFBIG."""

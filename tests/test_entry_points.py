@@ -13,8 +13,8 @@ import pytest
 
 LIGHT = (
     *("torchrun_main.py", "pretokenize.py", "experiments/non_convergence.py"),
-    *(f"scripts/{name}.py" for name in ("study", "sweep", "compare", "launch", "option_study", "sarcasm_study")),
-    *(f"scripts/{name}.py" for name in ("fetch_corpus", "export_merged", "architecture")),
+    *(f"scripts/{name}.py" for name in ("study", "sweep", "compare", "launch")),
+    *(f"scripts/{name}.py" for name in ("fetch_corpus", "export_merged", "architecture", "generate_docs")),
 )
 HEAVY = ("run_glue.py", "run_tasks.py")
 _SCRIPT = """

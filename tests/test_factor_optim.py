@@ -97,7 +97,7 @@ def trained_relora(**settings):
     model = nn.ModuleDict({"mlp": nn.Linear(20, 30), "head": nn.Linear(30, 2)})
     defaults = {"method": "relora", "rank": 4, "relora": 3, "lora_alpha": 4.0}
     method = load_method("relora")(Config.from_settings({**defaults, **settings}))
-    method.convert(model)
+    model = method.convert(model)
     optimizer = method.build_optimizer(model)
     for step in range(3):
         method.before_forward(model, optimizer, step)
@@ -176,7 +176,7 @@ def test_rates_of_a_b_and_everything_else(name):
     model = nn.ModuleDict({"mlp": nn.Linear(8, 6), "head": nn.Linear(6, 2)})
     settings = {"method": name, "lr": 0.5, "rank": 2, "lora_plus_ratio": 4.0, "dense_lr_ratio": 0.1, "lora_alpha": 1.0}
     method = load_method(name)(Config.from_settings(settings))
-    method.convert(model)
+    model = method.convert(model)
     optimizer = method.build_optimizer(model)
     rates = {param: group["initial_lr"] for group in optimizer.param_groups for param in group["params"]}
     assert rates[model["head"].weight] == rates[model["mlp"].bias] == pytest.approx(0.05)
@@ -193,7 +193,7 @@ def test_low_rank_only_gives_gradients_to_every_factor():
     model = nn.ModuleDict({"attn": nn.Linear(400, 300), "mlp": nn.Linear(300, 400)})
     spread = {name: linear.weight.std() for name, linear in model.items()}
     method = load_method("lora")(Config.from_settings({"method": "lora", "rank": 100, "lora_only": True}))
-    method.convert(model)
+    model = method.convert(model)
     for name, layer in model.items():
         assert layer.merged_weight().std() == pytest.approx(spread[name].item(), rel=0.05)
     model["mlp"](model["attn"](torch.randn(5, 400))).square().sum().backward()

@@ -44,7 +44,7 @@ def ranks(tmp_path_factory):
         **{"env": helpers.child_environment(), "cwd": helpers.PROJECT, "capture_output": True, "text": True},
         timeout=500,
     )
-    assert launched.returncode == 0, launched.stderr[-5000:]
+    assert launched.returncode == 0, helpers.last_words(launched.stderr)
     reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return folder, dict(zip(RUNS, zip(*reports, strict=True), strict=True))
 

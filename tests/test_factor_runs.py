@@ -9,12 +9,12 @@ from factor_helpers import FACTORS
 from helpers import RESUME, stop_after
 from transformers import AutoModelForCausalLM
 
-from peft_pretraining import train
 from peft_pretraining.config import ScheduleConfig, schedule
 from peft_pretraining.methods.relora.method import ReLoRA
 from peft_pretraining.methods.switchlora.method import SwitchLoRA
 from peft_pretraining.nn import low_rank_layers
 from peft_pretraining.training import build
+from peft_pretraining.training import loop as train
 
 sys.path.insert(0, str(helpers.PROJECT / "scripts"))
 

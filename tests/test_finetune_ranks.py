@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from finetune_helpers import glue_flags, rows, write_bert, write_rows
-from helpers import PROJECT, child_environment
+from helpers import PROJECT, child_environment, last_words
 from safetensors.torch import load_file
 
 METHODS = {
@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(PROJECT / "tests" / "finetune_ranks.py"), str(base / "cases.json")]
     done = subprocess.run(command, cwd=PROJECT, env=child_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, last_words(done.stderr)
     return base
 
 

@@ -1,6 +1,5 @@
 """The training methods under transformers' `Trainer`: the same updates, resumable bit by bit, exported merged."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
 from peft_pretraining.finetune import glue
+from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINING_WEIGHTS
 from peft_pretraining.finetune.targets import target_modules
-from peft_pretraining.finetune.trainer import METHOD_STATE, TRAINING_WEIGHTS, MethodTrainer
+from peft_pretraining.finetune.trainer import MethodTrainer
 from peft_pretraining.flags import ConfigError
 
 METHODS = {
@@ -259,23 +259,6 @@ def test_autocast_in_bfloat16_trains_factors(bert, data, tmp_path):
     changed = [name for name, tensor in trainer.model.state_dict().items() if not torch.equal(before[name], tensor)]
     assert any("lora_" in name for name in changed)
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
-
-
-def test_what_convert_returns_is_trained(bert, data, tmp_path, monkeypatch):
-    from peft_pretraining.methods.full_rank.method import FullRank
-
-    made = []
-
-    def another(method, model):
-        made.append(copy.deepcopy(model))
-        return made[-1]
-
-    monkeypatch.setattr(FullRank, "convert", another)
-    trainer = trainer_for(bert, data, tmp_path, method="full_rank", max_steps=1)
-    before = made[0].classifier.weight.clone()
-    trainer.train()
-    assert trainer.model is made[0] and trainer.callback_handler.model is made[0]
-    assert not torch.equal(made[0].classifier.weight, before)
 
 
 def test_settings_that_do_not_go_with_the_model_are_bad_input(bert, data, tmp_path, monkeypatch):

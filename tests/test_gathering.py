@@ -39,7 +39,7 @@ def test_plain_tensors_go_through_and_divided_ones_come_back(mesh):
         (columns,) = gathering.gather_columns([plain[:3]], like=tensor)
         assert torch.equal(columns, plain[:3])
         assert torch.equal(gathering.mean_part(plain.clone(), like=tensor), plain)
-        gathering.put(tensor, plain + 1)
+        gathering.copy_to_shard(tensor, plain + 1)
         assert torch.equal(parts.local(tensor), plain + 1)
 
 
@@ -48,7 +48,7 @@ def test_divided_pools_share_memory_with_what_is_saved(mesh):
     whole = {name: getattr(layer.switching, name).clone() for name in layer.switching.NAMES}
     layer.weight = divide(layer.weight, mesh, 0)
     layer.lora_A, layer.lora_B = divide(layer.lora_A, mesh, 1), divide(layer.lora_B, mesh, 0)
-    layer.switching.divide(layer)
+    layer.switching.follow_sharding(layer)
     saved = layer.switching.state_dict()
     for name, tensor in whole.items():
         assert torch.equal(parts.local(saved[name]), tensor)

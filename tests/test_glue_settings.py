@@ -174,3 +174,47 @@ def test_paper_settings_are_printed_as_a_command(tmp_path):
     found = glue.parse(command[at + 1 :])
     assert (found.config.method.method, found.config.method.rank, found.task.task_name) == ("galore", 4, "rte")
     assert json.dumps(found.training.num_train_epochs) == "30.0"
+
+
+def test_settings_of_a_file(tmp_path):
+    """Of every kind: the method's, transformers', the task's, fine-tuning's own; the command line wins."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "task_name: rte\nmodel_name_or_path: roberta-base\nmethod: galore\nrank: 6\nlearning_rate: 4e-4\n"
+        "evaluation_strategy: no\nsave_strategy: epoch\nlogging_first_step: yes\nmax_length: 77\nseeds: [3, 4]\n"
+        "report_to: none\noverwrite_output_dir: True\n"
+    )
+    found = glue.parse(["--training_config", str(file), "--output_dir", "OUT", "--rank", "8"])
+    assert (found.config.method.method, found.config.method.rank, found.config.optimizer.lr) == ("galore", 8, 4e-4)
+    assert (found.training.eval_strategy, found.training.save_strategy) == ("no", "epoch")
+    assert found.training.logging_first_step and found.task.max_length == 77
+    assert found.seeds == (3, 4) and found.overwrite_output_dir and not found.warnings
+    file.write_text("rank: many\nlearning_rat: 1\noptim: sgd\nlora_rank: 3\nprefix_tuning: True\n")
+    problems = problems_of(f"--training_config {file} {SHORT}")
+    bad_rank = f"--rank must be an integer, got 'many' (in {file})"
+    for part in (bad_rank, "unknown key 'learning_rat' (did you mean", "--optim sgd: the method builds"):
+        assert any(part in problem for problem in problems), (part, problems)
+
+
+def test_a_setting_under_two_names_is_told():
+    found = glue.parse((SHORT + "--max_length 32 --max_seq_length 64 --lr 1e-3 --learning_rate 1e-3").split())
+    assert found.task.max_length == 64
+    assert found.warnings == (
+        "--max_length 32 has no effect: --max_seq_length, which is the same setting, was given after it",
+    )
+
+
+def test_help_has_groups_and_the_defaults_of_fine_tuning(capsys):
+    for words, parts in (
+        (
+            ["--help"],
+            ("model and task:", "transformers' Trainer:", "method: lora:", "older code bases:", "--learning_rate"),
+        ),
+        (["--help", "galore"], ("GaLore:", "settings of galore:", "low-rank updates (default: 4)")),
+        (["--help", "lora"], ("settings of lora:", "(default: as --lora_all_modules says)")),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            glue.parse(words)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert stopped.value.code == 0
+        assert [part for part in parts if part not in shown] == []

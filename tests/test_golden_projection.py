@@ -30,17 +30,20 @@ sides = pytest.mark.parametrize("proj_type", SIDES)
 class PublicBases(SVDBasis):
     """Takes the public run's bases, in order of the refreshes, where the real rule takes singular vectors."""
 
-    def __init__(self, projection, kept):
-        super().__init__(projection)
+    def __init__(self, kept):
+        super().__init__()
         self.kept = kept
 
-    def refreshed(self, old, grad, refresh):
+    def compute_bases(self, refreshes):
+        return [self.compute_basis(refresh) for refresh in refreshes]
+
+    def compute_basis(self, refresh):
         basis = self.kept[refresh.number]
-        if self.projection.sides == (LEFT, RIGHT):
+        if refresh.projection.sides == (LEFT, RIGHT):
             # Only the left one was kept. The right one has the signs that go with it: v = Gᵀu / σ.
-            right = basis.T @ grad
+            right = basis.T @ refresh.grad
             return {LEFT: basis, RIGHT: right / right.norm(dim=1, keepdim=True)}
-        return {self.projection.sides[0]: basis}
+        return {refresh.projection.sides[0]: basis}
 
 
 def trajectory(optimizer, weight, gradients, rates):
@@ -58,10 +61,9 @@ def trajectory(optimizer, weight, gradients, rates):
 def run(shape, rule, proj_type, public_bases=False, **settings):
     weight = torch.nn.Parameter(GOLDEN[f"inputs__{shape}/W0"].clone())
     group = {"params": [weight], "rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": proj_type}
-    optimizer = LowRankOptimizer([group], **RULES[rule], lr=BASE_RATE, weight_decay=0.01, **settings)
     if public_bases:
-        subspace = optimizer.subspaces[weight]
-        subspace.rule = PublicBases(subspace.rule.projection, GOLDEN[f"bases__{proj_type}__{shape}"])
+        group["basis"] = PublicBases(GOLDEN[f"bases__{proj_type}__{shape}"])
+    optimizer = LowRankOptimizer([group], **RULES[rule], lr=BASE_RATE, weight_decay=0.01, **settings)
     weights = trajectory(optimizer, weight, GOLDEN[f"inputs__{shape}/G"], GOLDEN[f"inputs__{shape}/lr"])
     return weights, optimizer.state[weight]
 
@@ -122,12 +124,15 @@ class RandomFromFile(SVDBasis):
 
     carries_momentum = True
 
-    def __init__(self, projection, drawn):
-        super().__init__(projection)
+    def __init__(self, drawn):
+        super().__init__()
         self.drawn = drawn
 
-    def refreshed(self, old, grad, refresh):
-        return {self.projection.sides[0]: self.drawn} if refresh.step >= 8 else super().refreshed(old, grad, refresh)
+    def compute_bases(self, refreshes):
+        return [self.compute_basis(refresh) for refresh in refreshes]
+
+    def compute_basis(self, refresh):
+        return {refresh.projection.sides[0]: self.drawn} if refresh.step >= 8 else super().compute_basis(refresh)
 
 
 @shapes
@@ -146,7 +151,7 @@ def test_golore_follows_its_adapter_form(shape, rule):
     subspace = optimizer.subspaces[weight]
     assert subspace.rule.carries_momentum
     assert [subspace.rule.reads_gradient(step) for step in (0, 4, 8)] == [True, True, False]
-    subspace.rule = RandomFromFile(subspace.rule.projection, GOLDEN[f"{case}/random_orthogonal_0"])
+    subspace.rule = RandomFromFile(GOLDEN[f"{case}/random_orthogonal_0"])
     gradients = GOLDEN[f"{case}/Y"].mT @ GOLDEN[f"{case}/X"]  # (T, N, m)ᵀ (T, N, n) -> (T, m, n)
     weights = trajectory(optimizer, weight, gradients, GOLDEN[f"{case}/lr"])
     assert_agree(weights, f"{case}/W_effective")

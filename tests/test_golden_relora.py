@@ -27,7 +27,7 @@ def test_relora(shape):
     model = nn.ModuleDict({"attn": linear})
     # Moments are zeroed at each merge, after updates 3 and 7, that is before updates 4 and 8.
     method = ReLoRA(Config.from_settings({"method": "relora", "rank": 4, "lora_alpha": 8.0, "relora": 4, "lr": 0.01}))
-    method.convert(model)
+    model = method.convert(model)
     layer, optimizer = model["attn"], method.build_optimizer(model)
     with torch.no_grad():
         layer.lora_A.copy_(numbers["A0"])

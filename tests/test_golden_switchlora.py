@@ -28,7 +28,7 @@ def method_for(linear, **settings):
     """SwitchLoRA over a model of one layer, ready to train."""
     model = nn.ModuleDict({"attn": linear})
     method = SwitchLoRA(Config.from_settings({"method": "switchlora", "lora_alpha": 1.0, **settings}))
-    method.convert(model)
+    model = method.convert(model)
     return method, model, method.build_optimizer(model)
 
 

@@ -11,7 +11,7 @@ from peft_pretraining.config import Config
 from peft_pretraining.methods.golore.method import GoLore
 from peft_pretraining.methods.golore_adapter.method import GoLoreAdapter
 from peft_pretraining.models.loss import token_loss_sum
-from peft_pretraining.optim.bases import SVDThenRandom
+from peft_pretraining.optim.bases import RandomBasis
 from peft_pretraining.optim.projection import LEFT
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "projected.safetensors")
@@ -42,21 +42,18 @@ def train_step(method, model, optimizer, step, backward, rate, clip=0.0):
 def test_public_numbers(monkeypatch, rule, m, n):
     prefix = f"golore_adapter__{rule}__{m}x{n}/"
     numbers = {name.removeprefix(prefix): value for name, value in GOLDEN.items() if name.startswith(prefix)}
-    refreshed = SVDThenRandom.refreshed
-
-    def public_bases(self, old, grad, refresh):
-        if self.reads_gradient(refresh.step):
-            return refreshed(self, old, grad, refresh)
-        return {self.projection.sides[0]: numbers["random_orthogonal_0"]}
-
-    monkeypatch.setattr(SVDThenRandom, "refreshed", public_bases)
+    monkeypatch.setattr(
+        RandomBasis,
+        "compute_basis",
+        lambda self, refresh: {refresh.projection.sides[0]: numbers["random_orthogonal_0"]},
+    )
     linear = nn.Linear(n, m, bias=False)
     with torch.no_grad():
         linear.weight.copy_(numbers["W0"])
     model = nn.ModuleDict({"attn": linear})
     settings = {"rank": 4, "scale": 0.5, "update_proj_gap": 4, "rand_ratio": 8 / 12, "num_training_steps": 12}
     method = GoLoreAdapter(config(optimizer=rule, momentum=0.9, dampening=0.0, **settings))
-    method.convert(model)
+    model = method.convert(model)
     optimizer, layer = method.build_optimizer(model), model["attn"]
     for t in range(12):
         batch = numbers["X"][t], numbers["Y"][t]

@@ -26,8 +26,9 @@ from peft_pretraining.data.blocks import TokenBlocks, evaluation_batches, traini
 from peft_pretraining.data.documents import Complaints, SampleMaker
 from peft_pretraining.data.folder import read_arguments
 from peft_pretraining.data.json_rows import json_objects, json_rows
+from peft_pretraining.data.pieces import open_pieces
 from peft_pretraining.data.shards import DataError, document_text, find_local_shards
-from peft_pretraining.data.sources import find_source, open_pieces
+from peft_pretraining.data.sources import find_source
 from peft_pretraining.data.streaming import in_order_of_files
 from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import load_tokenizer, train_tokenizer

@@ -120,7 +120,7 @@ def launch(folder: Path, processes: int, cases: list[dict]) -> None:
         **{"env": helpers.child_environment(), "cwd": helpers.PROJECT, "capture_output": True, "text": True},
         timeout=500,
     )
-    assert launched.returncode == 0, launched.stderr[-30000:]
+    assert launched.returncode == 0, helpers.last_words(launched.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -266,7 +266,7 @@ def test_grad_scaler_skips_infinite_steps(proj_type, caplog):
         ({"proj_type": "up"}, "proj_type must be one of std, reverse_std"),
         ({"svd_method": "lanczos"}, "svd_method must be one of exact, gram, randomized"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"update_proj_gap": -1}, "update_proj_gap at least 0, got -1"),
+        ({"update_proj_gap": -1}, "update_proj_gap must be at least 0, got -1"),
         ({"rand_ratio": 0.5, "proj_type": "continuous"}, "rand_ratio .* goes with proj_type"),
         ({"rand_ratio": 0.5, "proj_type": "random"}, "rand_ratio .* goes with proj_type"),
         ({"rand_ratio": 0.5}, "needs num_training_steps"),

@@ -36,14 +36,14 @@ def bases_of(projection, shape, seed=0):
 def test_projection_goes_down_and_back(shape, rank, side):
     projection = Projection.for_weight(side, rank, torch.Size(shape))
     bases, grad, r = bases_of(projection, shape), matrix(shape, 1), min(rank, *shape)
-    low_rank = projection.down(bases, grad)
+    low_rank = projection.project(bases, grad)
     sizes = (r if LEFT in bases else shape[0], r if RIGHT in bases else shape[1])
     assert low_rank.shape == projection.low_rank_shape(torch.Size(shape)) == sizes
-    up = projection.up(bases, low_rank)
-    torch.testing.assert_close(projection.down(bases, up), low_rank)  # back and down again is nothing
+    up = projection.project_back(bases, low_rank)
+    torch.testing.assert_close(projection.project(bases, up), low_rank)  # back and down again is nothing
     weight = matrix(shape, 2)
     expected = weight - 0.3 * up
-    projection.add_back(weight, bases, low_rank, -0.3)
+    projection.add_projected_back(weight, bases, low_rank, -0.3)
     torch.testing.assert_close(weight, expected)
 
 
@@ -53,9 +53,9 @@ def test_carrying_a_moment_over_is_projecting_it_back_and_down(shape, rank, side
     projection = Projection.for_weight(side, rank, torch.Size(shape))
     old, new = bases_of(projection, shape, 1), bases_of(projection, shape, 7)
     moment = matrix(projection.low_rank_shape(torch.Size(shape)), 3)
-    carried = projection.carry_over(moment, old, new)
-    torch.testing.assert_close(carried, projection.down(new, projection.up(old, moment)))
-    torch.testing.assert_close(projection.carry_over(moment, old, old), moment)
+    carried = projection.rotate_momentum(moment, old, new)
+    torch.testing.assert_close(carried, projection.project(new, projection.project_back(old, moment)))
+    torch.testing.assert_close(projection.rotate_momentum(moment, old, old), moment)
     assert float(overlap(old, old)) == pytest.approx(1, abs=1e-6) and float(overlap(old, new)) <= 1 + 1e-6
 
 
@@ -127,7 +127,7 @@ def test_scaling_the_projected_gradients_is_scaling_the_gradients(proj_type):
             else:
                 optimizer.project_gradients()
                 for _ in range(times):
-                    optimizer.scale_gradients(torch.tensor(0.3 ** (1 / times), dtype=torch.float64))
+                    optimizer.scale_(torch.tensor(0.3 ** (1 / times), dtype=torch.float64))
             optimizer.step()
             optimizer.zero_grad()
     for index in (1, 2):

@@ -123,10 +123,13 @@ def test_large_batch_shows_the_svd_its_mean_and_the_update_a_single_draw(monkeyp
     def build(run, x):
         optimizer = original(run, x)
         (subspace,) = optimizer.subspaces.values()
-        refreshed, step = subspace.rule.refreshed, optimizer.step
-        subspace.rule.refreshed = lambda old, grad, refresh: (seen.append(grad.clone()), refreshed(old, grad, refresh))[
-            1
-        ]
+        compute_bases, step = subspace.rule.compute_bases, optimizer.step
+
+        def seeing(refreshes):
+            seen.extend(refresh.grad.clone() for refresh in refreshes)
+            return compute_bases(refreshes)
+
+        subspace.rule.compute_bases = seeing
         optimizer.step = lambda: (used.append(x.grad.clone()), step())
         return optimizer
 

@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import importlib
 import math
 
 import pytest
@@ -9,13 +10,26 @@ import torch
 from projection_helpers import build, matrix, parameter, set_gradients, through_a_file, train
 from torch import nn
 
-from peft_pretraining.optim import LowRankOptimizer, low_rank, low_rank_gradients, per_layer, vector_adamw
+from peft_pretraining import optim
+from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.projection import RIGHT
 
+WITH_EXAMPLES = (
+    "basis_rule",
+    "collectives",
+    "lifts",
+    "low_rank",
+    "low_rank_gradients",
+    "model_groups",
+    "per_layer",
+    "update_rule",
+    "vector_adamw",
+)
 
-@pytest.mark.parametrize("module", [low_rank, low_rank_gradients, per_layer, vector_adamw])
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples_in_docstrings_run(module):
-    found = doctest.testmod(module)
+    found = doctest.testmod(importlib.import_module(f"{optim.__name__}.{module}"))
     assert found.attempted > 3 and not found.failed
 
 
@@ -102,14 +116,14 @@ def test_a_norm_needs_no_projection_before_it():
 
 
 def test_scaling_stays_with_a_gradient_that_is_changed_and_goes_with_another():
-    """By `scale_gradients` and by a hand that does the same afterwards."""
+    """By `scale_` and by a hand that does the same afterwards."""
     weights = [parameter((6, 5)) for _ in range(2)]
     optimizers = [build(weight, rule="sgd") for weight in weights]
     for again in (False, True):
         for index, (weight, optimizer) in enumerate(zip(weights, optimizers, strict=True)):
             set_gradients([weight], 1)
             if index == 0:
-                optimizer.scale_gradients(torch.tensor(0.5, dtype=torch.float64))
+                optimizer.scale_(torch.tensor(0.5, dtype=torch.float64))
                 if again:
                     weight.grad = matrix((6, 5), 3)  # of another batch
                 else:

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.projection import RIGHT
-from peft_pretraining.optim.update_rules import AdamW8bit
+from peft_pretraining.optim.update_rules import AdamW8bit, TorchAdamW
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 
 # Saved states.
@@ -179,7 +179,14 @@ def test_8_bit_moments_of_small_matrices_go_on(proj_type, monkeypatch):
         ({"beta1": 1.0}, r"beta1 must be below 1, got 1\.0"),
         ({"seed": 0.5}, r"seed must be a whole number, got 0\.5"),
         ({"proj_typ": "std"}, "unknown settings of a parameter group: proj_typ; there are .*proj_type"),
-        ({"rule": "lion"}, "a parameter group has the optimizer's rule, adamw, got 'lion'"),
+        ({"rule": "lamb"}, "rule must be one of adamw, .*, or an object, got 'lamb'"),
+        ({"basis": "pca"}, "basis must be one of svd, .*, or an object, got 'pca'"),
+        ({"rank": None, "basis": "svd"}, "basis 'svd' needs a rank in the same group"),
+        ({"basis": "svd_then_random"}, "rand_ratio must be a number with basis 'svd_then_random', got None"),
+        ({"lift": "up"}, "lift must be one of identity, project_back, sign, or an object, got 'up'"),
+        ({"state_format": "int4"}, "state_format must be one of weight, float32, 8bit, got 'int4'"),
+        ({"rule": "sgd", "state_format": "8bit"}, "state_format must be weight or float32 with sgd, got '8bit'"),
+        ({"rule": TorchAdamW()}, "rule 'torch_adamw' moves weights as they are: it goes without rank and lift"),
         ({"rank": None, "proj_type": "up"}, "proj_type must be one of"),
         ({"rank": None, "svd_method": "qr"}, "svd_method must be one of"),
     ],
@@ -193,7 +200,7 @@ def test_groups_are_checked_as_a_whole(group, message):
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(given)
     assert "lr" not in given or "lr" in group
-    kept = (optimizer.param_groups, optimizer.state, optimizer.subspaces, optimizer._peers, optimizer._shards)
+    kept = (optimizer.param_groups, optimizer.state, optimizer.subspaces, optimizer._peers, optimizer._slots)
     assert [len(each) for each in kept] == [1] * len(kept)
     train(optimizer, [weight], 0, 3)
 

@@ -192,7 +192,7 @@ def test_own_validation_split_is_made_once(byt5, capsys, tmp_path, argv):
 
 def test_slices_of_a_saved_dataset_and_of_a_hub_dataset(byt5, capsys, monkeypatch, argv, tmp_path):
     rows = [f"<{number}> {text}" for number, text in enumerate(made_up(120))]
-    monkeypatch.setattr("peft_pretraining.data.sources.ROWS_PER_PIECE", 25)
+    monkeypatch.setattr("peft_pretraining.data.pieces.ROWS_PER_PIECE", 25)
     data = datasets.Dataset.from_dict({"text": rows, "n": range(120)})
     data.save_to_disk(tmp_path / "saved")
     streamed = datasets.IterableDatasetDict({"train": data.to_iterable_dataset(num_shards=5)})

@@ -16,10 +16,10 @@ import torch
 from conftest import write_blocks, write_model
 from helpers import GALORE, METHODS, REQUEUE, RESUME, poison, poisoned_gradient, poisoned_loss, refreshes, stop_after
 
-from peft_pretraining import train
 from peft_pretraining.checkpoint import checkpointer, writer
 from peft_pretraining.config import ScheduleConfig, schedule
 from peft_pretraining.training import evaluate
+from peft_pretraining.training import loop as train
 
 
 @pytest.fixture(scope="module")

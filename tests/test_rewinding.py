@@ -67,7 +67,7 @@ def test_weights_that_are_not_finite_push_out_no_checkpoint(command, undisturbed
 
 def test_moments_that_are_not_finite_are_not_saved(command, tmp_path, capsys, monkeypatch):
     """The weights still are: of an infinite second moment no update ever moves its weight again."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     step = train.train_step
 
@@ -196,7 +196,7 @@ def test_killed_right_after_going_back(command, tmp_path):
 @contextlib.contextmanager
 def second_time(step, act):
     """Call `act` when the run gets to 0-based update `step` for the second time."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step, seen = train.train_step, []
 

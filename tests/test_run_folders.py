@@ -16,7 +16,7 @@ import yaml
 from helpers import GALORE, RESUME, stop_after
 
 from peft_pretraining import export
-from peft_pretraining.checkpoint import checkpointer, resume, run_dir, train_state
+from peft_pretraining.checkpoint import checkpointer, contents, resume, run_dir, train_state
 from peft_pretraining.checkpoint.folder_lock import LOCK_FILE, FolderLock
 
 
@@ -113,11 +113,11 @@ def test_weights_that_would_be_left_out_are_noticed(finished):
     """torch.distributed.checkpoint loads what is asked for, and passes over the rest."""
     stored = helpers.tensors(finished / "model_20")
     model = {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
-    described = checkpointer.describe(finished / "model_20")
-    checkpointer._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
+    described = contents.describe(finished / "model_20")
+    contents.compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
     model.pop("lm_head.weight")
     with pytest.raises(ValueError, match=r"it holds model\.lm_head\.weight, which this run has not"):
-        checkpointer._compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
+        contents.compare(described, {"model": model, "optimizer": {}}, {f"model.{name}" for name in model})
 
 
 def test_nothing_that_can_be_loaded(command, finished, undisturbed, capsys):

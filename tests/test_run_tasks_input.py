@@ -30,9 +30,9 @@ def test_all_problems_of_a_command_line_are_named_at_once(capfd):
     expected = [
         ("--task_name must be one of WinoGrande, SST2", ", got 'SQuAD'"),
         ("--trainer zeroth-order training is out of scope", ", got 'zo_sgd'"),
-        ("--prefix_tuning is refused: prefix tuning is out of scope", ""),
+        ("--prefix_tuning: prefix tuning is out of scope", ""),
         ("--num_dev must be a positive integer", ", got '0'"),
-        ("--load_int8 is refused: weights in 8 bits cannot be trained", ""),
+        ("--load_int8: weights in 8 bits cannot be trained", ""),
         ("unknown flag --nonsense", ""),
         ("--model_name is required", ""),
         ("--optimizer 'rmsprop' is unknown", ""),
@@ -105,6 +105,12 @@ def test_winogrande_script_prints_commands_that_parse(method):
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (30, 16)
     assert (training.load_best_model_at_end, training.metric_for_best_model) == (True, "accuracy")
     assert finetuning.task.train_all and finetuning.task.task_name == "WinoGrande" and finetuning.lora_all_modules
+
+
+def test_layers_are_those_of_pretraining_unless_told_otherwise():
+    begin = "--task_name SST2 --model_name m --output_dir out".split()
+    assert options_run.parse(begin).lora_all_modules
+    assert not options_run.parse([*begin, "--lora_all_modules", "False"]).lora_all_modules
 
 
 def test_winogrande_script_refuses_what_it_cannot_do():

@@ -59,7 +59,7 @@ def launch(folder: Path, name: str, processes: int, cases: dict[str, dict]) -> S
         **{"env": helpers.child_environment(), "cwd": PROJECT, "capture_output": True, "text": True},
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-30000:]
+    assert done.returncode == 0, helpers.last_words(done.stderr)
     reports = [json.loads((place / f"rank{rank}.json").read_text()) for rank in range(processes)]
     results = dict(zip(cases, zip(*reports, strict=True), strict=True))
     return SimpleNamespace(folder=folder, results=results, log=done.stderr)

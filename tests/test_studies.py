@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from pathlib import Path
 
 import helpers
 import pytest
 
 sys.path.insert(0, str(helpers.PROJECT / "scripts"))
 
-import option_study
-import sarcasm_study
 import study
-import study_folder
 import sweep
+from _study import file, finetuning, folder
 
 from peft_pretraining.checkpoint.folder_lock import FolderLock
 from peft_pretraining.flags import ConfigError
 
+STUDIES = sorted((helpers.PROJECT / "configs" / "studies").glob("*.yaml"))
 STUDY = """
 seeds: [42, 1]
 common: {model_config: m.json, num_training_steps: 10}
@@ -29,7 +28,7 @@ methods:
 
 
 class Trainings:
-    """Takes the place of the training processes: each leaves the metrics that it is told to."""
+    """Takes the place of the training processes: each leaves the metrics, or results, that it is told to."""
 
     def __init__(self, perplexity=lambda lr: lr, more: bytes = b""):
         self.commands, self.perplexity, self.more = [], perplexity, more
@@ -38,10 +37,17 @@ class Trainings:
         flags = dict(zip(command[2::2], command[3::2], strict=False))
         self.commands.append(flags)
         value = self.perplexity(float(flags["--lr"]))
+        if "--output_dir" in flags:
+            return self.fine_tuned(Path(flags["--output_dir"]), value)
         record = {"update_step": 10, "final_eval_perplexity": value, "optimizer_state_bytes": 8}
-        path = study.Path(flags["--save_dir"]) / "metrics.jsonl"
+        path = Path(flags["--save_dir"]) / "metrics.jsonl"
         path.write_bytes(json.dumps(record).encode() + b"\n" + self.more)
-        return subprocess.CompletedProcess(command, 0)
+
+    def fine_tuned(self, folder, accuracy):
+        results = {"eval_accuracy": accuracy, "test_accuracy": accuracy / 2, "optimizer_state_bytes": 2e6}
+        results |= {"losses": [3.0, *[1.0] * 18, 0.5, 1.5], "best_step": 4, "trainable_parameters": 7}
+        (folder / "all_results.json").write_text(json.dumps(results))
+        (folder / "model.safetensors").touch()
 
 
 @pytest.fixture
@@ -56,10 +62,12 @@ def trainings(monkeypatch):
 
 @pytest.fixture
 def run_study(tmp_path, monkeypatch, capsys):
-    def run(text=STUDY, data="data"):
+    def run(text=STUDY, *more, **inputs):
         (tmp_path / "study.yaml").write_text(text)
-        argv = ["study.py", str(tmp_path / "study.yaml"), "--dataset_path", data, "--out", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", argv)
+        argv = ["study.py", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+        for name, value in (inputs or {"dataset_path": "data"}).items():
+            argv += [f"--{name}", str(value)]
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
         code = study.main()
         return code, capsys.readouterr()
 
@@ -84,7 +92,7 @@ def test_a_study_survives_metrics_that_were_cut_off(run_study, trainings, tmp_pa
     assert (
         "| galore | 0.10 ± 0.00 (0.10, 0.10) | 0.1 (end of the range) | 0.1: 0.10, 0.2: 0.20 | 0.00 |" in captured.out
     )
-    assert all("passed over 1 line(s)" in line for line in captured.err.splitlines())
+    assert captured.err and all("passed over 1 line(s)" in line for line in captured.err.splitlines())
     assert run_study()[0] == 0 and len(made.commands) == 3  # finished runs are not made again
 
 
@@ -107,7 +115,7 @@ def test_another_study_s_folder_is_refused(run_study, trainings, change, named):
     assert run_study()[0] == 0
     code, captured = run_study(STUDY.replace(*change))
     assert code == 2 and named in captured.err and captured.err.count("\n") == 1
-    code, captured = run_study(data="elsewhere")
+    code, captured = run_study(dataset_path="elsewhere")
     assert code == 2 and "begun with dataset_path" in captured.err
     assert len(made.commands) == 3
     added = STUDY.replace("lrs: [0.1, 0.2]", "lrs: [0.05, 0.1, 0.2]") + "  lora: {lrs: [1.0], flags: {method: lora}}\n"
@@ -120,7 +128,7 @@ def test_another_study_s_folder_is_refused(run_study, trainings, change, named):
     [
         ("seeds: [1", ["while parsing a flow sequence"]),
         ("[]", ["must be a mapping of names to values"]),
-        ("{}", ["seeds must be", "common must be", "methods must be"]),
+        ("seeds: 1", ["seeds must be", "common must be", "methods must be"]),
         (STUDY + "more: 1\n", ["unknown key 'more'"]),
         (STUDY.replace("[42, 1]", "[1, 1]"), ["seeds must be a list of different whole numbers, got [1, 1]"]),
         (STUDY.replace("0.2", "4e-4"), ["galore: lrs must be"]),
@@ -129,8 +137,11 @@ def test_another_study_s_folder_is_refused(run_study, trainings, change, named):
         (STUDY.replace("galore: {", "../galore: {"), ["methods: '../galore' cannot be the name of a folder"]),
         (STUDY.replace("{method: galore}", "{method: [galore]}, warm_up: 3"), ["method must be", "warm_up must be"]),
         (STUDY.replace("common", "seeds"), ["key 'seeds' is given twice, in lines 2 and 3"]),
+        (STUDY + "script: x.py\n", ["script must be one of torchrun_main.py, run_glue.py, run_tasks.py, got 'x.py'"]),
+        (STUDY + "script: [x]\nwarm_up: {}\n", ["script must be one of torchrun_main.py"]),
+        (STUDY + "warm_up: {}\nkeep_models: False\n", ["unknown key 'warm_up'", "unknown key 'keep_models'"]),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_what_is_no_study_is_refused_in_lines(run_study, trainings, text, problems):
     code, captured = run_study(text)
@@ -178,31 +189,124 @@ def test_a_run_without_evaluation_is_a_failed_run(run_sweep, trainings, monkeypa
     assert code == 1 and "holds no evaluation, though its run has ended" in captured.err
 
 
+GLUE = """
+script: run_glue.py
+seeds: [1, 2]
+evaluation_rows: 3
+keep_models: False
+common: {max_steps: 250, max_length: 32}
+methods:
+  full: {lrs: [0.1, 0.2], flags: {method: full_rank}}
+  lora: {lrs: [0.5], flags: {method: lora, rank: 8}}
+"""
+
+
+def test_a_study_of_fine_tuning(run_study, trainings, tmp_path):
+    rows = [f'{{"sentence": "{number}", "label": 0}}' for number in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    made = trainings()
+    inputs = {"model": "hub/name", "data": tmp_path / "rows.jsonl"}
+    code, captured = run_study(GLUE, "--", "--max_steps", "5", "--seed=7", **inputs)
+    assert code == 0, captured.err
+    out = tmp_path / "out"
+    train, validation = ((out / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation"))
+    assert (len(train), len(validation)) == (7, 3) and sorted(train + validation) == rows and train + validation != rows
+    first = made.commands[0]
+    assert first["--train_file"] == str(out / "train.jsonl") and first["--model_name_or_path"] == "hub/name"
+    assert first["--max_steps"] == "5" and first["--max_length"] == "32"  # the command line wins
+    assert [command["--output_dir"].removeprefix(f"{out}/") for command in made.commands] == [
+        *("full/lr0.1_seed1", "full/lr0.2_seed1", "lora/lr0.5_seed1", "full/lr0.2_seed2", "lora/lr0.5_seed2")
+    ]
+    assert {command["--seed"] for command in made.commands} == {"1", "2"}
+    assert not list(out.rglob("model.safetensors"))
+    assert captured.out.endswith(
+        "| lora | 0.5000 ± 0.0000 (0.5000, 0.5000) | 0.5 | 0.5: 0.5000 | 2.00 |\n"
+        "| full | 0.2000 ± 0.0000 (0.2000, 0.2000) | 0.2 (end of the range) | 0.1: 0.1000, 0.2: 0.2000 | 2.00 |\n"
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert results[1]["accuracies"] == [0.5, 0.5] and results[1]["trainable_parameters"] == 7
+    code, captured = run_study(GLUE, **inputs)
+    assert code == 2 and 'it was begun with flags {"max_steps": 5, "seed": 7} instead of {}' in captured.err
+
+
+def test_a_study_of_option_tasks_tells_the_test_of_what_is_best_on_dev(run_study, trainings, tmp_path):
+    text = "script: run_tasks.py\ncommon: {}\nmethods:\n  sgd: {lrs: [0.1, 0.3, 0.2], flags: {optimizer: sgd}}\n"
+    made = trainings(perplexity=lambda lr: 0.5 - abs(lr - 0.2))
+    code, captured = run_study(text, "--", "--split_by", "twins", "--shuffle_options", model=tmp_path, data="d")
+    assert code == 0, captured.err
+    assert [command["--output_dir"] for command in made.commands] == [
+        str(tmp_path / "out" / "sgd" / f"lr{lr}") for lr in (0.1, 0.3, 0.2)
+    ]
+    assert all(command["--shuffle_options"] == "True" and "--seed" not in command for command in made.commands)
+    assert (
+        "| sgd | 0.5000 | 0.2 | 0.1: 0.4000, 0.3: 0.4000, 0.2: 0.5000 | 3.0000 | 1.0000 | 0.2500 | 2.00 |"
+        in captured.out
+    )
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (row["first_loss"], row["last_loss"], row["best_step"]) == (3.0, 1.0, 4)
+    assert (tmp_path / "out" / "sgd" / "lr0.2" / "model.safetensors").exists()
+    assert run_study(text, "--", "--split_by", "twins", "--shuffle_options", model=tmp_path, data="d")[0] == 0
+    assert len(made.commands) == 3
+
+
+def test_the_command_line_chooses_of_a_study(run_study, trainings):
+    made = trainings()
+    text = STUDY + "  lora: {lrs: [1.0], flags: {method: lora}}\n"
+    assert run_study(text, "--methods", "lora", "--lrs", "0.5,0.25", "--seeds", "3")[0] == 0
+    assert [(c["--method"], c["--lr"], c["--seed"]) for c in made.commands] == [
+        ("lora", "0.5", "3"),
+        ("lora", "0.25", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "inputs", "problem"),
+    [
+        (STUDY, ["--methods", "x,galore"], {}, "--methods: x is unknown; there is galore"),
+        (STUDY, ["--lrs", "1,x"], {}, "--lrs must be different positive numbers"),
+        (STUDY, ["--seeds", "1,1"], {}, "--seeds must be different whole numbers"),
+        (STUDY, ["--jobs", "0"], {}, "--jobs must be a positive number, got 0"),
+        (STUDY, ["--", "galore"], {}, "unexpected argument 'galore'"),
+        (STUDY, [], {"dataset_path": "d", "model": "m"}, "--model is not for torchrun_main.py"),
+        (GLUE, [], {"model": "m"}, "--data is required for run_glue.py"),
+        (GLUE, [], {"model": "m", "data": "/nowhere"}, "--data /nowhere: cannot be read (No such file or directory)"),
+    ],
+    ids=range(8),
+)
+def test_bad_command_lines_of_a_study(run_study, trainings, text, words, inputs, problem):
+    code, captured = run_study(text, *words, **inputs)
+    (line,) = captured.err.splitlines()
+    assert code == 2 and line.startswith(f"error: {problem}")
+
+
+def known_flags(script):
+    from peft_pretraining.config import cli
+    from peft_pretraining.finetune.glue_settings import ENTRY as GLUE_ENTRY
+    from peft_pretraining.finetune.options.settings import ENTRY as OPTION_ENTRY
+    from peft_pretraining.finetune.settings import finetuning_flags
+
+    if script == "torchrun_main.py":
+        return cli.all_flags()
+    return finetuning_flags(GLUE_ENTRY if script == "run_glue.py" else OPTION_ENTRY)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_project_s_studies_are_good(path):
+    read = file.read_study(path)
+    known = {name for flag in known_flags(read.program.script) for name in flag.spellings}
+    for method in read.methods.values():
+        assert {*read.common, *method.flags, *(method.warm_up or {}), "lr", "seed"} <= known
+        assert len(method.lrs) == 3
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"a": null}', b'{"a": true}', b'{"a": NaN}'])
 def test_results_that_were_cut_off_are_none(tmp_path, content):
     (tmp_path / "all_results.json").write_bytes(content)
-    assert study_folder.read_results(tmp_path / "all_results.json", ("a",)) is None
-    assert study_folder.read_results(tmp_path / "missing.json", ()) is None
+    assert finetuning.read_results(tmp_path / "all_results.json", ("a",)) is None
+    assert finetuning.read_results(tmp_path / "missing.json", ()) is None
 
 
 def test_settings_of_a_study_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "study.json").write_text("[1")
-    with pytest.raises(ConfigError, match=r"study.json cannot be read"), study_folder.opened(tmp_path, {}):
+    with pytest.raises(ConfigError, match=r"study.json cannot be read"), folder.opened(tmp_path, {}):
         pass
-
-
-@pytest.mark.parametrize(
-    ("script", "argv", "problem"),
-    [
-        (option_study, "--model m --data d --lrs 1,x", "--lrs must be different positive numbers"),
-        (sarcasm_study, "--model m --data {missing}", "--data {missing}: cannot be read (No such file or directory)"),
-        (sarcasm_study, "--model m --data d --seeds 1,1", "--seeds must be different whole numbers"),
-    ],
-)
-def test_bad_input_of_the_other_studies(tmp_path, monkeypatch, capsys, script, argv, problem):
-    missing = str(tmp_path / "missing")
-    words = argv.format(missing=missing).split()
-    monkeypatch.setattr(sys, "argv", ["study", *words, "--out", str(tmp_path / "out")])
-    assert script.main() == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: " + problem.format(missing=missing))

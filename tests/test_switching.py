@@ -126,7 +126,7 @@ def method_for(layers, **settings):
     model = nn.ModuleDict({f"mlp{i}": layer for i, layer in enumerate(layers)})
     defaults = {"method": "switchlora", "lora_alpha": 1.0, "rank": 4, "init_lora_type": "switchlora"}
     method = SwitchLoRA(Config.from_settings({**defaults, "switch_lora_interval": 4.0, **settings}))
-    method.convert(model)
+    model = method.convert(model)
     return method, model, method.build_optimizer(model)
 
 

@@ -15,8 +15,9 @@ from transformers import ByT5Tokenizer
 
 from peft_pretraining.data.documents import SampleMaker
 from peft_pretraining.data.json_rows import encodable, json_objects
+from peft_pretraining.data.pieces import open_pieces
 from peft_pretraining.data.plain_text import PlainText, plain_text_tokenizer, special_ids
-from peft_pretraining.data.sources import find_source, open_pieces
+from peft_pretraining.data.sources import find_source
 from peft_pretraining.data.streaming import Document
 from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import Encoder

@@ -117,8 +117,8 @@ def test_off_by_default(tmp_path):
 
 
 def test_slow_evaluations_and_saves_do_not_trip_it(command, tmp_path, monkeypatch):
-    from peft_pretraining import train
     from peft_pretraining.checkpoint.checkpointer import Checkpointer
+    from peft_pretraining.training import loop as train
 
     for owner, name in ((train, "evaluate"), (Checkpointer, "save")):
         original = getattr(owner, name)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_pretraining.checkpoint.checkpointer import describe
+from peft_pretraining.checkpoint.contents import describe
 from peft_pretraining.config import Config
 from peft_pretraining.export import merged_model
 from peft_pretraining.methods import load_method
@@ -85,7 +85,8 @@ def test_a_state_dict_has_the_rest_and_older_ones_have_none():
 @pytest.mark.parametrize("name", ["lora", "relora", "switchlora", "golore_adapter"])
 def test_only_corrected_weights_of_16_bits_have_rests(name, dtype, rests):
     model = nn.ModuleDict({"mlp": nn.Linear(8, 8, dtype=dtype)})
-    load_method(name)(Config.from_settings({"method": name, "rank": 2, "target_modules": ("mlp",)})).convert(model)
+    method = load_method(name)(Config.from_settings({"method": name, "rank": 2, "target_modules": ("mlp",)}))
+    model = method.convert(model)
     (layer,) = low_rank_layers(model).values()
     assert (layer.rest is not None) == (rests and name != "lora")
     assert ("mlp.weight_rest" in model.state_dict()) == (layer.rest is not None)

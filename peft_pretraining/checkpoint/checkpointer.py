@@ -14,35 +14,32 @@ Tensors are restored in place, so that dtypes and memory alignment (and with the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from peft_pretraining.checkpoint import resume, run_dir
+from peft_pretraining.checkpoint.contents import ONE_PROCESS, compare, describe, named, without_unsaved_rests
 from peft_pretraining.checkpoint.failures import NotFinite, SaveFailed
 from peft_pretraining.checkpoint.finite import all_finite, leaves
 from peft_pretraining.checkpoint.retention import Retention
-from peft_pretraining.checkpoint.safe_loading import TensorReader, load_tensors
+from peft_pretraining.checkpoint.safe_loading import load_tensors
 from peft_pretraining.checkpoint.train_state import TrainState, read_counters, state_of
 from peft_pretraining.checkpoint.writer import Background, NotSaved, Snapshot, Writer, one_line
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.distributed.gathering import gather_to_main, tied_names
-from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.nn.low_rank_linear import WEIGHT_REST
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.runtime.watchdog import SAVE_FACTOR, watched
 
@@ -50,7 +47,6 @@ log = logging.getLogger("peft_pretraining")
 
 T = TypeVar("T")
 
-_ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # of torch.distributed.checkpoint
 _SECONDS_TO_RETRY = 2.0
 
 
@@ -69,11 +65,11 @@ class Checkpointer:
 
     save_dir: Path
     group: ProcessGroup
-    model: nn.Module
+    model: PreTrainedModel
     """The training model, not wrapped."""
     optimizer: Optimizer
     method: TrainingMethod
-    save_tokenizer: Callable[[Path], None]
+    save_tokenizer: Callable[[Path], Any]
     """Writes the tokenizer's files into a folder."""
     record: resume.RunRecord = field(default_factory=resume.RunRecord)
     """What the checkpoints say of their run."""
@@ -89,12 +85,12 @@ class Checkpointer:
     """Attempts of this process that did not end in a checkpoint."""
 
     def __post_init__(self) -> None:
-        self.ranks = self.group.companion()
+        self.ranks = self.group.checkpoint_group()
         self._writer = Writer(self.ranks, self._export)
         self._background = Background()
         self.retention = Retention(self.save_dir, self.keep, self.record.id)
         # For good: a thread that restored the filters would disturb those of the others.
-        warnings.filterwarnings("ignore", message=_ONE_PROCESS)
+        warnings.filterwarnings("ignore", message=ONE_PROCESS)
 
     @watched("a save", SAVE_FACTOR)
     def save_once(self, state: TrainState, next_save: int) -> None:
@@ -196,7 +192,7 @@ class Checkpointer:
         tensors = self._tensors()
         tensors["model"] = without_unsaved_rests(tensors["model"], described)
         names = self._names_on_all_ranks(tensors)
-        self._attempt(lambda: _compare(described, tensors, names), undamaged=True)
+        self._attempt(lambda: compare(described, tensors, names), undamaged=True)
         counters = self._attempt(lambda: read_counters(folder))
         state = self._attempt(lambda: state_of(counters))
         self._attempt(
@@ -211,28 +207,30 @@ class Checkpointer:
     def _take_older_forms(self, saved: Collection[str]) -> None:
         """Let the optimizer hold its state as the checkpoint with the keys `saved` does; torch would not compare."""
         if isinstance(self.optimizer, LowRankOptimizer):
-            names = {param: f"optimizer.{name}" for name, param in self.model.named_parameters()}
+            names: dict[torch.Tensor, str] = {
+                param: f"optimizer.{name}" for name, param in self.model.named_parameters()
+            }
             self.optimizer.adopt_saved_form(saved, names)
 
     def _attempt(self, act: Callable[[], T], undamaged: bool = False) -> T:
         """Do one step of loading on all ranks; if it fails on one, all raise `NotRestored`."""
-        result, reason = None, None
+        mine: tuple[T, None] | tuple[None, str]
         try:
-            result = act()
+            mine = act(), None
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            reason = one_line(error)
-        reasons = [reason for reason in self.ranks.gather(reason) if reason is not None]
-        if reasons:
-            raise NotRestored(reasons[0], undamaged)
-        return result
+            mine = None, one_line(error)
+        reasons = [reason for reason in self.ranks.gather(mine[1]) if reason is not None]
+        if mine[1] is None and not reasons:
+            return mine[0]
+        raise NotRestored(reasons[0], undamaged)
 
     def _names_on_all_ranks(self, tensors: dict[str, Any]) -> set[str]:
         """Of a dictionary that may hold other tensors on each rank."""
-        return set().union(*self.ranks.gather(set(_named(tensors))))
+        return set().union(*self.ranks.gather(set(named(tensors))))
 
     def _tensors(self) -> dict[str, Any]:
         """Training weights and optimizer state by name: tensors only, so that nothing is pickled."""
-        names = {param: name for name, param in self.model.named_parameters()}
+        names: dict[torch.Tensor, str] = {param: name for name, param in self.model.named_parameters()}
         optimizer = {
             f"{names[param]}.{key}": value
             for param, state in self.optimizer.state.items()
@@ -256,48 +254,6 @@ class Checkpointer:
         """The plain LLaMA, as `AutoModelForCausalLM.from_pretrained` reads it."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.save_tokenizer(folder)
-
-
-def describe(folder: Path) -> Metadata:
-    """What tensors a checkpoint holds. Raises `ValueError`, `OSError`."""
-    return TensorReader(folder / run_dir.TENSORS_DIR).read_metadata()
-
-
-def _named(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors by the names that a checkpoint has for them."""
-    return {f"{part}.{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
-
-
-def without_unsaved_rests(model: dict[str, Any], described: Metadata) -> dict[str, Any]:
-    """A model's tensors without the rests of 16-bit weights that an older checkpoint does not have: they become 0."""
-    new = [
-        name for name in model if name.endswith(WEIGHT_REST) and f"model.{name}" not in described.state_dict_metadata
-    ]
-    for name in new:
-        local(model[name]).zero_()
-    return {name: tensor for name, tensor in model.items() if name not in new}
-
-
-def _compare(described: Metadata, tensors: dict[str, Any], on_all_ranks: set[str]) -> None:
-    """Raises `ValueError` where a checkpoint holds other tensors than the run; torch would leave some out unsaid."""
-    stored = described.state_dict_metadata
-    for name, tensor in _named(tensors).items():
-        if (found := stored.get(name)) is None:
-            raise ValueError(f"it lacks {name}: another method, or other settings, wrote it")
-        if found.size != tensor.shape:
-            raise ValueError(f"{name} has the shape {tuple(found.size)} instead of {tuple(tensor.shape)}")
-        if name.startswith("model.") and (dtype := found.properties.dtype) != tensor.dtype:
-            raise ValueError(f"{name} is {dtype} instead of {tensor.dtype}: see --dtype")
-    if more := sorted(name for name in stored if name.startswith("model.") and name not in on_all_ranks):
-        raise ValueError(f"it holds {more[0]}, which this run has not: another method, or other settings, wrote it")
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without the warning that a single process needs no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_ONE_PROCESS)
-        yield
 
 
 def versions() -> dict[str, str]:

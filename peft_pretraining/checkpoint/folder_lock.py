@@ -64,6 +64,12 @@ class FolderLock:
     """Exclusive use of a folder, from `acquire` to `release` or the end of the process; also a context manager.
 
     Forked children do not hold it. The folder must exist.
+
+    >>> import tempfile
+    >>> with FolderLock(tempfile.mkdtemp()) as lock:
+    ...     FolderLock(lock.folder).acquire()
+    Traceback (most recent call last):
+    peft_pretraining.checkpoint.folder_lock.FolderInUse: ...
     """
 
     def __init__(self, folder: str | Path):

@@ -136,8 +136,13 @@ def _not_a_file_of(folder: Path, name: str) -> str | None:
 
 
 def newest_good_checkpoint(save_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint (None when there is none) and one line for every one that was skipped."""
-    skipped = []
+    """The newest undamaged checkpoint (None when there is none) and one line for every one that was skipped.
+
+    >>> import tempfile
+    >>> newest_good_checkpoint(tempfile.mkdtemp())
+    (None, [])
+    """
+    skipped: list[str] = []
     for _, folder in completed_checkpoints(save_dir):
         if (reason := damage(folder)) is None:
             return folder, skipped

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.checkpoint.tensor_description import read_description
 
 METADATA_FILE = ".metadata"
@@ -28,25 +27,19 @@ METADATA_FILE = ".metadata"
 _NOT_DESCRIBED = "metadata is None; global metadata read failed: "
 
 
-def regular_file(path: Path) -> Path:
-    """`path`, if a file lies there that can be read to its end: no pipe or device. Raises `ValueError`, `OSError`."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{path} is not a regular file")
-    return path
-
-
 class TensorReader(dcp.FileSystemReader):
     """Reads a folder of torch.distributed.checkpoint that holds nothing but tensors."""
 
     def read_metadata(self, *_: Any, **keywords: Any) -> Metadata:
         """The checked description. (With `rank`, torch asks for one of each rank, which no checkpoint here has.)"""
-        path = regular_file(Path(self.path) / METADATA_FILE)
+        path = regular(Path(self.path) / METADATA_FILE)
         try:
             description = read_description(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         for name in {place.relative_path for place in description.storage_data.values()}:
-            regular_file(Path(self.path) / name)
+            regular(Path(self.path) / name)
+        assert description.storage_meta is not None, "every description that is read has one"
         description.storage_meta.load_id = self.load_id
         return description
 

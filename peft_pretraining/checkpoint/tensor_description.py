@@ -123,7 +123,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C takes as much me
         raise ValueError(f"it refers to the extension {code}")
 
 
-def _refused_opcode(unpickler: _Unpickler) -> None:
+def _refused_opcode(unpickler: Any) -> None:
     raise ValueError("it calls a class by an opcode of old pickles")
 
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.checkpoint.train_state import TrainState, write_counters
-from peft_pretraining.distributed import Companion
+from peft_pretraining.distributed import CheckpointGroup
 
 T = TypeVar("T")
 
@@ -57,6 +57,7 @@ class Snapshot:
             )
         )
         copy = stager.stage({"tensors": self.tensors, "exported": self.exported})
+        assert isinstance(copy, dict), "staging is not asynchronous"
         stager.close()
         return Snapshot(copy["tensors"], copy["exported"], self.state, self.more)
 
@@ -65,7 +66,7 @@ class Snapshot:
 class Writer:
     """Writes snapshots. All ranks must call it with the same names, and see the same folder."""
 
-    ranks: Companion
+    ranks: CheckpointGroup
     export: Callable[[Path, dict[str, Tensor]], None]
     """Writes the plain LLaMA and its tokenizer into a folder."""
 
@@ -76,10 +77,10 @@ class Writer:
         """
         temporary = final.with_name(final.name + ".tmp")
         try:
-            self._together(lambda: self.ranks.is_main and _make_anew(temporary))
+            self._together_on_main(lambda: _make_anew(temporary))
             shares = self._together(lambda: self._write_share(snapshot, temporary))
             files = {name: entry for share in shares for name, entry in share.items()}
-            self._together(lambda: self.ranks.is_main and complete(temporary, final, files))
+            self._together_on_main(lambda: complete(temporary, final, files))
         except NotSaved:
             if self.ranks.is_main:  # by now no rank writes
                 with contextlib.suppress(OSError):
@@ -101,21 +102,25 @@ class Writer:
         others = {name for rank in range(1, self.ranks.size) for name in _tensor_files(folder, rank)}
         return seal(folder, [name for name in run_dir.checkpoint_files(folder) if name not in others])
 
+    def _together_on_main(self, act: Callable[[], None]) -> None:
+        """Do something on the main process alone; all raise `NotSaved` when it failed."""
+        self._together(act if self.ranks.is_main else lambda: None)
+
     def _together(self, act: Callable[[], T]) -> list[T]:
         """Do something on all ranks, and return their results; all raise `NotSaved` when one of them failed."""
-        result, reason = None, None
+        mine: tuple[T, None] | tuple[None, str]
         try:
-            result = act()
+            mine = act(), None
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            reason = _reason(self.ranks.rank, error)
+            mine = None, _reason(self.ranks.rank, error)
         try:
-            answers = self.ranks.gather((result, reason))
+            answers = self.ranks.gather(mine)
         except RuntimeError as error:  # a rank is gone
-            raise NotSaved(reason or _reason(self.ranks.rank, error)) from error
-        reasons = [reason for _, reason in answers if reason is not None]
-        if reasons:
-            raise NotSaved(reasons[0])
-        return [result for result, _ in answers]
+            raise NotSaved(mine[1] or _reason(self.ranks.rank, error)) from error
+        for answer in answers:
+            if answer[1] is not None:
+                raise NotSaved(answer[1])
+        return [answer[0] for answer in answers if answer[1] is None]
 
 
 def _make_anew(folder: Path) -> None:

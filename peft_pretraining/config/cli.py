@@ -22,7 +22,7 @@ from peft_pretraining.config import (
     validate_folders,
 )
 from peft_pretraining.config.effects import warn_without_effect, warn_without_effect_in_pretraining
-from peft_pretraining.flags import ConfigError, Flag, Given, one_line, parse_command_line, parse_yaml, string
+from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, one_line, read_flags
 from peft_pretraining.methods import METHODS
 from peft_pretraining.runtime import launcher
 
@@ -30,10 +30,7 @@ STREAMED_LENGTH = 256
 """Tokens per sequence of streamed documents, unless told otherwise."""
 
 PROG = "torchrun_main.py"
-DESCRIPTION = """Pre-train a LLaMA. Run under torchrun, or as a plain script for one process.
-
-Every flag is also a key of a --training_config file (YAML). `--help METHOD` shows the flags of one method, with its
-defaults; a flag that the chosen method does not read is named in a warning."""
+DESCRIPTION = f"Pre-train a LLaMA. Run under torchrun, or as a plain script for one process.\n\n{method_help.NOTE}"
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,8 @@ class Launch:
 
 
 def all_flags() -> list[Flag]:
-    training_config = Flag("training_config", string, "YAML file with any of these settings; the command line wins")
     selectors = [dataclasses.replace(flag, group=legacy.GROUP) for flag in legacy.SELECTORS]
-    own = [training_config, *config_flags(), *selectors]
+    own = [TRAINING_CONFIG, *config_flags(), *selectors]
     own = [dataclasses.replace(flag, foreign=foreign_names.of(flag.name)) for flag in own]
     return [*own, *legacy.unsupported_flags()]
 
@@ -58,14 +54,23 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     """Parse and check everything. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     warnings: list[str] = []
-    given = _parse(argv, problems)
+    flags = all_flags()
+    method_help.exit_with_help(argv, flags, PROG)
+    given = read_flags(
+        flags,
+        argv,
+        prog=PROG,
+        description=DESCRIPTION,
+        problems=problems,
+        warnings=warnings,
+        hints=foreign_names.HINTS,
+    )
     legacy.check_unsupported(given, problems)
     chosen = legacy.choose(given, problems)
     settings, read = method_settings.settle(given, chosen, {}, problems)
     config = Config.from_settings(settings)
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
-    warnings += _replaced(given)
     warn_without_effect(given, config, read, warnings)
     warn_without_effect_in_pretraining(given, config, warnings)
 
@@ -88,25 +93,6 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
     if problems:
         raise ConfigError(problems)
     return Launch(config, facts, identity, tuple(map(one_line, warnings)))
-
-
-def _parse(argv: Sequence[str], problems: list[str]) -> dict[str, Given]:
-    flags = all_flags()
-    method_help.exit_with_help(argv, flags, PROG)
-    hints = foreign_names.HINTS
-    given = parse_command_line(flags, argv, prog=PROG, description=DESCRIPTION, problems=problems, hints=hints)
-    if "training_config" in given:
-        given = {**parse_yaml(flags, given["training_config"].value, problems, hints), **given}
-    return given
-
-
-def _replaced(given: Mapping[str, Given]) -> list[str]:
-    """Settings that were given under two names, with different values."""
-    return [
-        f"{item.replaced} has no effect: --{item.spelling}, which is the same setting, was given after it"
-        for item in given.values()
-        if item.replaced is not None
-    ]
 
 
 def _derive(

@@ -6,11 +6,12 @@ mapped to a method's name and its settings. None of their flags is ignored silen
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining.flags import Flag, Given, boolean
+from peft_pretraining.flags import Flag, Given, boolean, unsupported
 from peft_pretraining.methods import METHODS
 
 GROUP = "older code bases"
@@ -173,15 +174,6 @@ def _relora(
     return found, read
 
 
-_OFF = ("False", "false")
-
-
-def _anything(text: str) -> str:
-    return text
-
-
-_anything.value_is_optional = True
-
 REFUSED: dict[str, str] = {
     "megatron_dataset_config": "Megatron datasets are out of scope; pre-tokenise and pass --dataset_path",
     "plot_rank": "singular values of the updates are not built yet",
@@ -204,16 +196,13 @@ ONE_VALUE: dict[str, tuple[str, str]] = {
 
 
 def unsupported_flags() -> list[Flag]:
-    flags = [Flag(name, _anything, f"refused: {why}", refused=True, group=GROUP) for name, why in REFUSED.items()]
-    flags += [Flag(name, _anything, f"only {value}: {why}", group=GROUP) for name, (value, why) in ONE_VALUE.items()]
-    return flags
+    only = [Flag(name, unsupported.anything, f"only {value}: {why}") for name, (value, why) in ONE_VALUE.items()]
+    return [dataclasses.replace(flag, group=GROUP) for flag in (*unsupported.refused_flags(REFUSED), *only)]
 
 
 def check_unsupported(given: Mapping[str, Given], problems: list[str]) -> None:
     """Refuse what cannot be done."""
-    for name, why in REFUSED.items():
-        if name in given and given[name].value not in _OFF:
-            problems.append(f"--{given[name].spelling}: {why}")
+    unsupported.check_refused(given, REFUSED, problems)
     for name, (only, why) in ONE_VALUE.items():
         if name in given and given[name].value.lower() not in ("", only.lower()):
             problems.append(f"--{given[name].spelling} {given[name].value}: must be {only}; {why}")

@@ -11,6 +11,9 @@ from peft_pretraining.flags.settings import build_parser
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
 
+NOTE = """Every flag is also a key of a --training_config file (YAML). `--help METHOD` shows the flags of one method,
+with its defaults; a flag that the chosen method does not read is named in a warning."""
+
 _PERMISSIONS = {
     "projected_gradient": "DDP that averages projected gradients",
     "per_layer": "updates inside the backward pass",

@@ -11,9 +11,12 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from datasets.arrow_writer import ArrowWriter
 
 TOKENS_PER_RECORD_BATCH = 2**22  # 16 MiB
 TOKENS_PER_FILE = 2**27  # 512 MiB
@@ -37,7 +40,8 @@ class BlockWriter:
         # Written only when full, so that files do not depend on the sizes in which tokens arrive.
         self._buffer = np.empty(max(1, TOKENS_PER_RECORD_BATCH // length) * length, dtype=np.int32)
         self._filled = 0
-        self._file, self._tokens_in_file = None, 0
+        self._file: ArrowWriter | None = None
+        self._tokens_in_file = 0
         self._file_names: list[str] = []
         self._digest = hashlib.blake2b(digest_size=8)
         folder.mkdir()
@@ -96,7 +100,7 @@ class BlockWriter:
 
         self._write(self._buffer[: self._filled // self._length * self._length])
         self._close_file()
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in self._file_names],
             "_fingerprint": self._digest.hexdigest(),
             "_format_columns": None,
@@ -130,7 +134,7 @@ class BlockWriter:
             self._file = ArrowWriter(features=self._features, path=str(self._folder / self._file_names[-1]))
         column = pa.FixedSizeListArray.from_arrays(pa.array(tokens), self._length)
         self._file.write_table(pa.table({"input_ids": column}), writer_batch_size=len(column))
-        self._digest.update(tokens)
+        self._digest.update(tokens.data)
         self.blocks += len(column)
         self.largest_token_id = max(self.largest_token_id, int(tokens.max()))
         self._tokens_in_file += tokens.size

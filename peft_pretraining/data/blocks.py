@@ -34,6 +34,19 @@ class TokenBlocks(Dataset):
 
     The Arrow files stay memory-mapped; a block longer than `max_length` is cut into pieces of it. ValueError or OSError
     where the folder is damaged, or is not what it says.
+
+    >>> import json, tempfile
+    >>> from peft_pretraining.data.block_writer import BlockWriter, write_dataset_dict
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for split in ("train", "validation"):
+    ...     writer = BlockWriter(folder / split, length=8)
+    ...     writer.add(np.arange(20, dtype=np.int32), documents=1)
+    ...     writer.finish()
+    >>> write_dataset_dict(folder, ["train", "validation"])
+    >>> _ = (folder / "args.json").write_text(json.dumps({"sequence_length": 8}))
+    >>> blocks = TokenBlocks(folder, "train", max_length=4)
+    >>> len(blocks), blocks[3]
+    (4, tensor([12, 13, 14, 15]))
     """
 
     def __init__(self, folder: str | Path, split: str, max_length: int):
@@ -97,7 +110,13 @@ def _rows(chunk, block_length: int, max_length: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which sample stands at which position."""
+    """Which sample stands at which position.
+
+    >>> order = SampleOrder(size=5, seed=42)
+    >>> first, second = order.samples(np.arange(10)).reshape(2, 5).tolist()
+    >>> sorted(first) == sorted(second) == [0, 1, 2, 3, 4], first == second
+    (True, False)
+    """
 
     size: int
     """Samples per epoch."""

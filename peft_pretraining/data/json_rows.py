@@ -96,6 +96,12 @@ def json_rows(
 
     Names are `line 3` (from 1, blank lines counted) and, in an array, `row 3`. `limit` is in bytes of one row. Raises
     `ValueError` where an array ends to be one, and whatever reading and decompressing raise.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "rows.jsonl")
+    >>> _ = path.write_text('{"text": "one"}\\n\\n{"text": "three"}\\n')
+    >>> list(json_rows(path))
+    [('line 1', {'text': 'one'}), ('line 3', {'text': 'three'})]
     """
     with open_binary(path) as file:
         if file.peek(1).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):

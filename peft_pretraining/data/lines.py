@@ -10,10 +10,14 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    import zstandard
+
+from peft_pretraining.checkpoint.plain_files import regular
 
 LONGEST_DOCUMENT = 32
 """MB (10^6 bytes) of a document, or of the line that it is on, unless told otherwise."""
@@ -40,7 +44,12 @@ class TooLong(bytes):
 
 
 class LineReader:
-    """The lines of a binary file, with their ends, each of at most `limit` bytes or a `TooLong`."""
+    """The lines of a binary file, with their ends, each of at most `limit` bytes or a `TooLong`.
+
+    >>> short, long = LineReader(io.BytesIO(b"short\\n" + 100 * b"x"), limit=10)
+    >>> short, long.size
+    (b'short\\n', 100)
+    """
 
     def __init__(self, file: BinaryIO, limit: int):
         self._file, self._limit = file, limit
@@ -66,15 +75,14 @@ class LineReader:
         self.close()
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> io.BufferedReader:
     """The file's bytes, decompressed on the way (`.gz`, `.zst`). `OSError` where it is no file, such as a pipe."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(f"{path} is no regular file")
+    regular(path)
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), _BUFFER)
     if path.suffix == ".zst":
         return io.BufferedReader(_ZstdFile(path), _BUFFER)
-    return open(path, "rb", buffering=_BUFFER)
+    return io.BufferedReader(open(path, "rb", buffering=0), _BUFFER)
 
 
 def files_only(paths: Iterable[Path], problems: list[str], what: str = "") -> list[Path]:
@@ -107,7 +115,7 @@ class _ZstdFile(io.RawIOBase):
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
         self._error = zstandard.ZstdError
         self._file = open(path, "rb", buffering=_BUFFER)
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._packed = self._unpacked = b""
 
     def readable(self) -> bool:

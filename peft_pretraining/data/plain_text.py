@@ -25,7 +25,16 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 class PlainText:
-    """Text to token ids. Text that spells a special token is ordinary text."""
+    """Text to token ids. Text that spells a special token is ordinary text.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    >>> tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    >>> tokenizer.add_special_tokens(["</s>"])
+    1
+    >>> tokenizer.encode("a b </s>").ids, list(PlainText(tokenizer, special=[3])(["a b </s>"]))
+    ([0, 1, 3], [[0, 1, 2]])
+    """
 
     def __init__(self, tokenizer: Tokenizer | PreTrainedTokenizerBase, special: Iterable[int] | None = None):
         """A tokenizer of `tokenizers`, of which a copy is used, or one of `transformers`.
@@ -34,10 +43,14 @@ class PlainText:
         """
         from tokenizers import Tokenizer
 
-        rust = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
-        if special is None and rust is not tokenizer:
-            special = special_ids(tokenizer)
-        self._rust, self._python = None, tokenizer
+        rust: Tokenizer | None
+        if isinstance(tokenizer, Tokenizer):
+            rust = tokenizer
+        else:
+            rust = getattr(tokenizer, "backend_tokenizer", None)
+            special = special_ids(tokenizer) if special is None else special
+        self._rust: Tokenizer | None = None
+        self._python = tokenizer
         self._special = frozenset(special or ())
         if rust is not None:
             self._rust, names = _without_spellings(rust, self._special)
@@ -54,7 +67,8 @@ class PlainText:
             # "fast": without the offsets into the text
             return (one.ids for one in self._rust.encode_batch_fast(texts, add_special_tokens=False))
         options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
-        return (self._python(text, **options)["input_ids"] for text in texts)
+        python: Any = self._python
+        return (python(text, **options)["input_ids"] for text in texts)
 
     def _text_only(self, ids: list[int]) -> list[int]:
         """Without special tokens, in case that a vocabulary finds a way to them all the same."""

@@ -31,9 +31,10 @@ from tqdm import tqdm
 from peft_pretraining.checkpoint.folder_lock import FolderInUse, FolderLock
 from peft_pretraining.data.block_writer import write_dataset_dict
 from peft_pretraining.data.json_rows import one_line
+from peft_pretraining.data.pieces import Documents, open_pieces
 from peft_pretraining.data.plain_text import special_ids
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path
-from peft_pretraining.data.sources import Documents, Source, open_pieces
+from peft_pretraining.data.sources import Source
 from peft_pretraining.data.splits import Writers, held_out_draw, train_documents, write_splits
 from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import load_tokenizer, train_tokenizer
@@ -126,6 +127,7 @@ def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tup
     """Tokenizer and blocks of both splits, or of a slice of them; the finished writers and the vocabulary's numbers."""
     pieces, tokenizer = _open(config, source)
     if tokenizer is None:
+        assert config.train_tokenizer is not None, "without a tokenizer, one is trained"
         tokenizer = train_tokenizer(_training_text(config, pieces), config.train_tokenizer, config.processes)
     try:
         tokenizer.save_pretrained(folder)

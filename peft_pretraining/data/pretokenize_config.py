@@ -86,6 +86,7 @@ def result_path(config: PretokenizeConfig, source: Source) -> Path:
     tokenizer = config.tokenizer_name
     tokenizer = Path(tokenizer).resolve().name if Path(tokenizer).is_dir() else tokenizer.replace("/", "_")
     parts = (source.name, config.dataset_config, tokenizer, str(config.sequence_length))
+    assert config.save_dir is not None, "the command line requires it"
     return Path(config.save_dir, "_".join(part for part in parts if part))
 
 

@@ -238,7 +238,11 @@ def find_hub_shards(problems: list[str], max_document_mb: float = LONGEST_DOCUME
         revision = hub.dataset_info(HUB_DATASET, timeout=_HUB_TIMEOUT).sha
         tree = hub.list_repo_tree(HUB_DATASET, HUB_CONFIG, repo_type="dataset", revision=revision)
         shards = sorted(
-            (Shard(file.path, file.size, None, revision, longest) for file in tree if file.path.endswith(EXTENSIONS)),
+            (
+                Shard(file.path, file.size, None, revision, longest)
+                for file in tree
+                if isinstance(file, huggingface_hub.hf_api.RepoFile) and file.path.endswith(EXTENSIONS)
+            ),
             key=lambda shard: shard.name,
         )
     except Exception as error:  # no network, no such host, offline mode, a proxy: each with exceptions of its own

@@ -40,6 +40,7 @@ _SHARED = (
 
 def pretokenize_slice(config: PretokenizeConfig, source: Source) -> Path:
     """Write one slice and return its folder; nothing is done if it is there already. ConfigError as `pretokenize`."""
+    assert config.shard is not None, "the command line says which slice"
     folder = slice_path(config, source, config.shard)
     if folder.exists() and not config.overwrite:
         if problems := list(_contradictions(folder, config)):
@@ -60,6 +61,7 @@ def pretokenize_slice(config: PretokenizeConfig, source: Source) -> Path:
 
 def merge(config: PretokenizeConfig, source: Source) -> Path:
     """Join all slices and return the result's folder; ConfigError with a line for every slice that is no good."""
+    assert config.num_shards is not None, "the command line says how many slices"
     problems: list[str] = []
     folders = [slice_path(config, source, shard) for shard in range(config.num_shards)]
     descriptions = [_checked(shard, folder, config, problems) for shard, folder in enumerate(folders)]

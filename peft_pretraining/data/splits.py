@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from peft_pretraining.data.block_writer import BlockWriter
+from peft_pretraining.data.pieces import Documents
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig
-from peft_pretraining.data.sources import Documents
 from peft_pretraining.data.tally import Tally
 from peft_pretraining.data.tokenizer import Encoded, encode_documents
 
@@ -85,7 +85,13 @@ def write_splits(
 
     def train(tally: Tally, observe: Callable[[Document], None] = lambda document: None) -> Iterator[Encoded]:
         documents, total = train_documents(config, pieces["train"], tally)
-        return encoded("train", (observe(document) or document.text for document in documents), tally, total)
+
+        def texts() -> Iterator[str]:
+            for document in documents:
+                observe(document)
+                yield document.text
+
+        return encoded("train", texts(), tally, total)
 
     if "validation" not in pieces:
         return _write_held_out(config, train, folder)
@@ -129,10 +135,13 @@ def _write_held_out(
     share = config.validation_fraction
     while True:
         writers, tally = _writers(config, folder), Tally()
-        enough, read_ahead = _SmallestShare(config.sequence_length), deque()
-        for batch in encoded(
-            tally, lambda document, draws=read_ahead: draws.append(held_out_draw(config.seed, document))
-        ):
+        enough = _SmallestShare(config.sequence_length)
+        read_ahead: deque[float] = deque()
+
+        def draw(document: Document, ahead: deque[float] = read_ahead) -> None:
+            ahead.append(held_out_draw(config.seed, document))
+
+        for batch in encoded(tally, draw):
             draws = np.array([read_ahead.popleft() for _ in batch.lengths])
             held_out = draws <= share
             token_held_out = np.repeat(held_out, batch.lengths)

@@ -132,7 +132,7 @@ def read_windows(shards: Sequence[Shard], seed: int, size: int, start: Cursor) -
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, of which a thread always has the next one ready, or is making it."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
+    ready: queue.Queue[tuple[T, None] | tuple[None, BaseException]] = queue.Queue(maxsize=1)
 
     def work() -> None:
         try:
@@ -143,13 +143,14 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
 
     threading.Thread(target=work, daemon=True).start()  # ends with the process: the stream has no end
     while True:
-        item, error = ready.get()
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # or it and this frame would hold each other, and with them whoever waits for it
-        yield item
+        found = ready.get()
+        if found[1] is None:
+            yield found[0]
+            continue
+        try:
+            raise found[1]
+        finally:
+            del found  # or its error and this frame would hold each other, and with them whoever waits for it
 
 
 class DocumentStream:

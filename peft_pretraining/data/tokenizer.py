@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -145,7 +145,7 @@ def encode_documents(
     # Not forked: this process may have threads (Arrow, Rust, torch) whose locks a fork would copy as they stand.
     pool = ProcessPoolExecutor(num_cpu, get_context("spawn"), initializer=obey_the_parent)
     try:
-        pending = deque()
+        pending: deque[Future[Encoded]] = deque()
         for batch in _batches(documents):
             pending.append(pool.submit(encode, batch))
             if len(pending) == BATCHES_AHEAD * num_cpu:

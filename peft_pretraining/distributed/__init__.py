@@ -11,11 +11,11 @@ from peft_pretraining.distributed.parallel import (
     shard,
     synchronised_backward,
 )
-from peft_pretraining.distributed.process_group import Companion, ProcessGroup, mean_over_processes
+from peft_pretraining.distributed.process_group import CheckpointGroup, ProcessGroup, mean_over_processes
 from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
 
 __all__ = [
-    "Companion",
+    "CheckpointGroup",
     "LowRankReduction",
     "ProcessGroup",
     "Sharding",

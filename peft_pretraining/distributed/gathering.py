@@ -1,4 +1,4 @@
-"""Whole tensors from divided ones, and parts from whole ones: for what happens once in many updates.
+"""Whole tensors from sharded ones, and parts from whole ones: for what happens once in many updates.
 
 Plain tensors go through as they are. What needs several devices is called by all of them.
 """
@@ -12,27 +12,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered on every device if it is divided."""
+    """A tensor, gathered on every device if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def put(tensor: Tensor, values: Tensor) -> None:
-    """Copy whole values into a tensor: this device's part of them if it is divided."""
-    shard = Shard.of(tensor)
+def copy_to_shard(tensor: Tensor, values: Tensor) -> None:
+    """Copy whole values into a tensor: this device's part of them if it is sharded."""
+    shard = ShardInfo.of(tensor)
     local(tensor).copy_(shard.part(values, shard.dim or 0))
 
 
-def meeting(factor: Tensor, matrix: Shard, dim: int) -> Tensor:
-    """The entries of a factor that make up this device's part of the product, which is divided as `matrix` says.
+def meeting(factor: Tensor, matrix: ShardInfo, dim: int) -> Tensor:
+    """The entries of a factor that make up this device's part of the product, which is sharded as `matrix` says.
 
     `dim` is the dimension that the two share: 0 for the left factor (m, r), 1 for the right one (r, n). Gathers the
-    factor unless both are divided along it.
+    factor unless both are sharded along it.
     """
-    if Shard.of(factor).dim == dim == matrix.dim:
+    if ShardInfo.of(factor).dim == dim == matrix.dim:
         return local(factor)
     return matrix.part(whole(factor), dim) if matrix.dim == dim else whole(factor)
 
@@ -40,9 +40,9 @@ def meeting(factor: Tensor, matrix: Shard, dim: int) -> Tensor:
 def gather_columns(parts: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Whole matrices (k, n) from this device's columns (k, n / devices) of each, with a single collective.
 
-    Columns are divided over the devices of `like`, evenly.
+    Columns are sharded over the devices of `like`, evenly.
     """
-    shard = Shard.of(like)
+    shard = ShardInfo.of(like)
     if shard.dim is None:
         return list(parts)
     devices = shard.shape[shard.dim] // shard.size
@@ -65,7 +65,7 @@ def mean_part(values: Tensor, like: Tensor) -> Tensor:
 
 
 def on_main(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU. If it is divided, whole on the main process and empty on the others, which need none."""
+    """A tensor on the CPU. If it is sharded, whole on the main process and empty on the others, which need none."""
     if not isinstance(tensor, DTensor):
         return tensor.cpu()
     gathered = tensor.full_tensor()
@@ -78,7 +78,7 @@ def gather_to_main(
     """Whole tensors by name, on the CPU of the main process; an empty mapping on the others. All must call it.
 
     `same` gives, by name, another name of the same tensor (`tied_names`): it is gathered once, and its two names share
-    their memory, as those of a tensor that is not divided do.
+    their memory, as those of a tensor that is not sharded do.
     """
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return tensors if is_main else {}

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
+from peft_pretraining.distributed.gloo import one_thread_per_group
 from peft_pretraining.distributed.low_rank_reduction import LowRankReduction, reduce_low_rank
 from peft_pretraining.distributed.process_group import ProcessGroup
 
@@ -22,28 +23,50 @@ class Sharding:
     """FSDP2's settings (arXiv 2304.11277)."""
 
     replicas: int = 1
-    """Copies of the sharded model (HSDP): parameters are divided over world size / replicas devices."""
+    """Copies of the sharded model (HSDP): parameters are sharded over world size / replicas devices."""
     reshard_after_forward: bool = True
     """Free the gathered weights between forward and backward pass."""
     dimension: Callable[[str, Tensor], int] = lambda name, param: 0
-    """The dimension along which a parameter is divided, where its size allows."""
+    """The dimension along which a parameter is sharded, where its size allows."""
     replicated: Callable[[str, Tensor], bool] = lambda name, param: False
     """Whether a parameter, a frozen one, is whole on every device."""
 
     def mesh(self, group: ProcessGroup) -> DeviceMesh:
         shards = group.world_size // self.replicas
-        if self.replicas == 1:
-            return init_device_mesh(group.device.type, (shards,), mesh_dim_names=("shard",))
-        return init_device_mesh(group.device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
+        with one_thread_per_group():  # of replicas, and of the shards of one replica
+            if self.replicas == 1:
+                return init_device_mesh(group.device.type, (shards,), mesh_dim_names=("shard",))
+            return init_device_mesh(group.device.type, (self.replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, group: ProcessGroup, sharding: Sharding) -> nn.Module:
-    """Divide a model's parameters over the devices, in place: each decoder layer by itself, then the rest.
+def shard(
+    model: nn.Module,
+    group: ProcessGroup,
+    sharding: Sharding,
+    before: Callable[[str], None] = lambda name: None,
+    after: Callable[[nn.Module], None] = lambda module: None,
+) -> nn.Module:
+    """Shard a model's parameters over the devices, in place: each decoder layer by itself, then the rest.
+
+    before, after: called with the name of each of these modules before, and with the module after it is sharded, so
+    that layers can be made one by one and never exist unsharded all at once. The rest is the model, named "".
 
     Gradients are reduced in float32 (float64 for a float64 model).
     """
     mesh = sharding.mesh(group)
-    names = {param: name for name, param in model.named_parameters()}
+    blocks = model.get_submodule("model.layers")
+    layers = {f"model.layers.{name}": layer for name, layer in blocks.named_children()}
+    for name, module in (*layers.items(), ("", model)):
+        before(name)
+        _shard_module(module, name, mesh, group, sharding)
+        after(module)
+    return model
+
+
+def _shard_module(module: nn.Module, name: str, mesh: DeviceMesh, group: ProcessGroup, sharding: Sharding) -> None:
+    """Shard the parameters of one module, `name` in the model, that are not sharded yet."""
+    prefix = f"{name}." if name else ""
+    names = {param: prefix + key for key, param in module.named_parameters()}
     devices = group.world_size // sharding.replicas
 
     def placement(param: nn.Parameter) -> ShardPlacement:
@@ -51,22 +74,19 @@ def shard(model: nn.Module, group: ProcessGroup, sharding: Sharding) -> nn.Modul
         # FSDP2 pads an uneven first dimension, but no other.
         return ShardPlacement(dim if dim == 0 or param.shape[dim] % devices == 0 else 0)
 
-    replicated = {param for param, name in names.items() if sharding.replicated(name, param)}
+    replicated = {param for param, key in names.items() if sharding.replicated(key, param)}
     assert not any(param.requires_grad for param in replicated), "nobody would reduce their gradients"
     for param in replicated:  # FSDP2 moves the others
         param.data = param.data.to(group.device)
-    dtype = next(model.parameters()).dtype
-    precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
-    for module in (*model.model.layers, model):
-        fully_shard(
-            module,
-            mesh=mesh,
-            mp_policy=precision,
-            reshard_after_forward=sharding.reshard_after_forward,
-            shard_placement_fn=placement,
-            ignored_params=replicated,
-        )
-    return model
+    dtype = next(module.parameters()).dtype
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32)),
+        reshard_after_forward=sharding.reshard_after_forward,
+        shard_placement_fn=placement,
+        ignored_params=replicated,
+    )
 
 
 def parallelize(model: nn.Module, group: ProcessGroup, low_rank: LowRankReduction | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from peft_pretraining.distributed.gloo import one_thread_per_group
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.runtime.processes import end_with_launcher
 
@@ -52,11 +53,12 @@ class ProcessGroup:
         if not grouped:
             return cls(0, 1, 0, 1, device)
         try:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                device_id=device if device.type == "cuda" else None,
-                **_fresh_store(env),
-            )
+            with one_thread_per_group():
+                dist.init_process_group(
+                    "nccl" if device.type == "cuda" else "gloo",
+                    device_id=device if device.type == "cuda" else None,
+                    **_fresh_store(env),
+                )
         except (dist.DistError, ValueError) as error:
             address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
             why = str(error).splitlines()[0]
@@ -95,16 +97,18 @@ class ProcessGroup:
         if self.world_size > 1:
             dist.barrier()
 
-    def companion(self) -> Companion:
+    def checkpoint_group(self) -> CheckpointGroup:
         """Another group of the same processes; all must call it."""
         if self.world_size == 1:
-            return Companion(0, 1, None)
+            return CheckpointGroup(0, 1, None)
         # A lost rank is noticed by its connection; the limit must allow for a large model on a slow disk.
-        return Companion(self.rank, self.world_size, dist.new_group(backend="gloo", timeout=timedelta(hours=2)))
+        with one_thread_per_group():
+            group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        return CheckpointGroup(self.rank, self.world_size, group)
 
 
 @dataclass(frozen=True)
-class Companion:
+class CheckpointGroup:
     """All processes of a run once more, for a thread beside the training: on one group their collectives would mix.
 
     It works on the CPU, whatever the devices.

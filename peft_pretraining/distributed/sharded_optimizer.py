@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
     """torch's ZeroRedundancyOptimizer, whose `state` is that of this rank's share: what there is to save and count."""
 
     @property
-    def state(self) -> dict[Tensor, Any]:
+    def state(self) -> defaultdict[Tensor, Any]:
         return self.optim.state
 
     @state.setter
@@ -26,9 +27,9 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
             self.optim.state = value
 
 
-def sharded_optimizer(params: Iterable[Tensor], kind: Callable[..., Optimizer], arguments: dict[str, Any]) -> Optimizer:
-    """An optimizer whose states are divided over the ranks by whole parameters; an ordinary one for one process, and
-    for parameters that are divided themselves."""
+def sharded_optimizer(params: Iterable[Tensor], kind: type[Optimizer], arguments: dict[str, Any]) -> Optimizer:
+    """An optimizer whose states are sharded over the ranks by whole parameters; an ordinary one for one process, and
+    for parameters that are sharded themselves."""
     params = list(params)
     if not dist.is_initialized() or any(isinstance(param, DTensor) for param in params):
         return kind(params, **arguments)
@@ -36,5 +37,5 @@ def sharded_optimizer(params: Iterable[Tensor], kind: Callable[..., Optimizer], 
 
 
 def own_share(optimizer: Optimizer) -> Optimizer:
-    """The optimizer of the parameters whose states this rank holds: itself, unless its states are divided."""
+    """The optimizer of the parameters whose states this rank holds: itself, unless its states are sharded."""
     return optimizer.optim if isinstance(optimizer, ShardedOptimizer) else optimizer

@@ -1,7 +1,7 @@
 """How one tensor's share on this device relates to the whole: all that the rest of the package knows of DTensors.
 
-Optimizers do their arithmetic on local tensors. Where a sum over a divided dimension is needed, they ask the tensor's
-`Shard`; without sharding that is the identity. A rule never asks which rank it is on.
+Optimizers do their arithmetic on local tensors. Where a sum over a sharded dimension is needed, they ask the tensor's
+`ShardInfo`; without sharding that is the identity. A rule never asks which rank it is on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardInfo:
     """This device holds entries `offset` to `offset + size` of dimension `dim` of a tensor of `shape`.
 
     `dim` None: it holds everything.
@@ -39,23 +39,26 @@ class Shard:
     offset: int = 0
     size: int = 0
     along: int = 0
-    """The dimension in which tensors like this are divided when there are several devices."""
+    """The dimension in which tensors like this are sharded when there are several devices."""
     sum: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
     """Adds up a tensor over the devices that hold the other parts, in place."""
+    max: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
+    """The largest over these devices, entry by entry, in place."""
     gather: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
     """The whole tensor, on every device, from the local part of one like it."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Shard:
-        """That of a parameter or a gradient: DTensors are divided along one dimension, perhaps with replicas."""
+    def of(cls, tensor: Tensor) -> ShardInfo:
+        """That of a parameter or a gradient: DTensors are sharded along one dimension, perhaps with replicas."""
         if not isinstance(tensor, DTensor):
             return cls(tensor.shape)
         mesh, placements = tensor.device_mesh, tensor.placements
-        divided = [axis for axis, placement in enumerate(placements) if isinstance(placement, ShardPlacement)]
-        if not divided:
+        sharded = [
+            (axis, placement.dim) for axis, placement in enumerate(placements) if isinstance(placement, ShardPlacement)
+        ]
+        if not sharded:
             return cls(tensor.shape)
-        (axis,) = divided
-        dim = placements[axis].dim
+        ((axis, dim),) = sharded
         group = mesh.get_group(axis)
         shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
 
@@ -63,31 +66,36 @@ class Shard:
             dist.all_reduce(part, group=group)
             return part
 
+        def largest(part: Tensor) -> Tensor:
+            dist.all_reduce(part, dist.ReduceOp.MAX, group=group)
+            return part
+
         def gather(part: Tensor) -> Tensor:
             return _like(part, tensor, dim, tensor.shape).full_tensor()
 
-        return cls(tensor.shape, dim, offsets[dim], shape[dim], dim, add_up, gather)
+        return cls(tensor.shape, dim, offsets[dim], shape[dim], dim, add_up, largest, gather)
 
     def part(self, whole: Tensor, dim: int) -> Tensor:
         """The entries of a whole tensor's dimension `dim` that belong to this device, as a view."""
         return whole if self.dim is None else whole.narrow(dim, self.offset, self.size)
 
-    def everywhere(self, condition: Tensor) -> bool:
+    def on_all_ranks(self, condition: Tensor) -> bool:
         """Whether a boolean scalar holds on all devices that share the tensor."""
         return bool(self.sum((~condition).to(torch.float32)) == 0)
 
 
-WHOLE = Shard(torch.Size())
-"""Of tensors that are not divided, where nobody asks for the shape."""
+WHOLE = ShardInfo(torch.Size())
+"""Of tensors that are not sharded, where nobody asks for the shape."""
 
 
 def distribute_like(part: Tensor, param: Tensor, dim: int | None, length: int | None = None) -> Tensor:
     """Optimizer state as a checkpoint must see it: a DTensor over the parameter's devices.
 
-    `part` is divided along its dimension `dim`, of `length` entries in all, or is the same everywhere (None).
+    `part` is sharded along its dimension `dim`, of `length` entries in all, or is the same on all ranks (None).
     """
     if not isinstance(param, DTensor) or dim is None:
         return part
+    assert length is not None, "the length of a sharded dimension is not that of the part"
     shape = torch.Size((*part.shape[:dim], length, *part.shape[dim + 1 :]))
     return _like(part, param, dim, shape)
 
@@ -105,11 +113,11 @@ def _like(part: Tensor, param: DTensor, dim: int, shape: torch.Size) -> DTensor:
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm over all entries of plain tensors and DTensors, a plain scalar."""
     tensors = list(tensors)
-    return whole_norm([(local(tensor), Shard.of(tensor)) for tensor in tensors])
+    return whole_norm([(local(tensor), ShardInfo.of(tensor)) for tensor in tensors])
 
 
-def whole_norm(parts: Iterable[tuple[Tensor, Shard]]) -> Tensor:
-    """The 2-norm over local parts; those that are divided are added up over their devices, all at once.
+def whole_norm(parts: Iterable[tuple[Tensor, ShardInfo]]) -> Tensor:
+    """The 2-norm over local parts; those that are sharded are added up over their devices, all at once.
 
     Of float16 parts it is in float32, where the norm of finite numbers is finite.
     """
@@ -117,11 +125,11 @@ def whole_norm(parts: Iterable[tuple[Tensor, Shard]]) -> Tensor:
     if not parts:
         return torch.zeros(())
     plain = [part for part, shard in parts if shard.dim is None]
-    divided = [(part, shard) for part, shard in parts if shard.dim is not None]
-    if not divided:
+    sharded = [(part, shard) for part, shard in parts if shard.dim is not None]
+    if not sharded:
         return torch.nn.utils.get_total_norm(plain, foreach=True)
-    square = torch.nn.utils.get_total_norm([part for part, _ in divided], foreach=True).square()
-    square = divided[0][1].sum(square)
+    square = torch.nn.utils.get_total_norm([part for part, _ in sharded], foreach=True).square()
+    square = sharded[0][1].sum(square)
     if plain:
         square = square + torch.nn.utils.get_total_norm(plain, foreach=True).square()
     return square.sqrt()

@@ -1,5 +1,5 @@
 """Fine-tuning: the training methods through transformers' `Trainer`, on GLUE and option tasks.
 
 Imports of the package: `checkpoint`, `config`, `data`, `distributed`, `flags`, `methods`, `models`, `optim`, `rng`,
-`runtime`, `train`, `training`.
+`runtime`, `training`.
 """

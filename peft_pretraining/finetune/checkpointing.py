@@ -12,9 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
-from peft_pretraining.data.sources import one_line
+from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.finetune.checkpoints import (
     PREFIX,
     CheckpointUnusable,
@@ -36,6 +36,8 @@ class CheckpointingTrainer(Trainer):
 
     `RunFailed` where a run cannot go on, `CheckpointUnusable` where a checkpoint cannot be loaded.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, finetuning: FineTuning, **arguments: Any):
         super().__init__(args=finetuning.training, **arguments)
@@ -73,7 +75,7 @@ class CheckpointingTrainer(Trainer):
 
     def where_to_go_on(self) -> str:
         """The end of a message: the checkpoint with which the same command goes on."""
-        complete = [path for _, path in numbered(Path(self.args.output_dir)) if is_sealed(path)]
+        complete = [path for _, path in numbered(self._finetuning.output_dir) if is_sealed(path)]
         return f"the newest good checkpoint is {complete[0]}" if complete else "there is no checkpoint to go back to"
 
     def check_finite(self) -> None:
@@ -131,7 +133,7 @@ class CheckpointingTrainer(Trainer):
         """The best model's checkpoint is looked for beside the others: the folder may have been moved."""
         found = super()._init_training_state(*arguments, **keywords)
         if self.state.global_step and self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"{PREFIX}{self.state.best_global_step}"
+            best = self._finetuning.output_dir / f"{PREFIX}{self.state.best_global_step}"
             if best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         return found

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.finetune.identity import RUN_FILE, Settings, differences, noted_as_older, read_settings
 from peft_pretraining.flags import ConfigError
 
@@ -117,19 +118,12 @@ def unusable(checkpoint: Path, has_factors: bool, sealed: bool = True) -> str | 
 def trainer_state(checkpoint: Path) -> dict[str, Any] | str:
     """What transformers wrote of a run's progress, or why that cannot be read."""
     try:
-        state = json.loads(_regular(checkpoint / TRAINER_STATE).read_text())
+        state = json.loads(regular(checkpoint / TRAINER_STATE).read_text())
         if isinstance(state, dict) and isinstance(state.get("global_step"), int):
             return state
         return f"{TRAINER_STATE} does not say how many updates are done"
     except (OSError, ValueError, RecursionError) as error:
         return f"{TRAINER_STATE} cannot be read ({' '.join(str(error).split())[:100]})"
-
-
-def _regular(path: Path) -> Path:
-    """`path`, unless it is a pipe, say, that would be read for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a file")
-    return path
 
 
 def newest_good(

@@ -11,7 +11,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from transformers import TrainingArguments
@@ -28,11 +28,11 @@ from peft_pretraining.finetune.identity import (
     settings_of,
     write_settings,
 )
+from peft_pretraining.finetune.method_checkpointing import has_factors
 from peft_pretraining.finetune.output import RESULTS_FILE, Results, print_results, read_results
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
-from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.training.tracking import log
 
 T = TypeVar("T")
@@ -46,14 +46,16 @@ _FINAL = ("*.safetensors", "*.safetensors.index.json", "config.json", RUN_FILE, 
 
 def agree(training: TrainingArguments, decide: Callable[[], T]) -> T:
     """What `decide` returns on the main process, on all of them; a `ConfigError` of its is raised on all of them."""
-    outcome: list[T | ConfigError | None] = [None]
+    outcome: list[T | ConfigError] = []
     if training.process_index == 0:
         try:
-            outcome[0] = decide()
+            outcome.append(decide())
         except ConfigError as error:
-            outcome[0] = error
+            outcome.append(error)
     if training.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0)
+        sent: list[Any] = outcome or [None]
+        dist.broadcast_object_list(sent, src=0)
+        outcome = sent
     if isinstance(outcome[0], ConfigError):
         raise outcome[0]
     return outcome[0]
@@ -62,7 +64,7 @@ def agree(training: TrainingArguments, decide: Callable[[], T]) -> T:
 @contextlib.contextmanager
 def held(finetuning: FineTuning) -> Iterator[None]:
     """The output folder, for this run alone. A new folder that is still empty at the end is removed."""
-    folder = Path(finetuning.training.output_dir)
+    folder = finetuning.output_dir
     lock: FolderLock | None = None
     is_new = not folder.exists()
 
@@ -89,7 +91,7 @@ def held(finetuning: FineTuning) -> Iterator[None]:
 
 def run_in_folder(finetuning: FineTuning, run_one: RunOne, described: Described) -> Results:
     """`run_one` from the newest good checkpoint in the output folder, unless the run there is finished."""
-    training, folder = finetuning.training, Path(finetuning.training.output_dir)
+    training, folder = finetuning.training, finetuning.output_dir
     settings = settings_of(finetuning) if training.process_index == 0 else {}
     with held(finetuning):
         done = agree(training, lambda: _finished(finetuning, folder, settings, described))
@@ -103,6 +105,8 @@ def run_in_folder(finetuning: FineTuning, run_one: RunOne, described: Described)
             try:
                 results = run_one(finetuning, None if start is None else str(start))
             except CheckpointUnusable as error:
+                if start is None:
+                    raise  # nothing was loaded
                 if _asked(finetuning) is not None:
                     raise ConfigError([f"--resume_from_checkpoint {start}: {error}"]) from error
                 log.warning("skipped checkpoint %s: %s", start, error)
@@ -116,7 +120,7 @@ def run_in_folder(finetuning: FineTuning, run_one: RunOne, described: Described)
 def begin(finetuning: FineTuning, start: str | None) -> None:
     """The first writing of a run that goes on from `start`: its settings. It is no longer finished, if it was."""
     if finetuning.training.process_index == 0:
-        folder = Path(finetuning.training.output_dir)
+        folder = finetuning.output_dir
         older = checkpoints.older_checkpoints(folder)
         done = checkpoints.update_of(Path(start)) if start is not None else 0
         older = {name for name in older if checkpoints.update_of(Path(name)) <= done}  # what follows is made again
@@ -146,7 +150,7 @@ def _finished(finetuning: FineTuning, folder: Path, settings: Settings, describe
         return None
     results = read_results(folder / RESULTS_FILE)
     reason = f"{RESULTS_FILE} cannot be read" if results is None else None if old else checkpoints.damage(folder)
-    if reason is not None:
+    if results is None or reason is not None:
         log.warning("%s was finished, but %s: it is finished again", folder, reason)
         return None
     if "seeds" in results:
@@ -184,12 +188,12 @@ def _start(finetuning: FineTuning, folder: Path, settings: Settings, without: se
     training = finetuning.training
     if not training.do_train:
         return None
-    has_factors = load_method(finetuning.config.method.method).convert is not TrainingMethod.convert
+    factors = has_factors(load_method(finetuning.config.method.method))
     if (asked := _asked(finetuning)) is not None:
-        return checkpoints.named(Path(asked), settings, has_factors)
+        return checkpoints.named(Path(asked), settings, factors)
     if finetuning.overwrite_output_dir or str(training.resume_from_checkpoint).lower() == "false":
         return None
-    found = checkpoints.newest_good(folder, settings, has_factors, training.load_best_model_at_end, without)
+    found = checkpoints.newest_good(folder, settings, factors, training.load_best_model_at_end, without)
     if found is not None:
         log.info("going on from %s (--overwrite_output_dir starts over)", found)
     return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 from datasets import Dataset
+from torch import nn
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase, default_data_collator
 from transformers import set_seed as seed_everything
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import PredictionOutput, SaveStrategy
 
 from peft_pretraining.finetune import glue_data, settings
 from peft_pretraining.finetune.folder import begin
@@ -52,7 +53,8 @@ def run_one(
     model, tokenizer = load_model(task_settings, task)
     length = usable_length(task_settings, model.config, tokenizer)
     pad = task_settings.pad_to_max_length
-    encode = encoder(tokenizer, task, length, pad, model.get_input_embeddings().num_embeddings)
+    entries = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    encode = encoder(tokenizer, task, length, pad, entries)
     splits = {name: _encoded(_limited(name, rows, task_settings), encode) for name, rows in splits.items()}
 
     validation = [splits[name] for name in _of_kind(splits, "validation")]
@@ -74,7 +76,7 @@ def run_one(
     if training.do_predict:
         _predict(trainer, task, {name: splits[name] for name in _of_kind(splits, "test")}, finetuning)
     if trainer.is_world_process_zero():
-        write_json(Path(training.output_dir) / RESULTS_FILE, results)
+        write_json(finetuning.output_dir / RESULTS_FILE, results)
     return results
 
 
@@ -113,12 +115,10 @@ def _predict(trainer: MethodTrainer, task: GlueTask, tests: dict[str, Dataset], 
         values = predicted(task, logits)
         shown = [f"{value:.3f}" if task.is_regression else task.labels[value] for value in values]
         lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(shown))]
-        (Path(finetuning.training.output_dir) / f"predict_results_{name}{ending}.txt").write_text(
-            "\n".join(lines) + "\n"
-        )
+        (finetuning.output_dir / f"predict_results_{name}{ending}.txt").write_text("\n".join(lines) + "\n")
 
 
-def _logits(prediction: EvalPrediction) -> np.ndarray:
+def _logits(prediction: EvalPrediction | PredictionOutput) -> np.ndarray:
     """(N, classes); some models give further outputs."""
     first = prediction.predictions
     return first[0] if isinstance(first, tuple) else first

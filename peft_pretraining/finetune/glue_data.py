@@ -56,7 +56,8 @@ def load_rows(settings: GlueSettings) -> tuple[GlueTask, Splits]:
         task = replace(task, columns=settings.text_columns)
     if lines := inferred.lines():
         raise ConfigError(lines)
-    checked = {name: _checked(split, task, label, name, lines) for name, split in splits.items()}
+    found = {name: _checked(split, task, label, name, lines) for name, split in splits.items()}
+    checked = {name: rows for name, rows in found.items() if rows is not None}
     if not lines and task.labels and "train" in checked and len(set(checked["train"][LABEL])) < 2:
         only = task.labels[checked["train"][LABEL][0]]
         lines.append(f"{splits['train'].origin}: every row has the {label} {only!r}: there is nothing to learn")

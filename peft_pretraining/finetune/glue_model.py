@@ -35,7 +35,8 @@ _LARGEST_LIMIT = 1_000_000
 def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32, with the task's labels in its configuration; a head that it lacks is drawn from torch's
     random numbers. Raises `ConfigError` where model or tokenizer cannot be loaded."""
-    name, where = settings.model_name_or_path, {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
+    name = settings.model
+    where: dict[str, Any] = {"revision": settings.model_revision, "cache_dir": settings.cache_dir}
     config = loaded(
         lambda: without_code(AutoConfig.from_pretrained(name, trust_remote_code=False, **where)),
         f"--model_name_or_path {name}",
@@ -52,19 +53,19 @@ def load_model(settings: GlueSettings, task: GlueTask) -> tuple[PreTrainedModel,
     # for the last token that is not this one.
     config.pad_token_id = tokenizer.pad_token_id
     flag = f"--model_name_or_path {name}"
-    options = {"new_head": True, "config": config, "dtype": torch.float32, **where}
-    model = load_pretrained(AutoModelForSequenceClassification, name, flag, **options)
+    options = {"config": config, "dtype": torch.float32, **where}
+    model = load_pretrained(AutoModelForSequenceClassification, name, flag, new_head=True, **options)
     check_finite(model, flag)
     return model, tokenizer
 
 
 def _load_tokenizer(settings: GlueSettings, config: PretrainedConfig, where: dict[str, Any]) -> PreTrainedTokenizerBase:
-    name = settings.tokenizer_name or settings.model_name_or_path
+    name = settings.tokenizer_name or settings.model
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*token*")) and not settings.tokenizer_name:
         log.warning("%s has no tokenizer: %s is used (--tokenizer_name)", name, DEFAULT_TOKENIZER)
         name = DEFAULT_TOKENIZER
-    if name != settings.model_name_or_path:
+    if name != settings.model:
         where = {"cache_dir": where["cache_dir"]}
     tokenizer = loaded(
         lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where), f"the tokenizer {name}"

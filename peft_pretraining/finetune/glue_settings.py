@@ -60,6 +60,12 @@ class GlueSettings:
     model_revision: str = setting("main", string, "branch, tag or commit of the model")
     cache_dir: str | None = setting(None, string, "where downloaded models are kept")
 
+    @property
+    def model(self) -> str:
+        """The model's folder or hub name, which `check_settings` requires."""
+        assert self.model_name_or_path is not None
+        return self.model_name_or_path
+
 
 def check_settings(
     settings: GlueSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.finetune.settings import FineTuning, method_setting_names
 from peft_pretraining.finetune.training_table import MAY_CHANGE, OBEYED
 from peft_pretraining.flags import ConfigError
@@ -90,9 +91,7 @@ def read_settings(folder: Path) -> Settings | None:
     """The settings in a folder's `run.json`; None where there is no such file. Raises `ConfigError`."""
     path = folder / RUN_FILE
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a file")
-        found = json.loads(path.read_text())["settings"]
+        found = json.loads(regular(path).read_text())["settings"]
         if not isinstance(found, dict):
             raise TypeError("it has no settings")
     except FileNotFoundError:
@@ -106,7 +105,7 @@ def read_settings(folder: Path) -> Settings | None:
 def noted_as_older(folder: Path) -> list[str]:
     """The `older_checkpoints` that `write_settings` noted; none where that cannot be read."""
     try:
-        found = json.loads((folder / RUN_FILE).read_text())[_OLDER]
+        found = json.loads(regular(folder / RUN_FILE).read_text())[_OLDER]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

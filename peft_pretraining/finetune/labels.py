@@ -82,7 +82,7 @@ def _name(value: Label) -> str:
     try:
         return str(value)
     except ValueError:  # a whole number of thousands of digits
-        return hex(value)
+        return hex(int(value))
 
 
 def numbers_of(rows: Sequence[Row], task: GlueTask, label: str, problems: Problems) -> list[int | float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from peft_pretraining.flags import ConfigError
@@ -29,7 +30,7 @@ def check_finite(model: PreTrainedModel, what: str) -> None:
         raise ConfigError([f"{what}: the weights of {name} are not finite"])
 
 
-def not_finite(model: PreTrainedModel) -> str | None:
+def not_finite(model: nn.Module) -> str | None:
     """The name of a parameter with numbers that are not finite, or of a buffer (which may be a mask of infinities) with
     some that are none; None where there is neither."""
     for name, parameter in model.named_parameters():

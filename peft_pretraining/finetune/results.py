@@ -22,7 +22,8 @@ def run_seeds(finetuning: FineTuning, run_one: RunOne, described: Described) -> 
     """
     if not finetuning.seeds:
         return run_in_folder(finetuning, run_one, described)
-    folder, runs = Path(finetuning.training.output_dir), {}
+    folder = finetuning.output_dir
+    runs: dict[int, Results] = {}
     with held(finetuning):
         agree(finetuning.training, lambda: _no_single_run(folder))
         for seed in finetuning.seeds:
@@ -45,8 +46,9 @@ def summarize(runs: dict[int, Results]) -> Results:
     first = next(iter(runs.values()))
     results: Results = {"seeds": list(runs)}
     for name in first:
-        values = [run.get(name) for run in runs.values()]
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        found = [run.get(name) for run in runs.values()]
+        values = [value for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+        if len(values) == len(found):
             results[name] = statistics.fmean(values)
             results[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return {**results, "runs": {str(seed): run for seed, run in runs.items()}}

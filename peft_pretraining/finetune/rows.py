@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from peft_pretraining.data.sources import encodable
+from peft_pretraining.data.json_rows import encodable
 from peft_pretraining.flags import ConfigError
 
 log = logging.getLogger("peft_pretraining")

@@ -10,68 +10,54 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from peft_pretraining.config import Config, config_flags, legacy, method_settings
+from peft_pretraining.config import Config, config_flags, legacy, method_help, method_settings
 from peft_pretraining.config.effects import warn_without_effect
+from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
-from peft_pretraining.flags import (
-    ConfigError,
-    Flag,
-    Given,
-    boolean,
-    comma_separated,
-    integer,
-    parse_command_line,
-    section_flags,
-)
+from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, read_flags, section_flags, unsupported
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
+from peft_pretraining.runtime import launcher
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from transformers import TrainingArguments
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 _SHARED_RULE_SETTINGS = ("adam_beta1", "adam_beta2", "adam_eps")
 """Settings of update rules that are fields of `TrainingArguments`."""
 
 
-@dataclass(frozen=True)
-class FineTuning(Generic[T]):
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(RunSettings, Generic[T]):
     """What a command asks for."""
 
     config: Config
     """The method and everything it reads; `num_training_steps` and `target_modules` are settled by `MethodTrainer`."""
     training: TrainingArguments
     task: T
-    lora_all_modules: bool = False
-    """Target every linear layer of the blocks, not only queries and values."""
     target_modules_given: bool = False
-    seeds: tuple[int, ...] = ()
-    """Run once for each of these, in a subfolder of the output folder."""
-    overwrite_output_dir: bool = False
     warnings: tuple[str, ...] = ()
     given: Mapping[str, Given] = dataclasses.field(default_factory=dict)
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Every field of `TrainingArguments` as it was asked for, whatever this machine makes of it."""
 
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder, which every command line has."""
+        assert self.training.output_dir is not None
+        return Path(self.training.output_dir)
+
     def with_seed(self, seed: int, output_dir: str) -> FineTuning[T]:
         """The run of one of the seeds."""
         training = dataclasses.replace(self.training, seed=seed, output_dir=output_dir)
         return dataclasses.replace(self, config=self.config.replace(seed=seed), training=training, seeds=())
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    if not (seeds := tuple(integer(item) for item in comma_separated(text))):
-        raise ValueError("must be integers, comma-separated")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError("must not name a seed twice")
-    if not all(0 <= seed < 2**32 for seed in seeds):
-        raise ValueError("must be between 0 and 4294967295")
-    return seeds
 
 
 def method_setting_names() -> set[str]:
@@ -81,23 +67,40 @@ def method_setting_names() -> set[str]:
     return (of_methods | of_rules | {"optimizer"}) - set(_SHARED_RULE_SETTINGS)
 
 
-def finetuning_flags(task_type: type) -> list[Flag]:
+def finetuning_flags(entry: EntryPoint[Any]) -> list[Flag]:
     """All flags of an entry point. A task's own flag takes the place of one of `TrainingArguments` with its name."""
     own = [
+        TRAINING_CONFIG,
+        *_grouped("model and task", section_flags(entry.task_type)),
+        *_grouped("run", section_flags(RunSettings)),
         *(flag for flag in config_flags() if flag.name in method_setting_names()),
-        *legacy.SELECTORS,
-        *legacy.FINETUNING_SELECTORS,
-        *section_flags(task_type),
-        Flag("lora_all_modules", boolean, "target all linear layers of the blocks (default: queries and values)"),
-        Flag("seeds", _seeds, "run once per seed, comma-separated, and report mean and standard deviation"),
     ]
-    taken = {spelling for flag in own for spelling in flag.spellings}
-    rest = [
+    others = [
+        *_grouped(legacy.GROUP, (*legacy.SELECTORS, *legacy.FINETUNING_SELECTORS)),
+        *_grouped(legacy.GROUP, unsupported.refused_flags(entry.refused)),
+        *_grouped(legacy.GROUP, unsupported.passed_over_flags(entry.passed_over)),
+    ]
+    taken = {spelling for flag in (*own, *others) for spelling in flag.spellings}
+    trainer = [
         dataclasses.replace(flag, aliases=tuple(alias for alias in flag.aliases if alias not in taken))
         for flag in training_flags()
         if flag.name not in taken
     ]
-    return own + rest
+    return [
+        dataclasses.replace(
+            flag, default=entry.defaults.get(flag.name, flag.default), help=_HELP.get(flag.name, flag.help)
+        )
+        for flag in (*own, *trainer, *others)
+    ]
+
+
+_HELP = {
+    "target_modules": "linear layers whose dotted name contains one of these (default: as --lora_all_modules says)"
+}
+
+
+def _grouped(group: str, flags: Iterable[Flag]) -> list[Flag]:
+    return [dataclasses.replace(flag, group=group) for flag in flags]
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,10 @@ class EntryPoint(Generic[T]):
     its own default wins over them."""
     check_task: Callable[[T, Mapping[str, Given], list[str], list[str]], None] | None = None
     """Is given the task's settings, what was given, and the lists of problems and warnings to add to."""
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Flags of older scripts -> why they are refused."""
+    passed_over: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Flags of older scripts -> why they have no effect."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,18 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
     """Parse and check a command line, without torch. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     warnings: list[str] = []
-    flags = finetuning_flags(entry.task_type)
-    given = parse_command_line(flags, argv, prog=entry.prog, description=entry.description, problems=problems)
+    flags = finetuning_flags(entry)
+    method_help.exit_with_help(argv, flags, entry.prog)
+    given = read_flags(
+        flags,
+        argv,
+        prog=entry.prog,
+        description=f"{entry.description}\n\n{method_help.NOTE}",
+        problems=problems,
+        warnings=warnings,
+    )
+    unsupported.check_refused(given, entry.refused, problems)
+    unsupported.warn_passed_over(given, entry.passed_over, warnings)
     names = {item.name for item in dataclasses.fields(entry.task_type)}
     own = {name: value for name, value in entry.defaults.items() if name in names}
     task = entry.task_type(**{**own, **{name: item.value for name, item in given.items() if name in names}})
@@ -159,20 +176,21 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
 def load(argv: Sequence[str], entry: EntryPoint[T]) -> FineTuning[T]:
     """Parse and check a command line. Raises `ConfigError` with all problems at once."""
     checked = check(argv, entry)
-    given, warnings, problems = checked.given, list(checked.warnings), []
+    given, warnings = checked.given, list(checked.warnings)
+    problems: list[str] = []
     training = _training_arguments(dict(checked.values), problems, warnings)
     if training is not None and training.fp16 and not problems:
         _check_fp16(checked.config, problems)
-    if problems:
+    if training is None or problems:
         raise ConfigError(problems)
+    given_or_default = {**entry.defaults, **{name: item.value for name, item in given.items()}}
+    names = (item.name for item in dataclasses.fields(RunSettings))
     return FineTuning(
-        checked.config,
-        training,
-        checked.task,
-        lora_all_modules="lora_all_modules" in given and given["lora_all_modules"].value,
+        **{name: given_or_default[name] for name in names if name in given_or_default},
+        config=checked.config,
+        training=training,
+        task=checked.task,
         target_modules_given="target_modules" in given,
-        seeds=given["seeds"].value if "seeds" in given else (),
-        overwrite_output_dir="overwrite_output_dir" in given and given["overwrite_output_dir"].value,
         warnings=tuple(warnings),
         given=given,
         values={**training_defaults(), **checked.values},
@@ -235,16 +253,8 @@ def _selectors() -> set[str]:
 
 def _world_size(problems: list[str]) -> int:
     """How many processes torchrun started; 1 without it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        problems.append(f"the environment variable WORLD_SIZE must be a positive integer, got {text!r}")
-        return 1
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        if int(text) > 1:
-            problems.append(
-                f"the environment variable WORLD_SIZE is {text} without {', '.join(missing)}: start with torchrun"
-            )
-    return int(text)
+    problems += launcher.launcher_problems(os.environ)
+    return launcher.world_size(os.environ, [])
 
 
 def _shared_settings(given: Mapping[str, Given], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,46 +1,40 @@
 """transformers' `Trainer`, driving one of the training methods.
 
 Data, schedule, evaluation, logging and checkpoints are the `Trainer`'s. A `TrainingMethod` (methods/base.py) changes
-the model's layers, builds the optimizer and is called at the places of train.py's loop: before an update's first
-forward pass, for the gradients' norm and their clipping, and around the optimizer's step.
-
-A checkpoint folder holds the plain merged model, which `from_pretrained` loads, the optimizer's state, the method's
-small numbers (`method_state.json`) and, for methods with factors, the weights as they are trained
-(`training_weights.safetensors`).
+the model's layers, builds the optimizer and is called where training/loop.py calls it: before an update's first
+forward pass, for the gradients' norm and their clipping, and around the optimizer's step. What is saved and restored of
+it is said in method_checkpointing.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from peft_pretraining.config import Config, method_settings
 from peft_pretraining.distributed import mean_over_processes
-from peft_pretraining.finetune.checkpointing import CheckpointingTrainer, reading
-from peft_pretraining.finetune.checkpoints import METHOD_STATE, TRAINER_STATE, TRAINING_WEIGHTS, RunFailed
+from peft_pretraining.finetune.checkpointing import reading
+from peft_pretraining.finetune.checkpoints import TRAINER_STATE, RunFailed
+from peft_pretraining.finetune.method_checkpointing import MethodCheckpointingTrainer
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
-from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.train import state_bytes
+from peft_pretraining.training.loop import state_bytes
 from peft_pretraining.training.tracking import log
 
 LARGEST_ROW_OF_SKIPS = 10
 """Updates in a row without a finite gradient after which a run ends."""
 
 
-class MethodTrainer(CheckpointingTrainer):
+class MethodTrainer(MethodCheckpointingTrainer):
     """A `Trainer` for a model that it converts itself; everything else is passed on.
 
     The method's settings are those of `finetuning`, completed by the layers that the model has and by the number of
@@ -57,7 +51,6 @@ class MethodTrainer(CheckpointingTrainer):
         self._micro_batch = 0
         self._skipped = False
         self._skips_in_a_row = 0
-        self.method: TrainingMethod | None = None
         if self.train_dataset is None:
             return
         with bad_input():
@@ -66,8 +59,8 @@ class MethodTrainer(CheckpointingTrainer):
                 config = config.replace(target_modules=target_modules(model, finetuning))
             max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
             self._check_schedule(max_steps)
-            self.method_config: Config = config.replace(num_training_steps=max_steps)
-            self.method = load_method(config.method.method)(self.method_config)
+            self.method_config = config.replace(num_training_steps=max_steps)
+            self._method = load_method(config.method.method)(self.method_config)
             self._adopt(self.method.convert(self.model))
 
     def _check_schedule(self, max_steps: int) -> None:
@@ -80,9 +73,10 @@ class MethodTrainer(CheckpointingTrainer):
             raise ConfigError([f"--lr_scheduler_type {kind} with these --lr_scheduler_kwargs: {why}"]) from error
         self.lr_scheduler, self._created_lr_scheduler = None, False
 
-    def _adopt(self, model: nn.Module | None) -> None:
-        """Train what `convert` returned, which may be another module than it was given."""
-        if model is None or model is self.model:
+    def _adopt(self, converted: nn.Module) -> None:
+        """Train what `convert` returned, which may be another model than it was given."""
+        model = cast("PreTrainedModel", converted)
+        if model is self.model:
             return
         self.model = self.model_wrapped = self.callback_handler.model = model
         if self.place_model_on_device:
@@ -103,7 +97,7 @@ class MethodTrainer(CheckpointingTrainer):
     def _get_dataloader(self, *arguments: Any, **keywords: Any) -> Any:
         return shielded(super()._get_dataloader(*arguments, **keywords))
 
-    # The method's calls, in the order of train.py's `train_step`.
+    # The method's calls, in the order of training/loop.py's `train_step`.
 
     def training_step(self, model: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
         if self._micro_batch == 0:
@@ -153,7 +147,7 @@ class MethodTrainer(CheckpointingTrainer):
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """With the method's numbers beside the loss."""
-        if self.method is not None and "loss" in logs:
+        if self._method is not None and "loss" in logs:
             logs = {**logs, **self.method.metrics()}
         super().log(logs, *arguments, **keywords)
 
@@ -162,15 +156,17 @@ class MethodTrainer(CheckpointingTrainer):
     @property
     def bare_optimizer(self) -> Optimizer:
         """The method's own, without accelerate's wrapper."""
+        assert self.optimizer is not None, "the training has begun"
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The method's. As in transformers, `--weight_decay` spares biases and the weights of norms."""
         if self.optimizer is None:
             with bad_input():
-                self.optimizer = self.method.build_optimizer(self.model)
+                optimizer = self.method.build_optimizer(self.model)
             if self.args.weight_decay:
-                _spare(self.optimizer, self.model, set(self.get_decay_parameter_names(self.model)))
+                _spare(optimizer, self.model, set(self.get_decay_parameter_names(self.model)))
+            self.optimizer = optimizer
         return self.optimizer
 
     def optimizer_report(self) -> dict[str, int]:
@@ -181,77 +177,6 @@ class MethodTrainer(CheckpointingTrainer):
             "trainable_parameters": sum(param.numel() for param in params if param.requires_grad),
             "parameters": sum(param.numel() for param in params),
         }
-
-    # Checkpoints.
-
-    @property
-    def has_factors(self) -> bool:
-        """Whether the model is trained in another form than it is exported."""
-        return self.method is not None and type(self.method).convert is not TrainingMethod.convert
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The merged model; in a checkpoint the weights in training, too."""
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if _internal_call and self.has_factors and self.args.should_save:
-            save_model(self.model, str(Path(output_dir or self.args.output_dir) / TRAINING_WEIGHTS))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if state_dict is None and self.has_factors and self.args.should_save:
-            state_dict = self.method.merged_state_dict(self.model)
-        super()._save(output_dir, state_dict)
-
-    def _load_weights(self, checkpoint: str, model: nn.Module | None) -> None:
-        if not self._load_training_weights(checkpoint):
-            super()._load_weights(checkpoint, model)
-
-    def _load_best_weights(self) -> None:
-        if not self._load_training_weights(self.state.best_model_checkpoint):
-            super()._load_best_weights()
-
-    def _load_training_weights(self, checkpoint: str) -> bool:
-        """False for a method without factors, whose checkpoints hold nothing but the plain model."""
-        if not self.has_factors:
-            return False
-        self._check_same_method(Path(checkpoint))
-        load_model(self.model, Path(checkpoint) / TRAINING_WEIGHTS, device=str(self.args.device))
-        return True
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            state = {"identity": self._identity(), "state": self.method.state_dict()}
-            (Path(output_dir) / METHOD_STATE).write_text(json.dumps(state, indent=2))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading():
-            if checkpoint is not None:
-                self._check_same_method(Path(checkpoint))
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None:
-                self.method.load_state_dict(json.loads((Path(checkpoint) / METHOD_STATE).read_text())["state"])
-
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it continues."""
-        config = self.method_config
-        return {
-            **method_settings.identity(config),
-            "num_training_steps": config.schedule.num_training_steps,
-        }
-
-    def _check_same_method(self, checkpoint: Path) -> None:
-        file = checkpoint / METHOD_STATE
-        if not file.is_file():
-            if self.args.save_only_model:
-                return
-            raise ConfigError([f"--resume_from_checkpoint {checkpoint}: it has no {METHOD_STATE}"])
-        saved = json.loads(file.read_text())["identity"]
-        if problems := [
-            f"{checkpoint} was begun with {name} {saved.get(name)!r} instead of {value!r} (--overwrite_output_dir "
-            "starts over)"
-            for name, value in self._identity().items()
-            if name in saved and saved[name] != value
-        ]:
-            raise ConfigError(problems)
 
 
 class _AroundTheStep(TrainerCallback):

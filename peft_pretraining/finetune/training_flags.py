@@ -8,6 +8,7 @@ training_table.py. Every problem is collected instead of ending the process at t
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from peft_pretraining.finetune.training_table import (
     UP_TO_1,
     WITHOUT_EFFECT,
 )
-from peft_pretraining.flags import Flag, Given, boolean, choice, integer, number
+from peft_pretraining.flags import Flag, Given, boolean, choice, integer, number, unsupported
 
 _OPTIM_OF_DEFAULT = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 _UNKNOWN = "this version of transformers is newer than what has been tried here"
@@ -56,17 +57,21 @@ def training_fields() -> Mapping[str, Field]:
         for node in ast.parse(source.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
     )
-    found = (_field(node) for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+    found = (
+        _field(node.target.id, node)
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    )
     return {field.name: field for field in found}
 
 
-def _field(node: ast.AnnAssign) -> Field:
+def _field(name: str, node: ast.AnnAssign) -> Field:
     keywords = {word.arg: word.value for word in node.value.keywords} if isinstance(node.value, ast.Call) else {}
     default = _literal(keywords.get("default", node.value))
     metadata = keywords.get("metadata")
     entries = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
     help = next((_literal(value) for key, value in entries if key is not None and _literal(key) == "help"), None)
-    return Field(node.target.id, ast.unparse(node.annotation), default, " ".join((help or "").split()))
+    return Field(name, ast.unparse(node.annotation), default, " ".join((help or "").split()))
 
 
 def _literal(node: ast.expr | None) -> Any:
@@ -82,11 +87,8 @@ def training_defaults() -> dict[str, Any]:
     return {name: field.default for name, field in training_fields().items()}
 
 
-def _anything(text: str) -> str:
-    return text
-
-
-_anything.value_is_optional = True
+_GROUP = "transformers' Trainer"
+_OTHERS = "transformers' Trainer: without effect, or refused"
 
 
 def training_flags() -> list[Flag]:
@@ -98,17 +100,18 @@ def training_flags() -> list[Flag]:
         if name in WITHOUT_EFFECT:
             continue
         if name not in OBEYED:
-            flags.append(Flag(name, _anything, f"refused: {REFUSED.get(name, _UNKNOWN)}", spellings))
+            why = REFUSED.get(name, _UNKNOWN)
+            flags.append(Flag(name, unsupported.anything, f"refused: {why}", spellings, refused=True))
             continue
-        flags.append(Flag(name, _converter(field), field.help or "as in transformers", spellings))
+        help = field.help or "as in transformers"
+        flags.append(Flag(name, _converter(field), help, spellings, default=field.default))
         if field.type.startswith("bool") and field.default is True:
             flags.append(Flag(f"no_{name}", boolean, f"transformers: turns {name} off", (f"no-{dashed}",)))
-    flags += [Flag(name, _anything, f"without effect: {why}") for name, why in WITHOUT_EFFECT.items()]
-    flags.append(Flag("overwrite_output_dir", boolean, "start over: drop the run in --output_dir"))
+    flags += unsupported.passed_over_flags(WITHOUT_EFFECT)
     flags.append(Flag("with_tracking", boolean, "log to wandb: the same as --report_to wandb"))
     flags.append(Flag("group_by_length", boolean, "the same as --train_sampling_strategy group_by_length"))
-    flags.append(Flag("adafactor", boolean, "refused: use --optimizer adafactor"))
-    return flags
+    flags.append(Flag("adafactor", boolean, "refused: use --optimizer adafactor", refused=True))
+    return [dataclasses.replace(flag, group=_OTHERS if flag.refused else _GROUP) for flag in flags]
 
 
 def _converter(field: Field) -> Callable[[str], Any]:
@@ -157,9 +160,7 @@ def training_values(given: Mapping[str, Given], problems: list[str], warnings: l
     values: dict[str, Any] = {name: item.value for name, item in given.items() if name in OBEYED}
     for name in [name for name in given if name.startswith("no_") and name[3:] in fields]:
         values[name[3:]] = not given[name].value
-    for name, why in WITHOUT_EFFECT.items():
-        if name in given:
-            warnings.append(f"--{given[name].spelling} has no effect: {why}")
+    unsupported.warn_passed_over(given, WITHOUT_EFFECT, warnings)
     for name in [name for name in given if name in fields and name not in {*OBEYED, *WITHOUT_EFFECT}]:
         item = given[name]
         if not _is_default(fields[name], str(item.value)):

@@ -20,6 +20,7 @@ from peft_pretraining.flags.converters import (
     text,
     token_count,
 )
+from peft_pretraining.flags.reading import TRAINING_CONFIG, read_flags
 from peft_pretraining.flags.settings import (
     EXIT_BAD_INPUT,
     ConfigError,
@@ -43,6 +44,7 @@ from peft_pretraining.flags.spec import (
 
 __all__ = [
     "EXIT_BAD_INPUT",
+    "TRAINING_CONFIG",
     "Allows",
     "Condition",
     "ConfigError",
@@ -67,6 +69,7 @@ __all__ = [
     "parse_yaml",
     "positive_float",
     "positive_int",
+    "read_flags",
     "section_flags",
     "sequence_length",
     "setting",

@@ -55,6 +55,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
             raise ValueError(f"must be one of {', '.join(allowed)}")
         return text
 
+    convert.allowed = allowed
     return convert
 
 

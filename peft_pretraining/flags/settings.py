@@ -209,7 +209,10 @@ def parse_yaml(
             problems.append(f"{where}: {keys[flag.name]} and {key} are one setting: give it once")
         elif value is not None:  # `key:` or `key: null` leaves the default
             keys[flag.name] = key
-            is_switch = isinstance(value, yaml_file.Switch) and flag.convert not in (string, text)
+            names = getattr(flag.convert, "allowed", ())  # `no` may be one
+            is_switch = (
+                isinstance(value, yaml_file.Switch) and flag.convert not in (string, text) and value not in names
+            )
             raw = str(value.on) if is_switch else ",".join(map(str, value)) if isinstance(value, list) else str(value)
             _convert(flag, key, raw, path, given, problems)
     return given

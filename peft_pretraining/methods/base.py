@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import local, total_norm
+from peft_pretraining.nn import LowRankLinear, replace_linear
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
@@ -26,8 +27,21 @@ class TrainingMethod:
     def __init__(self, config: Config):
         self.config = config
 
+    def replacements(self, model: nn.Module) -> dict[str, Callable[[nn.Linear], LowRankLinear]]:
+        """The linear layers to replace, by name, each with what makes the new layer of the old one.
+
+        `model` may be on the meta device, where layers have names and shapes alone. They get their weights one by one,
+        when they are replaced, so that the whole model never exists beside its replacement.
+        """
+        return {}
+
     def convert(self, model: nn.Module) -> nn.Module:
-        """Change the model's layers, before it is distributed."""
+        """Change a model that has its weights, before it is distributed: here as `replacements` says.
+
+        A method that overrides this sees all of its weights at once.
+        """
+        for name, make in self.replacements(model).items():
+            replace_linear(model, name, make)
         return model
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.gathering import put
+from peft_pretraining.distributed.gathering import copy_to_shard
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
@@ -43,7 +45,7 @@ def build_model(
     weights_from: str | None,
     device: torch.device,
     seed: int | None = None,
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """A LLaMA in training mode.
 
     With `weights_from`, a folder or hub name, its weights are read; raises `ConfigError` unless they are a whole LLaMA.
@@ -71,16 +73,22 @@ def build_model(
         model = _empty_model(config, shape, dtype)
         if seed is not None:
             materialize(model, device, seed)
-    model.get_input_embeddings().padding_idx = None
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    embeddings.padding_idx = None
     model.config.use_cache = True
     if config.activation_checkpointing:
         # transformers renamed it in 5.2x; both take the arguments of torch.utils.checkpoint first.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return (model if weights_from is None else model.to(device)).train()
+    return (model if weights_from is None else _moved(model, device)).train()
 
 
-def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
+def _moved(model: PreTrainedModel, to: torch.device | torch.dtype) -> PreTrainedModel:
+    return model.to(to)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+
+
+def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device: shapes without memory."""
     # With a padding id the embedding would zero that row and never train it; with -1, the last one.
     # What is said to be passed over is: `return_dict` or `output_attentions` would change what the model returns.
@@ -89,7 +97,7 @@ def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype)
     pad_token_id = shape.get("pad_token_id")
     llama._attn_implementation = config.attn_implementation
     with torch.device("meta"):
-        model = LlamaForCausalLM(llama).to(dtype)
+        model = _moved(LlamaForCausalLM(llama), dtype)
     if pad_token_id is not None and 0 <= pad_token_id < llama.vocab_size:
         model.config.pad_token_id = pad_token_id  # fine-tuning the exported model needs it
     model.config.dtype = dtype
@@ -97,24 +105,45 @@ def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype)
 
 
 @torch.no_grad()
-def materialize(model: LlamaForCausalLM, device: torch.device, seed: int) -> None:
-    """Give a model on the meta device memory on `device`, and its initial weights, in place. Others are left alone.
+def materialize(model: PreTrainedModel, device: torch.device, seed: int) -> None:
+    """Give a model on the meta device memory on `device`, and its initial weights, in place.
 
-    Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as transformers does. Each weight is a
-    function of (seed, its name), drawn in float32 on the CPU and then rounded, one at a time: the same on every device
-    and for every way to distribute the model, and the model never exists twice.
+    What has its weights is left alone. Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as
+    transformers does. Each weight is a function of (seed, its name), drawn in float32 on the CPU and then rounded, one
+    at a time: the same on every device and for every way to distribute the model, and the model never exists twice.
     """
-    if not any(param.is_meta for param in model.parameters()):
+    missing = {name for name, param in model.named_parameters() if param.is_meta}
+    if not missing:
         return
-    model.to_empty(device=device)
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     model.tie_weights()
-    rotary = model.model.rotary_emb  # its buffers are computed when it is built, and saved nowhere
-    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    # Its buffers are computed when it is built, and saved nowhere.
+    assert isinstance(model.config, LlamaConfig)
+    model.set_submodule("model.rotary_emb", LlamaRotaryEmbedding(model.config).to(device))
     for name, param in model.named_parameters():
-        if param.ndim < 2:
-            local(param).fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        generator = rng.generator(seed, f"initial weights of {name}")
-        drawn = torch.empty(param.shape, dtype=torch.float32)
-        drawn.normal_(0.0, model.config.initializer_range, generator=generator)
-        put(param, drawn)
+        if name in missing:
+            _initialize(name, param, model.config.initializer_range, seed)
+
+
+@torch.no_grad()
+def materialize_layer(model: PreTrainedModel, name: str, device: torch.device, seed: int) -> None:
+    """Give one layer of a model on the meta device what `materialize` would, so that it can be replaced before the
+    others take any memory. One that has its weights is left alone."""
+    layer = model.get_submodule(name)
+    if not any(param.is_meta for param in layer.parameters()):
+        return
+    layer.to_empty(device=device)
+    for key, param in layer.named_parameters():
+        _initialize(f"{name}.{key}", param, model.config.initializer_range, seed)
+
+
+def _initialize(name: str, param: nn.Parameter, std: float, seed: int) -> None:
+    if param.ndim < 2:
+        local(param).fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    generator = rng.generator(seed, f"initial weights of {name}")
+    in_place = local(param) is param and param.device.type == "cpu" and param.dtype == torch.float32
+    drawn = param.data if in_place else torch.empty(param.shape, dtype=torch.float32)
+    drawn.normal_(0.0, std, generator=generator)
+    if not in_place:
+        copy_to_shard(param, drawn)

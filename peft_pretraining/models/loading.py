@@ -36,6 +36,19 @@ def load_pretrained(kind: Any, name: str, what: str, *, new_head: bool = False, 
 
     Raises `ConfigError` where it cannot be loaded, or a weight is missing, unknown, of another shape, not made of
     floating-point numbers or not finite.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+    >>> folder = tempfile.mkdtemp()
+    >>> LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(folder)
+    >>> load_pretrained(LlamaForCausalLM, folder, f"--model_name_or_path {folder}").num_parameters()
+    4656
+    >>> try:
+    ...     load_pretrained(LlamaForCausalLM, folder, "it", config=LlamaConfig(**sizes, num_hidden_layers=2))
+    ... except ConfigError as error:
+    ...     print(error.problems[0])
+    it: it lacks model.layers.1.input_layernorm.weight and 8 other weights, which would be drawn at random
     """
     try:
         with _quiet_transformers():

@@ -44,6 +44,10 @@ def target_linears(model: nn.Module, target_modules: Sequence[str]) -> dict[str,
     Every name has to match a layer (of `attn` and `attention`, which mean the same, one has to; of the names in
     `DEFAULT_TARGETS` together some do, and the others are logged), and a layer's weight must not be another module's,
     too, as that of a tied head is the embedding's. Raises `TargetError`, a `ValueError`, otherwise.
+
+    >>> model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "head": nn.Linear(4, 2)})
+    >>> list(target_linears(model, ["mlp"]))
+    ['mlp.0', 'mlp.1']
     """
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not wanted or not all(isinstance(name, str) and name for name in wanted):

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.gathering import mean_part, put
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.gathering import copy_to_shard, mean_part
+from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
 from peft_pretraining.optim.bases import basis_rule
 from peft_pretraining.optim.projection import RIGHT
-from peft_pretraining.optim.subspace import Projected, Subspace, counter
-from peft_pretraining.optim.update_rules import UpdateRule
+from peft_pretraining.optim.state_tensor import counter
+from peft_pretraining.optim.subspace import Projected, Subspace
+from peft_pretraining.optim.update_rule import UpdateRule
 
 
 class AdapterSubspace:
@@ -35,9 +36,9 @@ class AdapterSubspace:
 
     def __init__(self, layer: LowRankLinear, name: str, settings: dict[str, Any], peers: list[Subspace]):
         self.layer, self.settings = layer, settings
-        shape = torch.Size((layer.out_features, layer.in_features))
-        self.subspace = Subspace(basis_rule(settings, shape), f"{name}.weight", peers)
-        (self.side,) = self.subspace.rule.projection.sides
+        shape, rule = torch.Size((layer.out_features, layer.in_features)), basis_rule(settings)
+        self.subspace = Subspace(rule, rule.projection(settings, shape), f"{name}.weight", peers)
+        (self.side,) = self.subspace.projection.sides
         self.projected: Projected | None = None
         self.basis.requires_grad_(False)  # for good, so that nothing that wraps the model sees it change
 
@@ -54,23 +55,23 @@ class AdapterSubspace:
         """Update step of the last refresh (-1: none) and their number."""
         return {"last_refresh": counter(-1), "refreshes": counter(0)}
 
-    def divide(self) -> None:
-        """The model has been divided over devices: from now on gradients and R are this device's parts.
+    def follow_sharding(self) -> None:
+        """The model has been sharded over devices: from now on gradients and R are this device's parts.
 
         Sums over devices, where a basis needs them, are the basis rule's.
         """
-        weight, dtype = self.layer.weight, working_dtype(self.layer.lora_A.dtype)
-        self.subspace.rule = basis_rule(self.settings, Shard.of(weight))
-        if Shard.of(weight).dim is not None:
+        weight, dtype = self.layer.frozen_weight, working_dtype(self.layer.lora_A.dtype)
+        self.subspace.projection = self.subspace.rule.projection(self.settings, ShardInfo.of(weight))
+        if ShardInfo.of(weight).dim is not None:
             # At once, in every backward pass: the gradient of a whole layer exists for that moment only.
             self.layer.gradient_part = lambda gradient: mean_part(gradient.to(dtype), weight)
 
     @property
-    def _divided_rank(self) -> Shard | None:
-        """How the trained factor is divided where R, in contrast, is whole on every device: along the rank, since the
-        other dimension could not be divided evenly."""
-        shard = Shard.of(self.trained)
-        return shard if shard.dim is not None and self.subspace.rule.projection.low_rank_shard.dim is None else None
+    def _sharded_rank(self) -> ShardInfo | None:
+        """How the trained factor is sharded where R, in contrast, is whole on every device: along the rank, since the
+        other dimension could not be sharded evenly."""
+        shard = ShardInfo.of(self.trained)
+        return shard if shard.dim is not None and self.subspace.projection.low_rank_shard.dim is None else None
 
     def is_due(self, state: dict[str, Tensor], step: int) -> bool:
         return self.subspace.refresh_is_due(state, self.settings, step)
@@ -80,41 +81,49 @@ class AdapterSubspace:
         layer, self.projected = self.layer, None
         layer.full_gradient = None
         if wanted:
-            layer.full_gradient = torch.zeros_like(local(layer.weight), dtype=working_dtype(layer.lora_A.dtype))
+            layer.full_gradient = torch.zeros_like(local(layer.frozen_weight), dtype=working_dtype(layer.lora_A.dtype))
+
+    @property
+    def gathered_gradient(self) -> Tensor:
+        """The full gradient (m, n), or this device's part, that the backward passes have added up."""
+        assert self.layer.full_gradient is not None, "it was not asked for"
+        return self.layer.full_gradient
 
     @torch.no_grad()
     def observe(self) -> None:
         """Let the refresh see the gradient that was gathered, and begin gathering anew."""
-        self.subspace.observe(self.layer.full_gradient)
-        self.layer.full_gradient = torch.zeros_like(self.layer.full_gradient)
+        self.subspace.observe(self.gathered_gradient)
+        self.layer.full_gradient = torch.zeros_like(self.gathered_gradient)
 
     @torch.no_grad()
     def project(self, state: dict[str, Tensor], step: int) -> None:
         """Choose the new basis for the full gradient, which is complete and reduced, and give the trained factor its
         gradient in it. Nothing is committed: the update may still be skipped."""
-        projected = self.subspace.project(self._with_basis(state), self.layer.full_gradient, self.settings, step)
+        projected = self.subspace.project(self._with_basis(state), self.gathered_gradient, self.settings, step)
         self.projected, self.layer.full_gradient = projected, None
-        gradient = projected.low_rank_grad.mul(self.layer.scale)
-        if self._divided_rank is None:
-            local(self.trained.grad).copy_(gradient)
+        gradient, trained = projected.low_rank_grad.mul(self.layer.scale), self.trained.grad
+        assert trained is not None, "every backward pass gives the trained factor a gradient"
+        if self._sharded_rank is None:
+            local(trained).copy_(gradient)
         else:
-            put(self.trained.grad, gradient)
+            copy_to_shard(trained, gradient)
 
     @torch.no_grad()
-    def commit(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
+    def apply(self, state: dict[str, Tensor], step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]) -> None:
         """Merge what the old basis has gathered, change the basis, and begin at zero in it."""
         projected, self.projected = self.projected, None
+        assert projected is not None, "the new basis was not chosen"
         if projected.new_bases is not None:
             self.layer.add_to_weight(self.layer.delta_weight())
             local(self.trained).zero_()
-        state, divided = self._with_basis(state), self._divided_rank
+        state, sharded = self._with_basis(state), self._sharded_rank
         moment = state.get(rule.first_moment)
-        if divided is None or moment is None:
-            self.subspace.commit(state, projected, step, rule, metrics)
+        if sharded is None or sharded.dim is None or moment is None:
+            self.subspace.apply(state, projected, step, rule, metrics)
             return
-        gathered = divided.gather(moment)
-        self.subspace.commit({**state, rule.first_moment: gathered}, projected, step, rule, metrics)
-        moment.copy_(divided.part(gathered, divided.dim))
+        gathered = sharded.gather(moment)
+        self.subspace.apply({**state, rule.first_moment: gathered}, projected, step, rule, metrics)
+        moment.copy_(sharded.part(gathered, sharded.dim))
 
     def _with_basis(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The optimizer's state and the basis, where `Subspace` looks for them; changes in place reach both."""

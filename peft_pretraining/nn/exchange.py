@@ -7,7 +7,7 @@ SwitchLoRA, arXiv 2406.06564. For a row a_i of A that makes room for the candida
 keeps W + s·B·A, and likewise for a column of B. The outgoing vectors are saved first and the incoming ones read after
 that, so it holds for any choice of candidates, even the outgoing ones themselves.
 
-Divided over devices, A and the pools have their vectors' entries divided, W and B their rows. Pools and factors are
+Sharded over devices, A and the pools have their vectors' entries sharded, W and B their rows. Pools and factors are
 then exchanged where they lie, and W needs the changed rows of A as a whole: those alone are gathered.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.gathering import gather_columns
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import working_dtype
 from peft_pretraining.nn.switching import Switch, SwitchedLinear
 
@@ -37,7 +37,7 @@ def exchange(switches: Sequence[tuple[SwitchedLinear, Switch]], drop: float = 0.
     """Carry out the switches; returns the correction (m, n), or this device's rows, that each layer's W got.
 
     Vectors travel in one copy to the pools' memory and one back, whatever the number of layers, and in one gathering
-    over the devices if they are divided. `drop` takes that share of its old value off a vector that goes back to its
+    over the devices if they are sharded. `drop` takes that share of its old value off a vector that goes back to its
     pool, which then gets its old length.
     """
     if not switches:
@@ -95,10 +95,10 @@ def _install(
 
 
 def _save(pool: Tensor, indices: Tensor, vectors: Tensor, drop: float, device: torch.device) -> None:
-    """Write vectors (k, d) to their places in a pool (c, d). Devices that divide it exchange numbers on `device`."""
+    """Write vectors (k, d) to their places in a pool (c, d). Devices that share it exchange numbers on `device`."""
     part = local(pool)
     if drop:
-        changed, shard = vectors - drop * part[indices], Shard.of(pool)
+        changed, shard = vectors - drop * part[indices], ShardInfo.of(pool)
         lengths = torch.linalg.vector_norm(torch.stack([vectors, changed]).to(working_dtype(part.dtype)), dim=2)
         if shard.dim is not None:
             lengths = shard.sum(lengths.square().to(device)).sqrt().to(part.device)

@@ -35,6 +35,14 @@ def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch
     return drawn.to(like.device, like.dtype)
 
 
+def fill_uniform(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
+    """The same into a tensor, and without a copy where that is possible."""
+    if tensor.device.type == "cpu" and tensor.dtype == working_dtype(tensor.dtype):
+        tensor.uniform_(-bound, bound, generator=generator)
+    else:
+        tensor.copy_(uniform(tuple(tensor.shape), bound, tensor, generator))
+
+
 def draw_kaiming_a(layer: LowRankLinear, generator: torch.Generator) -> Tensor:
     return uniform((layer.rank, layer.in_features), kaiming_bound(layer.in_features), layer.lora_A, generator)
 

@@ -8,22 +8,21 @@ What happens to W, A and B over time (merge, reset, switch, new basis) is for th
 `add_to_weight`, which computes in float32 (float64 for float64). A W of 16 bits keeps beside it what rounding takes
 from it (nn/weight_rest.py), so that any number of corrections adds up as in float32.
 
-W, A and B may be divided over devices (distributed/sharding.py). What is computed from them between passes is then this
+W, A and B may be sharded over devices (distributed/sharding.py). What is computed from them between passes is then this
 device's part of W, with rows of B and columns of A that meet it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.gathering import meeting, on_main
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
-from peft_pretraining.models.targets import as_linear, target_linears
+from peft_pretraining.distributed.gathering import meeting
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.nn import weight_rest
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
@@ -45,6 +44,17 @@ class LowRankLinear(nn.Module):
     corrected: W is changed again and again, so that in 16 bits it needs its rest; without, a change is rounded.
     lora_only: drop W; then nothing can be merged.
     quantize: "4bit" or "8bit" keeps W quantised (bitsandbytes); `double_quant` quantises the 4-bit constants, too.
+
+    >>> layer = LowRankLinear(nn.Linear(6, 4), rank=2, scale=0.5)
+    >>> layer.lora_A.shape, layer.lora_B.shape, layer.weight.requires_grad
+    (torch.Size([2, 6]), torch.Size([4, 2]), False)
+    >>> x = torch.randn(3, 6)
+    >>> layer.set_factors(torch.randn(2, 6), torch.randn(4, 2), keep_function=False)
+    >>> before = layer(x)
+    >>> layer.merge()
+    >>> int(layer.lora_B.count_nonzero())
+    0
+    >>> torch.testing.assert_close(layer(x), before)
     """
 
     def __init__(
@@ -70,14 +80,17 @@ class LowRankLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lora_only = lora_only
         self.quantized: QuantizedWeight | None = None
+        self.weight: nn.Parameter | None
         self.register_parameter("weight", None)
         if quantize:
             self.quantized = QuantizedWeight(dense, quantize, double_quant)
         elif not lora_only:
             self.weight = nn.Parameter(dense, requires_grad=False)
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", linear.bias)
         self.lora_A = nn.Parameter(dense.new_zeros(self.rank, self.in_features))
         self.lora_B = nn.Parameter(dense.new_zeros(self.out_features, self.rank))
+        self.scaling: nn.Parameter | None
         self.register_parameter("scaling", nn.Parameter(dense.new_ones(())) if train_scaling else None)
         self.turned = False
         """Whether the plain layer stores Wᵀ (transformers' Conv1D)."""
@@ -87,7 +100,7 @@ class LowRankLinear(nn.Module):
         self.full_gradient: Tensor | None = None
         """While this is a tensor (m, n), backward passes add the gradient of the full weight to it."""
         self.gradient_part: Callable[[Tensor], Tensor] | None = None
-        """What makes of a gradient (m, n) the part that `full_gradient` has, where W is divided."""
+        """What makes of a gradient (m, n) the part that `full_gradient` has, where W is sharded."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scale={self.scale:g}"
@@ -97,7 +110,7 @@ class LowRankLinear(nn.Module):
         low = F.linear(low, self.lora_B)  # (..., m)
         if self.lora_only:
             return low if self.bias is None else low + self.bias
-        if self.quantized is None and self.full_gradient is None:
+        if self.weight is not None and self.full_gradient is None:
             return F.linear(x, self.weight, self.bias) + low
         # The trained factor goes along so that autograd visits the product even if x needs no gradient.
         trained = self.lora_A if self.lora_A.requires_grad else self.lora_B
@@ -111,57 +124,69 @@ class LowRankLinear(nn.Module):
         """W (m, n), the frozen part, dequantised if need be; zeros under `lora_only`."""
         if self.lora_only:
             return torch.zeros_like(self.lora_B[:, :1] @ self.lora_A[:1])
-        return self.weight if self.quantized is None else self.quantized.dense()
+        return self.frozen_weight if self.quantized is None else self.quantized.dense()
+
+    @property
+    def frozen_weight(self) -> nn.Parameter:
+        """W (m, n) of a layer that keeps it as it is: neither dropped nor quantised."""
+        assert self.weight is not None, "the weight is dropped or quantised"
+        return self.weight
 
     @property
     def rest(self) -> Tensor | None:
-        """The rest of W (m, n), int16, divided and placed as W is now; None where W is all there is.
+        """The rest of W (m, n), int16, sharded and placed as W is now; None where W is all there is.
 
         Neither a parameter nor a buffer: its digits must never be cast, averaged or broadcast.
         """
         if self._rest is None:
             return None
-        shard, device = Shard.of(self.weight), local(self.weight).device
-        if shard.dim is not None and Shard.of(self._rest).dim is None:  # W has been divided since
+        weight = self.frozen_weight
+        shard, device = ShardInfo.of(weight), local(weight).device
+        if shard.dim is not None and ShardInfo.of(self._rest).dim is None:  # W has been sharded since
             part = shard.part(self._rest, shard.dim).to(device, copy=True)
-            self._rest = distribute_like(part, self.weight, shard.dim, shard.shape[shard.dim])
+            self._rest = distribute_like(part, weight, shard.dim, shard.shape[shard.dim])
         elif local(self._rest).device != device:
             self._rest = self._rest.to(device)
         return self._rest
 
+    def follow_sharding(self) -> None:
+        """W, A and B have been sharded over devices: keep of what is no parameter this device's part, too."""
+        _ = self.rest
+
     @torch.no_grad()
     def exact_weight(self) -> Tensor:
         """W with its rest, (m, n) or this device's part, in `working_dtype`."""
-        dense = local(self.dense_weight())
-        if self._rest is not None:
-            return weight_rest.join(dense, local(self.rest))
+        dense, rest = local(self.dense_weight()), self.rest
+        if rest is not None:
+            return weight_rest.join(dense, local(rest))
         return dense.to(working_dtype(self.lora_A.dtype))
 
     def add_to_full_gradient(self, gradient: Tensor) -> None:
         """Add one backward pass's gradient of the full weight (m, n) to what has gathered."""
+        assert self.full_gradient is not None, "nobody asked for it"
         self.full_gradient += gradient if self.gradient_part is None else self.gradient_part(gradient)
 
     @property
-    def divided_as(self) -> Tensor:
-        """The parameter that says how (m, n) is divided over devices."""
+    def sharded_as(self) -> Tensor:
+        """The parameter that says how (m, n) is sharded over devices."""
         return self.lora_B if self.weight is None else self.weight
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s·B·A (m, n), or this device's part, in float32 or float64."""
         high = working_dtype(self.lora_A.dtype)
-        scale, shard = self.current_scale(), Shard.of(self.divided_as)
+        scale, shard = self.current_scale(), ShardInfo.of(self.sharded_as)
         b, a = meeting(self.lora_B, shard, 0), meeting(self.lora_A, shard, 1)
         return b.to(high) @ a.to(high) * (scale.to(high) if isinstance(scale, Tensor) else scale)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s·B·A (m, n) in the model's dtype, divided as W: what a plain layer would hold. Changes nothing."""
+        """W + s·B·A (m, n) in the model's dtype, sharded as W: what a plain layer would hold. Changes nothing."""
         delta = self.delta_weight()
         dense = torch.zeros_like(delta) if self.lora_only else self.exact_weight()
-        merged, shard = (dense + delta).to(self.lora_A.dtype), Shard.of(self.divided_as)
+        merged, shard = (dense + delta).to(self.lora_A.dtype), ShardInfo.of(self.sharded_as)
         return (
-            merged if shard.dim is None else distribute_like(merged, self.divided_as, shard.dim, shard.shape[shard.dim])
+            merged if shard.dim is None else distribute_like(merged, self.sharded_as, shard.dim, shard.shape[shard.dim])
         )
 
     @torch.no_grad()
@@ -172,9 +197,9 @@ class LowRankLinear(nn.Module):
         if self.quantized is not None:
             self.quantized.assign(self.quantized.dense().to(correction.dtype) + correction)
             return
-        weight = local(self.weight)
-        if self._rest is not None:
-            weight_rest.split(self.exact_weight() + correction, weight, local(self.rest))
+        weight, rest = local(self.frozen_weight), self.rest
+        if rest is not None:
+            weight_rest.split(self.exact_weight() + correction, weight, local(rest))
         elif weight.dtype == correction.dtype:
             weight.add_(correction)
         else:
@@ -198,12 +223,13 @@ class LowRankLinear(nn.Module):
         """Casts, too: a W that gets more digits takes back its rest."""
         before = None if self.weight is None else self.weight.dtype
         super()._apply(fn, recurse)
-        if self._rest is not None and self.weight.dtype != before:
+        if self._rest is not None and self.frozen_weight.dtype != before:
             with torch.no_grad():
-                weight = local(self.weight)
-                value = weight_rest.join(weight.to(before), local(self.rest))
+                weight, rest = local(self.frozen_weight), self.rest
+                assert rest is not None
+                value = weight_rest.join(weight.to(before), local(rest))
                 if weight_rest.has_rest(weight.dtype):
-                    weight_rest.split(value, weight, local(self.rest))
+                    weight_rest.split(value, weight, local(rest))
                 else:
                     weight.copy_(value)
                     self._rest = None
@@ -219,54 +245,16 @@ class LowRankLinear(nn.Module):
         name = prefix + WEIGHT_REST
         if name in unexpected:
             unexpected.remove(name)
-        given = state_dict.get(name)
+        given, rest = state_dict.get(name), self.rest
         if given is None:
-            if self._rest is not None:  # an older state: W was all there was
-                local(self.rest).zero_()
+            if rest is not None:  # an older state: W was all there was
+                local(rest).zero_()
             return
         if self.weight is None or given.shape != self.weight.shape:
             errors.append(f"{name}: there is no weight of shape {tuple(given.shape)}")
             return
         with torch.no_grad():
-            if self._rest is not None:
-                local(self.rest).copy_(local(given))
+            if rest is not None:
+                local(rest).copy_(local(given))
             elif weight_rest.has_rest(state_dict[f"{prefix}weight"].dtype):
                 local(self.weight).copy_(weight_rest.join(local(state_dict[f"{prefix}weight"]), local(given)))
-
-
-def wrap_linears(
-    model: nn.Module, target_modules: Sequence[str], wrap: Callable[[nn.Linear, int], LowRankLinear]
-) -> dict[str, LowRankLinear]:
-    """Replace every target layer of `model` by `wrap(layer, its index)`; returns the new layers by name.
-
-    Raises `TargetError` where `target_linears` does.
-    """
-    for index, (name, module) in enumerate(target_linears(model, target_modules).items()):
-        linear = as_linear(module)
-        layer = wrap(linear, index)
-        layer.turned = linear is not module
-        model.set_submodule(name, layer)
-    return low_rank_layers(model)
-
-
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The layers with factors by dotted name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-
-
-@torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the plain model that computes the same function, under plain names. Changes nothing.
-
-    Merged weights are on the CPU: on the device there may be no room for a second copy. Those of a divided model are
-    gathered one by one, and only the main process keeps them.
-    """
-    layers = low_rank_layers(model)
-    prefixes = tuple(f"{name}." for name in layers)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
-    for name, layer in layers.items():
-        merged = on_main(layer.merged_weight())
-        state[f"{name}.weight"] = merged.T.contiguous() if layer.turned and merged.ndim == 2 else merged
-        if layer.bias is not None:
-            state[f"{name}.bias"] = layer.bias.detach()
-    return state

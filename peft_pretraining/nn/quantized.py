@@ -16,6 +16,13 @@ class QuantizedWeight(nn.Module):
     8bit: dynamic 8-bit in blocks of 256 (arXiv 2110.02861).
     """
 
+    codes: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor
+    nested_code: Tensor
+    offset: Tensor
+
     def __init__(self, dense: Tensor, kind: str, double_quant: bool = False):
         super().__init__()
         if kind not in ("4bit", "8bit"):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.sharding import Shard, distribute_like, local
-from peft_pretraining.nn.initialization import kaiming_bound, switchlora_bounds, uniform
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
+from peft_pretraining.nn.initialization import fill_uniform, kaiming_bound, switchlora_bounds
 from peft_pretraining.nn.low_rank_linear import LowRankLinear
 
 
@@ -38,10 +38,17 @@ class SwitchState(nn.Module):
     `.to()` nor DistributedDataParallel may touch them.
 
     candidates_A (c, n), candidates_B (c, m), selected_A/B (r), pointers (2): the slots of A and B that are switched
-    next; frozen_A/B (r): updates for which a slot still gets no gradient. Where the model is divided over devices, so
-    are the vectors of the pools (`divide`); all else is the same everywhere.
+    next; frozen_A/B (r): updates for which a slot still gets no gradient. Where the model is sharded over devices, so
+    are the vectors of the pools (`follow_sharding`); all else is the same on all ranks.
     """
 
+    candidates_A: Tensor
+    candidates_B: Tensor
+    selected_A: Tensor
+    selected_B: Tensor
+    pointers: Tensor
+    frozen_A: Tensor
+    frozen_B: Tensor
     NAMES = ("candidates_A", "candidates_B", "selected_A", "selected_B", "pointers", "frozen_A", "frozen_B")
 
     def __init__(self, layer: LowRankLinear, offload: bool = True):
@@ -60,8 +67,8 @@ class SwitchState(nn.Module):
         c, n = self.candidates_A.shape
         m, rank = layer.out_features, layer.rank
         bound_a, bound_b = (kaiming_bound(n), 0.0) if kind == "origin_lora" else switchlora_bounds(m, n, rank)
-        self.candidates_A.copy_(uniform((c, n), bound_a, self.candidates_A, generator))
-        self.candidates_B.copy_(uniform((c, m), 0.0 if zero_b else bound_b, self.candidates_B, generator))
+        fill_uniform(self.candidates_A, bound_a, generator)
+        fill_uniform(self.candidates_B, 0.0 if zero_b else bound_b, generator)
         first_a = first_b = torch.arange(c - rank, c)
         if shuffled:
             first_a, first_b = (torch.randperm(c, generator=generator)[:rank] for _ in range(2))
@@ -69,14 +76,14 @@ class SwitchState(nn.Module):
         self.selected_B.copy_(first_b.roll(rank // 2))
 
     @torch.no_grad()
-    def divide(self, layer: LowRankLinear) -> None:
-        """Keep of every candidate the entries that this device has of the layer's factors, which have been divided."""
+    def follow_sharding(self, layer: LowRankLinear) -> None:
+        """Keep of every candidate the entries that this device has of the layer's factors, which have been sharded."""
         for name, factor, dim in (("candidates_A", layer.lora_A, 1), ("candidates_B", layer.lora_B, 0)):
-            shard = Shard.of(factor)
-            if shard.dim is None:
-                continue
-            assert shard.dim == dim, f"{name}: vectors are divided over devices, not whole ones dealt out"
+            shard = ShardInfo.of(factor)
             whole = getattr(self, name)
+            # Not sharded at all, or with whole vectors dealt out, which the method refuses; or done already.
+            if shard.dim != dim or ShardInfo.of(whole).dim is not None:
+                continue
             part = _pool((len(whole), shard.size), local(factor), self._offload)
             part.copy_(shard.part(whole, 1))
             setattr(self, name, distribute_like(part, factor, 1, whole.shape[1]))
@@ -142,3 +149,7 @@ class SwitchedLinear(LowRankLinear):
         """Take the first factors from the pools; W takes back what they add, so the function stays."""
         self.switching = state
         self.set_factors(*state.live_factors(), keep_function=True)
+
+    def follow_sharding(self) -> None:
+        super().follow_sharding()
+        self.switching.follow_sharding(self)

@@ -1,4 +1,4 @@
-"""Optimizers: one for projected gradients, put together from basis rules and update rules.
+"""Optimizers: one that is put together from basis rules, update rules, lifts and state formats.
 
 Imports of the package: `distributed`, `flags`, `models`, `rng`. This module is free of torch, as `rule_settings` is:
 the classes are imported when they are asked for.
@@ -10,13 +10,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_pretraining.optim.basis_rule import BasisRule, Refresh
+    from peft_pretraining.optim.collectives import Collective
+    from peft_pretraining.optim.lifts import Lift
     from peft_pretraining.optim.low_rank import LowRankOptimizer
     from peft_pretraining.optim.low_rank_gradients import LowRankGradients
+    from peft_pretraining.optim.param_update import Direction, ParamUpdate
     from peft_pretraining.optim.per_layer import PerLayerUpdates
+    from peft_pretraining.optim.state_tensor import StateTensor
+    from peft_pretraining.optim.update_rule import UpdateRule
 
-_MODULES = {"LowRankGradients": "low_rank_gradients", "LowRankOptimizer": "low_rank", "PerLayerUpdates": "per_layer"}
+__all__ = [
+    "BasisRule",
+    "Collective",
+    "Direction",
+    "Lift",
+    "LowRankGradients",
+    "LowRankOptimizer",
+    "ParamUpdate",
+    "PerLayerUpdates",
+    "Refresh",
+    "StateTensor",
+    "UpdateRule",
+]
 
-__all__ = ["LowRankGradients", "LowRankOptimizer", "PerLayerUpdates"]
+_MODULES = {
+    "BasisRule": "basis_rule",
+    "Refresh": "basis_rule",
+    "Collective": "collectives",
+    "Lift": "lifts",
+    "LowRankOptimizer": "low_rank",
+    "LowRankGradients": "low_rank_gradients",
+    "Direction": "param_update",
+    "ParamUpdate": "param_update",
+    "PerLayerUpdates": "per_layer",
+    "StateTensor": "state_tensor",
+    "UpdateRule": "update_rule",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from peft_pretraining.distributed.sharding import local
-
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Parts of a parameter's name that come from what is around the model, and not from the model."""
-
-_OTHER_STATE = "state of another rank, proj_type or rule"
+from peft_pretraining.distributed.sharding import local, total_norm
+from peft_pretraining.optim.saved_state import Loading
+from peft_pretraining.optim.state_tensor import is_counter
 
 
 class InPlaceOptimizer(torch.optim.Optimizer):
     """An optimizer whose state exists from the start: a checkpoint loads into tensors that are there.
 
     Subclasses say what a group's state is (`_new_states`) and what must not be loaded (`_check_saved_group`). State
-    lies on its weight's device, wherever that goes, but for the keys in `_on_cpu`; it keeps the dtype that it had at
-    construction.
+    lies on its weight's device, wherever that goes, but for counters; it keeps the dtype that it had at construction.
+
+    What a training loop asks about gradients is here, too, as it is for an optimizer that takes them as they are.
     """
 
-    _on_cpu: frozenset[str] = frozenset()
-    """Keys of the state that stay on the CPU: numbers that decide what to do."""
+    update_step: int | None = None
+    """The 0-based update that `begin_update` has announced."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises `ValueError` for settings that are wrong in themselves."""
@@ -64,13 +62,14 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         if len(known) != len(groups) or size != now or any(a is not b for a, b in zip(known, groups, strict=True)):
             found = {param: group for group in groups for param in group["params"]}
             self.__dict__["_groups_seen"] = (list(groups), now, found)
-        return found[param]
+        group: dict[str, Any] = found[param]
+        return group
 
     def _follow(self, param: Tensor) -> dict[str, Any]:
         """A parameter's state, on the parameter's device: `model.to` may have moved it since."""
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         for key, value in state.items():
-            if key not in self._on_cpu and value.device != param.device and not isinstance(value, DTensor):
+            if not is_counter(value) and value.device != param.device and not isinstance(value, DTensor):
                 state[key] = value.to(param.device)
         return state
 
@@ -84,6 +83,36 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         for param, _ in found:
             check_dense(param, type(self).__name__)
         return iter(found)
+
+    # Gradients, between the backward pass and `step`.
+
+    def begin_update(self, step: int, frozen: bool = False) -> None:
+        """Takes `step` as the 0-based number of the update, before its first forward pass, and drops what a skipped one
+        may have left. `frozen`: its gradients are to move nothing, not even inside the backward pass."""
+        self.update_step = step
+
+    def begin_micro_batch(self, index: int, count: int) -> None:
+        """Before the forward pass of micro-batch `index` of `count`."""
+
+    def wants_extra_batches(self) -> int:
+        """Further total batches whose gradients `observe_gradients` should see before those of the update."""
+        return 0
+
+    def observe_gradients(self) -> None:
+        """The gradients of an extra batch are complete and reduced; they are dropped afterwards."""
+
+    def grad_norm(self) -> Tensor:
+        """Global 2-norm of the gradients, over all devices; a scalar, which clipping uses."""
+        return total_norm(grad_of(param) for param, _ in self._with_gradients())
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiplies every gradient by a scalar, in place, after `grad_norm`."""
+        if gradients := [gradient_of(param) for param, _ in self._with_gradients()]:
+            torch._foreach_mul_(gradients, factor)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last update, for the log. They are told once."""
+        return {}
 
     # Loading.
 
@@ -103,7 +132,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         Named parameters are matched by name. Raises `ValueError`, and loads nothing, for the state of other
         parameters, another rank, projection or rule, and for settings that the constructor would refuse.
         """
-        loading = _Loading()
+        loading = Loading(self)
         handles = (
             self.register_load_state_dict_pre_hook(loading.check),  # after the caller's hooks, which may change it
             self.register_load_state_dict_post_hook(loading.put, prepend=True),
@@ -115,126 +144,27 @@ class InPlaceOptimizer(torch.optim.Optimizer):
                 handle.remove()
 
 
-class _Loading:
-    """One call of `load_state_dict`."""
-
-    def __init__(self) -> None:
-        self.own: dict[Tensor, dict[str, Any]] = {}
-        self.saved: dict[Tensor, dict[str, Any]] = {}
-
-    def check(self, optimizer: InPlaceOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Refuse what does not fit, and give torch the groups in this optimizer's order, without the state."""
-        _check_form(state_dict)
-        groups, own = state_dict["param_groups"], optimizer.param_groups
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
-            return None  # which torch refuses
-        groups = [_in_order(*pair) for pair in zip(groups, own, strict=True)]
-        keep = {*optimizer.defaults, "first_lr"}
-        groups = [
-            {**{key: value for key, value in ours.items() if key in keep and key not in saved}, **saved}
-            for saved, ours in zip(groups, own, strict=True)
-        ]
-        states = dict(state_dict["state"])
-        for saved, ours in zip(groups, own, strict=True):
-            if saved.get("betas") is None and "betas" in ours:  # older states leave the rule's unsaid
-                saved["betas"] = ours["betas"]
-            optimizer._check_group(saved)
-            optimizer._check_saved_group(saved, ours)
-            for index, param in zip(saved["params"], ours["params"], strict=True):
-                self.saved[param] = states.pop(index, {})
-                _check_values(self.saved[param], param)
-                _check_shapes(self.saved[param], optimizer.state[param], *optimizer._may_differ(param))
-        self.own = {param: optimizer._follow(param) for param in self.saved}
-        return {**state_dict, "state": states, "param_groups": groups}
-
-    def put(self, optimizer: InPlaceOptimizer) -> None:
-        """Copy the saved state into the tensors that were there."""
-        with torch.no_grad():
-            for param, saved in self.saved.items():
-                own = self.own[param]
-                adopted = saved.keys() - own.keys()
-                for key in own.keys() - saved.keys():
-                    del own[key]
-                for key, value in saved.items():
-                    if key in adopted or (own[key].dtype == torch.uint8) != (value.dtype == torch.uint8):
-                        own[key] = value.to(param.device, copy=True)  # another form of the same moments
-                    else:
-                        local(own[key]).copy_(local(value))
-                optimizer.state[param] = own
-        optimizer._loaded()
-
-
 def name_of(group: dict[str, Any], index: int) -> str:
     """A parameter's name, or which one it is."""
     names = group.get("param_names")
     return names[index] if names else f"parameter {index} of its group"
 
 
+def grad_of(param: Tensor) -> Tensor:
+    """A parameter's gradient, which it has."""
+    assert param.grad is not None
+    return param.grad
+
+
+def gradient_of(param: Tensor) -> Tensor:
+    """This device's part of a parameter's gradient."""
+    return local(grad_of(param))
+
+
 def check_dense(param: Tensor, who: str) -> None:
     """Raises `RuntimeError` for a sparse gradient, as torch's AdamW does."""
-    if param.grad.layout is not torch.strided:
+    if grad_of(param).layout is not torch.strided:
         raise RuntimeError(
             f"{who} does not support sparse gradients, got one for a parameter of shape {tuple(param.shape)}: use "
             "nn.Embedding(sparse=False)"
         )
-
-
-def _bare(name: str) -> str:
-    """A parameter's name without what wrappers add to it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _in_order(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A saved group with its parameters in this optimizer's order, where both have names."""
-    if not saved.get("param_names") or not own.get("param_names"):
-        return dict(saved)
-    theirs, ours = ([_bare(name) for name in group["param_names"]] for group in (saved, own))
-    if theirs == ours:  # names need not be unique then
-        return dict(saved)
-    if missing := set(ours) - set(theirs):
-        unknown = sorted(set(theirs) - set(ours))
-        raise ValueError(f"state of other parameters: {_few(unknown)} instead of {_few(sorted(missing))}")
-    places = {name: place for place, name in enumerate(theirs)}
-    order = [places[name] for name in ours]
-    return {**saved, "params": [saved["params"][place] for place in order], "param_names": list(own["param_names"])}
-
-
-def _few(names: list[str]) -> str:
-    """The first of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
-
-
-def _check_form(state_dict: Any) -> None:
-    """Raises `ValueError` for what no optimizer's `state_dict` returned."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("not the state of an optimizer: it has no `state` and `param_groups`")
-    states, groups = state_dict["state"], state_dict["param_groups"]
-    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
-        raise ValueError("not the state of an optimizer: `state` must map each parameter to its tensors")
-    if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
-        raise ValueError("not the state of an optimizer: `param_groups` must be a list of groups with `params`")
-
-
-def _check_values(state: Mapping[str, Any], param: Tensor) -> None:
-    """Raises `ValueError` for what cannot be copied into a tensor of the state: nothing must be half loaded."""
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"the state's {key} must be a tensor, got {type(value).__name__}")
-        if value.layout is not torch.strided or value.is_complex() or (value.is_meta and not param.is_meta):
-            raise ValueError(f"the state's {key} cannot be loaded: {value.layout}, {value.dtype}, on {value.device}")
-        if value.dtype == torch.uint8 and f"{key}_absmax" not in state:
-            raise ValueError(f"the state's {key} has 8 bits, but no scales ({key}_absmax) beside it")
-
-
-def _check_shapes(
-    saved: dict[str, Any], own: dict[str, Any], may_lack: frozenset[str], may_add: frozenset[str]
-) -> None:
-    found, expected = ({key: tuple(value.shape) for key, value in state.items()} for state in (saved, own))
-    compared = {key: shape for key, shape in found.items() if key in expected or key not in may_add}
-    if compared != {key: shape for key, shape in expected.items() if key in found or key not in may_lack}:
-        raise ValueError(f"{_OTHER_STATE}: {found} instead of {expected}")
-
-
-def other_state(what: str, found: Any, expected: Any) -> ValueError:
-    """The error for a saved state that another setting decided on."""
-    return ValueError(f"{_OTHER_STATE}: {what} {found!r} instead of {expected!r}")

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
-from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.distributed.sharding import local
+from peft_pretraining.optim.base import gradient_of
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
-from peft_pretraining.optim.projection import Projection
-from peft_pretraining.optim.settings import check_numbers
+from peft_pretraining.optim.moving import Member, move
+from peft_pretraining.optim.param_update import ParamUpdate
+from peft_pretraining.optim.projected_gradients import ProjectedGradients, not_finite, wide_norm
+from peft_pretraining.optim.settings import check_numbers, check_whole
+from peft_pretraining.optim.slots import update_rule
+from peft_pretraining.optim.state_tensor import is_counter
 from peft_pretraining.optim.subspace import Projected
-from peft_pretraining.optim.subspace_state import GROUP_DEFAULTS, SubspaceOptimizer
-from peft_pretraining.optim.update_rules import UPDATE_RULES, UpdateRule
+from peft_pretraining.optim.subspace_state import GROUP_DEFAULTS
+from peft_pretraining.optim.update_rule import UpdateRule
 
 log = logging.getLogger("peft_pretraining")
 
 
-class LowRankOptimizer(SubspaceOptimizer):
+class LowRankOptimizer(ProjectedGradients):
     """Updates some weights through low-rank projections of their gradients and the others as usual.
 
         >>> weight, bias = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(6))
@@ -37,15 +44,23 @@ class LowRankOptimizer(SubspaceOptimizer):
     the refreshes of a group's weights over the gap. Sources: GaLore, arXiv 2403.03507, algorithm 2; GoLore, arXiv
     2410.11289; Online Subspace Descent, arXiv 2408.12857.
 
-    `rule` is one of adamw, adamw8bit, adafactor, lion, sgd, for projected and other parameters alike. `betas` belong to
-    AdamW (0.9, 0.999) and Lion (0.9, 0.99), `eps` to AdamW (added before the bias correction), `beta1` to Adafactor,
-    `momentum` and `dampening` to SGD; a scheduler that cycles momentum cycles `betas` or `momentum`. `svd_method` is
-    gram, exact or randomized. Random bases are functions of (seed, parameter's name, refresh number): pass named
-    parameters, or the names are positions.
+    Each group names the four objects that it is updated by, or gives them: `rule`, one of adamw, torch_adamw (its bits,
+    for weights that are not projected), adamw8bit, adafactor, lion, sgd, and for groups that name none the
+    constructor's; `basis`, one of `bases.BASES`, by default what `proj_type` and `rand_ratio` ask for; `lift`, one of
+    identity, project_back, sign; `state_format`, one of `weight` (everything in the weight's dtype), float32 (state and
+    arithmetic, the weight rounded once an update), 8bit. Classes of one's own derive from `UpdateRule`, `BasisRule` and
+    `Lift`, and an object goes into the group in place of a name.
 
-    A step has two parts. `project_gradients` refreshes the bases that are due and projects, but commits nothing:
+    `betas` belong to AdamW (0.9, 0.999) and Lion (0.9, 0.99), `eps` to AdamW (added before the bias correction),
+    `beta1` to Adafactor, `momentum` and `dampening` to SGD; a scheduler that cycles momentum cycles `betas` or
+    `momentum`. `svd_method` is gram, exact or randomized. Random bases are functions of (seed, parameter's name,
+    refresh number): pass named parameters, or the names are positions. `full_norm` lets `grad_norm` be that of whole
+    gradients; `refresh_accumulation` is the number of total batches whose mean gradient a basis is taken from, of which
+    `wants_extra_batches` asks for the further ones.
+
+    A step has two parts. `project_gradients` refreshes the bases that are due and projects, but stores nothing:
     clipping can look at the projected gradients, and an update that is skipped leaves no trace and the refresh
-    pending. `step` commits the bases and moves the weights; called alone it does both.
+    pending. `step` stores the bases and moves the weights; called alone it does both.
 
     `begin_update` tells the training loop's 0-based update number, by which refreshes fall due, and leaves it to the
     loop to skip updates with gradients that are not finite. Without it each parameter counts its own updates, and
@@ -69,10 +84,14 @@ class LowRankOptimizer(SubspaceOptimizer):
         weight_decay: float = 0.0,
         svd_method: str = "gram",
         seed: int = 0,
+        full_norm: bool = False,
+        refresh_accumulation: int = 1,
     ):
-        if not isinstance(rule, UpdateRule) and rule not in UPDATE_RULES:
-            raise ValueError(f"rule must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
-        self._begin(rule if isinstance(rule, UpdateRule) else UPDATE_RULES[rule]())
+        check_whole("refresh_accumulation", refresh_accumulation)
+        if refresh_accumulation < 1:
+            raise ValueError(f"refresh_accumulation must be at least 1, got {refresh_accumulation}")
+        self.full_norm, self.refresh_accumulation = full_norm, refresh_accumulation
+        self._begin(update_rule(rule))
         own = {"lr": lr, "betas": betas, "eps": eps, "beta1": beta1, "momentum": momentum, "dampening": dampening}
         shared = {"weight_decay": weight_decay, "svd_method": svd_method, "seed": seed, "rule": self.rule.name}
         check_numbers({**own, **shared})
@@ -102,79 +121,18 @@ class LowRankOptimizer(SubspaceOptimizer):
         projection = {name: settings.pop(name) for name in GROUP_DEFAULTS if name in settings}
         return cls(model_groups(model, target_modules, {"rank": rank, **projection}), **settings)
 
-    def begin_update(self, step: int) -> None:
-        """Take `step` as the 0-based number of the update, and drop what a skipped one may have left."""
-        self.update_step = step
-        self.refresh_metrics = {}
-        self._forget()
-
-    def step_of(self, param: Tensor) -> int:
-        """The 0-based update that a parameter is at."""
-        return int(self.state[param]["step"]) if self.update_step is None else self.update_step
-
-    def some_refresh_reads_gradients(self) -> bool:
-        """Whether some basis will be taken from this update's gradient."""
-        return any(
-            self.subspaces[param].refresh_reads_gradient(self.state[param], group, self.step_of(param))
-            for group in self.param_groups
-            for param in group["params"]
-            if param in self.subspaces
-        )
-
-    @torch.no_grad()
-    def observe_gradients(self) -> None:
-        """Let refreshes that are due see these gradients, too: their SVD is of the mean over all that were observed and
-        the update's own (large-batch GaLore, arXiv 2410.11289, section 5). The update itself does not see them."""
-        for param, group in self._with_gradients():
-            subspace = self.subspaces.get(param)
-            if subspace and subspace.refresh_reads_gradient(self.state[param], group, self.step_of(param)):
-                subspace.observe(local(param.grad))
-
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Project every gradient that is not projected yet or has changed since, refreshing bases that are due. Nothing
-        is committed."""
-        for param, group in self._with_gradients():
-            waiting = self.projected.get(param)
-            if param not in self.subspaces or (waiting and waiting.is_of(param.grad)):
-                continue
-            state, grad = self.local_state(param), local(param.grad)
-            projected = self.subspaces[param].project(state, grad, group, self.step_of(param))
-            projected.look_at(param.grad)
-            if waiting and waiting.source is param.grad:  # further passes into the same tensor, or a change of it
-                projected.scale(waiting.scaled_by)
-            self.projected[param] = projected
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients as this optimizer sees them: R of the projected weights, the full gradient of the others, this
-        device's parts."""
-        self.project_gradients()
-        return [
-            self.projected[param].low_rank_grad if param in self.subspaces else local(param.grad)
-            for param, _ in self._with_gradients()
-        ]
-
-    def grad_norm(self) -> Tensor:
-        """Global 2-norm of `gradients`, over all devices; a scalar."""
-        return whole_norm(self._gradient_parts())
-
-    def _gradient_parts(self) -> list[tuple[Tensor, Shard]]:
-        shards = [self._shards[param] for param, _ in self._with_gradients()]
-        return list(zip(self.gradients(), shards, strict=True))
-
-    def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply `gradients()` by a scalar, in place."""
-        gradients = self.gradients()
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
-        for projected in self.projected.values():
-            projected.scaled_by = projected.scaled_by * factor
+    # The update.
 
     # As torch's own: the compiler steps aside here instead of looking into decompositions and counters.
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient.
+
+        Attributes `found_inf` and `grad_scale` (scalars on the device), where somebody has set them, are honoured as by
+        torch's fused optimizers: an update with `found_inf` leaves no trace, and gradients are divided by `grad_scale`.
+        Rules that move weights themselves do so without reading them back.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -183,68 +141,79 @@ class LowRankOptimizer(SubspaceOptimizer):
             follower.finish()
         if self.update_step is None:
             self.refresh_metrics = {}
-        self.project_gradients()
-        if self.update_step is not None or self._gradients_are_finite():
-            for param, group in self._with_gradients():
-                self.update(param, local(param.grad), group, self.projected.get(param))
+        moving = list(self._with_gradients())
+        if all(self.objects(param).rule.moves_weights for param, _ in moving):
+            self._move_on_the_device(moving)
+        elif self._takes_place():
+            move([self._member(param, group, gradient_of(param)) for param, group in moving], self.refresh_metrics)
         self._forget()
         return loss
 
-    def _gradients_are_finite(self) -> bool:
-        if wide_norm(self._gradient_parts()).isfinite():
+    def _move_on_the_device(self, moving: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """An update by rules that look at `found_inf` themselves; where nobody has said which it is, gradients that are
+        not finite leave it out as well."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None and self.update_step is None and moving:
+            found_inf = not_finite(self._gradient_parts())
+        members = [self._member(param, group, gradient_of(param)) for param, group in moving]
+        move(members, self.refresh_metrics, found_inf, getattr(self, "grad_scale", None))
+
+    def _takes_place(self) -> bool:
+        """Whether the update is not to be left out; its gradients are projected, and divided by `grad_scale`."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return False
+        if grad_scale is not None:
+            self.scale_(1 / grad_scale)
+        self.project_gradients()
+        if self.update_step is not None or wide_norm(self._gradient_parts()).isfinite():
             return True
         log.warning("skipped an update: a gradient is not finite")
         return False
 
-    def update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        projected: Projected | None,
-    ) -> None:
-        """Move one parameter. `projected` is its gradient after `project` and whatever scaling since, or None for a
-        parameter without a projection; `grad` (m, n) is the full gradient, which only online PCA reads then."""
-        state, rate, step = self.local_state(param), float(group["lr"]), self.step_of(param)
-        state["step"] += 1
-        weight, subspace = local(param), self.subspaces.get(param)
-        if subspace:
-            subspace.commit(state, projected, step, self.rule, self.refresh_metrics)
-        projection = subspace.rule.projection if subspace else Projection()
-        bases = projection.bases(state)
-        dtype = self._dtypes[param]
-        low_rank_grad = projected.low_rank_grad if projected else grad.to(dtype)
-        direction, factor = self.rule.direction(state, low_rank_grad, group, self._shards[param])
-        self._keep_new(param, state, self.state[param])
-        if group["weight_decay"] and self.rule.decays_first:
-            weight.mul_(1 - rate * group["weight_decay"])
-        if self.rule.acts_in_full_space:
-            weight.add_(self.rule.finish(projection.up(bases, direction)), alpha=-factor)  # a sign, whatever the scale
+    def _member(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> Member:
+        """A parameter that is to move by a gradient, or by the projected one that waits for it."""
+        slot, state, projected = self._slots[param], self.local_state(param), self.projected.get(param)
+        objects, counted = slot.objects, is_counter(state["step"])
+        step = self.step_of(param) if counted or self.update_step is not None else -1
+        if projected is None:
+            assert grad is not None
+            low_rank_grad = grad.to(slot.dtype)
         else:
-            projection.add_back(weight, bases, direction, -factor * (group["scale"] if subspace else 1.0))
-        if subspace and not subspace.rule.refreshes and not projected.changes_bases and int(state["refreshes"]):
-            pace = rate / _base_rate(group, rate) / group["update_proj_gap"] if rate else 0.0
-            subspace.rule.advance(state, grad.to(dtype), low_rank_grad, projected.scaled_by, pace)
-        if group["weight_decay"] and not self.rule.decays_first:
-            weight.mul_(1 - rate * group["weight_decay"])  # after the update, and not scaled
+            low_rank_grad = projected.low_rank_grad
+        rate = float(group["lr"]) if counted else math.nan
+        update = ParamUpdate(
+            name=slot.name,
+            index=slot.index,
+            weight=local(param.detach()),
+            low_rank_grad=low_rank_grad,
+            state=state,
+            step=step,
+            rate=rate,
+            grad=grad.to(slot.dtype) if objects.reads_gradient and grad is not None else None,
+            shard=slot.shard,
+            low_rank_shard=slot.low_rank_shard,
+            projection=slot.projection,
+            scale=group["scale"] if slot.subspace else 1.0,
+            decay=rate * group["weight_decay"] if group["weight_decay"] else 0.0,
+            decays_first=objects.rule.decays_first,
+            rounds_once=objects.state_format == "float32",
+            scaled_by=projected.scaled_by if projected else 1.0,
+        )
+        return Member(param, slot, update, self.state[param], group, projected)
+
+    @torch.no_grad()
+    def update(self, param: Tensor, grad: Tensor | None, group: dict[str, Any], projected: Projected | None) -> None:
+        """Move one parameter at once. `projected` is its gradient after `project` and whatever scaling since, or None
+        for a parameter without a projection; `grad` (m, n) is the full gradient, where the parameter's objects read
+        it."""
+        if projected is not None:
+            self.projected[param] = projected
+        move([self._member(param, group, grad)], self.refresh_metrics)
+        self.projected.pop(param, None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, projected ones included: a refresh that was not committed stays due. What was observed
+        """Drop the gradients, projected ones included: a refresh that was not stored stays due. What was observed
         for this update stays, too."""
         self.projected.clear()
         super().zero_grad(set_to_none)
-
-
-def wide_norm(parts: Sequence[tuple[Tensor, Shard]]) -> Tensor:
-    """`whole_norm`, in float64 where it overflowed: then it is finite if every number is."""
-    norm = whole_norm(parts)
-    return norm if norm.isfinite() else whole_norm([(part.double(), shard) for part, shard in parts])
-
-
-def _base_rate(group: dict[str, Any], rate: float) -> float:
-    """What a rate is relative to: a scheduler's `initial_lr`, the rate at construction, or, with both 0 (a warm-up by
-    hand), the largest so far."""
-    if base := float(group.get("initial_lr", group["first_lr"])):
-        return base
-    group["largest_lr"] = max(group.get("largest_lr", 0.0), rate)
-    return group["largest_lr"]

@@ -27,12 +27,15 @@ class LowRankGradients:
         self._waiting: dict[Tensor, Projected] = {}
 
     def project(self, param: Tensor, grad: Tensor) -> Tensor | None:
-        """R of one rank's gradient; None where there is no projection, or where this update takes a basis from G."""
+        """R of one rank's gradient; None where there is no projection, and where this update needs G: for a basis that
+        is taken from it, or because it is one of the group's that always do."""
         optimizer, group = self._optimizer, self._optimizer.group_of(param)
-        subspace, state = optimizer.subspaces.get(param), optimizer.local_state(param)
-        if subspace is None or subspace.refresh_reads_gradient(state, group, optimizer.step_of(param)):
+        subspace, state, step = optimizer.subspaces.get(param), optimizer.local_state(param), optimizer.step_of(param)
+        if subspace is None or optimizer.objects(param).reads_gradient:
             return None
-        projected = self._waiting[param] = subspace.project(state, grad, group, optimizer.step_of(param))
+        if subspace.refresh_reads_gradient(state, group, step):
+            return None
+        projected = self._waiting[param] = subspace.project(state, grad, group, step)
         projected.energy = None  # of one rank's gradient
         return projected.low_rank_grad
 

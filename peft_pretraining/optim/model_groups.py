@@ -1,8 +1,8 @@
-"""Parameter groups of a whole model: what is projected, and what is not."""
+"""Parameter groups of a whole model: what is projected and what is not, and rates of their own by role."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,3 +25,99 @@ def model_groups(model: nn.Module, target_modules: Sequence[str], projection: di
     regular = [(name, param) for name, param in trained if param not in targets]
     groups = [{"params": regular}] if regular else []
     return [*groups, {"params": projected, **projection}]
+
+
+ROLES = ("matrices", "embedding", "head", "norms", "others")
+"""What a parameter is to a language model.
+
+`matrices`: the weights of the target layers; `embedding`: token and position tables; `head`: the matrix before the
+logits, tied ones included; `norms`: all vectors, biases too; `others`: the rest.
+"""
+
+
+def roles_of(model: nn.Module, matrices: Collection[str]) -> dict[str, str]:
+    """The role of each parameter, by the name under which `named_parameters` gives it.
+
+    `matrices` are the names of the target layers' weights. A head that is tied to the embedding is one tensor, and has
+    the head's role.
+
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "norm": nn.LayerNorm(4), "lm_head": nn.Linear(4, 9)})
+        >>> {name: role for name, role in roles_of(model, ()).items() if "norm" not in name}
+        {'embed.weight': 'embedding', 'lm_head.weight': 'head', 'lm_head.bias': 'norms'}
+    """
+    modules = dict(model.named_modules())
+    find_head = getattr(model, "get_output_embeddings", None)  # transformers' models say which it is
+    head = find_head() if callable(find_head) else modules.get("lm_head")
+    of_head = {head.weight} if head is not None else set()
+    tables = {module.weight for module in modules.values() if isinstance(module, nn.Embedding)}
+    roles = {}
+    for name, param in model.named_parameters():
+        if name in matrices:
+            roles[name] = "matrices"
+        elif param in of_head:
+            roles[name] = "head"
+        elif param in tables:
+            roles[name] = "embedding"
+        else:
+            roles[name] = "norms" if param.ndim < 2 else "others"
+    return roles
+
+
+def role_settings(
+    *,
+    adam_lr: float | None = None,
+    head_lr: float | None = None,
+    embed_lr: float | None = None,
+    norm_lr: float | None = None,
+    head_weight_decay: float | None = None,
+    embed_weight_decay: float | None = None,
+    norm_weight_decay: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Settings of the roles that are to have their own, for `split_by_role`.
+
+    Rates that are not given are `adam_lr`, and without that the optimizer's; decays are the optimizer's.
+
+        >>> role_settings(adam_lr=1e-3, head_lr=5e-4, norm_weight_decay=0.0)["norms"]
+        {'lr': 0.001, 'weight_decay': 0.0}
+    """
+    given = {
+        "embedding": (embed_lr, embed_weight_decay),
+        "head": (head_lr, head_weight_decay),
+        "norms": (norm_lr, norm_weight_decay),
+        "others": (None, None),
+    }
+    settings: dict[str, dict[str, Any]] = {}
+    for role, (rate, decay) in given.items():
+        rate = adam_lr if rate is None else rate
+        own = {"lr": rate, "weight_decay": decay}
+        if own := {name: value for name, value in own.items() if value is not None}:
+            settings[role] = own
+    return settings
+
+
+def split_by_role(
+    group: Mapping[str, Any], roles: Mapping[str, str], settings: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A group of named parameters, and beside it one for each role in `settings`, which has these in addition.
+
+    Parameters keep their order, and with no settings the group is all there is: optimizers that were saved before there
+    were roles go on. A rate is what schedules are relative to, too (`initial_lr`).
+
+        >>> import torch
+        >>> one, two = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, 3))
+        >>> group = {"params": [("norm", one), ("lm_head", two)], "weight_decay": 0.1}
+        >>> split = split_by_role(group, {"norm": "norms", "lm_head": "head"}, {"head": {"lr": 0.5}})
+        >>> [([name for name, _ in each.pop("params")], each) for each in split]
+        [(['norm'], {'weight_decay': 0.1}), (['lm_head'], {'weight_decay': 0.1, 'lr': 0.5, 'initial_lr': 0.5})]
+    """
+    if unknown := sorted(settings.keys() - set(ROLES)):
+        raise ValueError(f"a role must be one of {', '.join(ROLES)}, got {', '.join(unknown)}")
+    named = list(group["params"])
+    parts: list[dict[str, Any]] = [{**group, "params": [each for each in named if roles[each[0]] not in settings]}]
+    for role in ROLES:
+        own = dict(settings.get(role, {}))
+        if "lr" in own:
+            own["initial_lr"] = own["lr"]
+        if own:
+            parts.append({**group, "params": [each for each in named if roles[each[0]] == role], **own})
+    return [part for part in parts if part["params"]]

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
 from peft_pretraining.optim import scaled_losses
-from peft_pretraining.optim.base import check_dense
+from peft_pretraining.optim.base import check_dense, gradient_of
 from peft_pretraining.optim.low_rank import LowRankOptimizer
+from peft_pretraining.optim.projection import Bases
 from peft_pretraining.optim.settings import check_number
 from peft_pretraining.optim.subspace import Projected
 
@@ -123,7 +124,10 @@ class PerLayerUpdates:
 
     def begin_update(self, step: int, frozen: bool = False) -> None:
         """Before the first micro-batch of 0-based update `step`; `frozen` drops its gradients."""
-        self._optimizer.begin_update(step)
+        self._optimizer.begin_update(step, frozen)
+
+    def begin(self, frozen: bool) -> None:
+        """The optimizer has begun an update."""
         self._drop()
         self.attach()
         self._frozen, self._begun = frozen, True
@@ -169,15 +173,15 @@ class PerLayerUpdates:
                 self._complete(param, group)
             return
         subspace, state = self._optimizer.subspaces[param], self._optimizer.local_state(param)
-        grad, param.grad = local(param.grad), None
+        grad, param.grad = gradient_of(param), None
         full = self._needs_full_gradient(param, group, grad)
-        part = grad if full else subspace.down(state, grad, self._early.get(param))
+        part = grad if full else subspace.project_in(self._bases(param, state), grad)
         if param in self._sums:
             self._sums[param].add_(part)
         else:
             # Whole gradients of all layers are kept in their own dtype, as autograd would: they are large.
             wide = torch.promote_types(part.dtype, torch.float32)
-            self._sums[param] = part.to(wide if subspace.rule.refreshes else part.dtype)
+            self._sums[param] = part.to(part.dtype if self._optimizer.objects(param).reads_gradient else wide)
         if full:
             self._whole.add(param)
         if last:
@@ -188,7 +192,7 @@ class PerLayerUpdates:
         optimizer = self._optimizer
         if param in self._kept:
             del self._kept[param]
-            self._move(param, group, self._reduce(local(param.grad)), None)
+            self._move(param, group, self._reduce(gradient_of(param)), None)
             param.grad = None
             return
         total = self._reduce(self._sums.pop(param))
@@ -208,11 +212,16 @@ class PerLayerUpdates:
             for param in [*self._sums, *self._kept]:
                 self._complete(param, self._optimizer.group_of(param))
 
+    def _bases(self, param: Tensor, state: dict[str, Tensor]) -> Bases:
+        """Those in which this update's gradients are projected as they arrive."""
+        early = self._early.get(param)
+        return (early and early.new_bases) or self._optimizer.subspaces[param].bases(state)
+
     def _needs_full_gradient(self, param: Tensor, group: dict[str, Any], grad: Tensor) -> bool:
         """Whether this update's G, not R, has to be added up; makes new bases early where that avoids it."""
         subspace, state = self._optimizer.subspaces[param], self._optimizer.local_state(param)
         step = self._optimizer.step_of(param)
-        if self._clip_full or not subspace.rule.refreshes:
+        if self._clip_full or self._optimizer.objects(param).reads_gradient:
             return True
         if param in self._early or not subspace.refresh_is_due(state, group, step):
             return False
@@ -228,7 +237,9 @@ class PerLayerUpdates:
     def _move(self, param: Tensor, group: dict[str, Any], grad: Tensor | None, projected: Projected | None) -> None:
         """Clip and update one parameter from its complete gradient, G or its projection."""
         gradient, shard = projected.low_rank_grad if projected else grad, self._optimizer.shard_of(param)
-        norm = whole_norm([(gradient, shard)])
+        assert gradient is not None
+        reads = self._optimizer.objects(param).lift.reads_gradient and grad is not None
+        norm = whole_norm([(grad, ShardInfo.of(param)) if reads and grad is not None else (gradient, shard)])
         value = float(norm)
         if not math.isfinite(value):  # in float64 it overflows no more
             norm = whole_norm([(gradient.double(), shard)])
@@ -236,7 +247,7 @@ class PerLayerUpdates:
         self._squared_norms[param] = norm.double().square()
         if self._frozen or not math.isfinite(value):
             return
-        if value == 0 and not self._moved and shard.everywhere(~gradient.any()):
+        if value == 0 and not self._moved and shard.on_all_ranks(~gradient.any()):
             # Expanded zeros take no memory.
             self._zero[param] = (None if grad is None else grad.new_zeros(()).expand(grad.shape), projected)
             return
@@ -245,11 +256,13 @@ class PerLayerUpdates:
             self._optimizer.update(waiting, zeros, self._optimizer.group_of(waiting), its)
         self._zero.clear()
         if self._clip:
-            if self._clip_full and projected:
-                norm = whole_norm([(grad, Shard.of(param))])
+            if self._clip_full and projected and grad is not None:
+                norm = whole_norm([(grad, ShardInfo.of(param))])
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor)
-            if projected:
+            if projected and reads and grad is not None:
+                grad.mul_(factor)
+            elif projected:
                 projected.scaled_by = factor
         self._optimizer.update(param, grad, group, projected)
 

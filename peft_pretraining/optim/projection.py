@@ -6,13 +6,13 @@ R = G Qᵀ (m, r), or from both, R = Pᵀ G Qᵀ (r, r). Source: GaLore, arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 
 LEFT, RIGHT = "left_basis", "right_basis"
 """Keys of P (m, r) and Q (r, n) in a parameter's optimizer state."""
@@ -40,7 +40,7 @@ def projected_sides(side: str, shape: torch.Size) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Projection:
-    """Down to low-rank coordinates and back. Without sides it is the identity: an unprojected parameter.
+    """To low-rank coordinates and back. Without sides it is the identity: an unprojected parameter.
 
     G and W are this device's part of a weight that may be divided over several (`shard`); bases are whole. Divided
     along the side that is not projected, nothing needs to be communicated: R is divided in the same way. Divided along
@@ -49,23 +49,25 @@ class Projection:
 
     sides: tuple[str, ...] = ()
     rank: int = 0
-    shard: Shard = WHOLE
+    shard: ShardInfo = WHOLE
 
     @classmethod
-    def for_weight(cls, side: str, rank: int, shape: torch.Size | Shard) -> Projection:
+    def for_weight(cls, side: str, rank: int, shape: torch.Size | ShardInfo) -> Projection:
         """The projection of a weight (m, n), or of one that is divided; a rank beyond min(m, n) becomes min(m, n)."""
-        shard = shape if isinstance(shape, Shard) else Shard(shape)
+        shard = shape if isinstance(shape, ShardInfo) else ShardInfo(shape)
         return cls(projected_sides(side, shard.shape), min(rank, *shard.shape), shard)
 
-    def init_state(self, state: dict[str, Any], param: Tensor) -> None:
-        """Zero bases in the weight's dtype, to be filled by the first refresh."""
+    def new_bases(self, weight: Tensor) -> Bases:
+        """Zero bases in the weight's dtype, to be filled by the first refresh. They are whole on every device."""
         m, n = self.shard.shape
+        bases: Bases = {}
         if LEFT in self.sides:
-            state[LEFT] = param.new_zeros(m, self.rank)
+            bases[LEFT] = weight.new_zeros(m, self.rank)
         if RIGHT in self.sides:
-            state[RIGHT] = param.new_zeros(self.rank, n)
+            bases[RIGHT] = weight.new_zeros(self.rank, n)
+        return bases
 
-    def bases(self, state: dict[str, Any]) -> Bases:
+    def bases(self, state: Mapping[str, Tensor]) -> Bases:
         """The stored bases themselves."""
         return {side: state[side] for side in self.sides}
 
@@ -77,45 +79,51 @@ class Projection:
         return torch.Size((self.rank if LEFT in self.sides else m, self.rank if RIGHT in self.sides else n))
 
     @property
-    def divides_projected_side(self) -> bool:
+    def shards_projected_side(self) -> bool:
         """Whether devices hold different parts of a dimension that is projected away."""
-        return (LEFT, RIGHT)[self.shard.dim] in self.sides if self.shard.dim is not None else False
+        return self.shard.dim is not None and (LEFT, RIGHT)[self.shard.dim] in self.sides
 
     @property
-    def low_rank_shard(self) -> Shard:
+    def sum_shard(self) -> ShardInfo:
+        """The devices over which `project` has to be summed up: none where the projected side is not divided."""
+        return self.shard if self.shards_projected_side else WHOLE
+
+    @property
+    def low_rank_shard(self) -> ShardInfo:
         """How R is divided."""
         shape, along = self.low_rank_shape(self.shard.shape), 1 if self.sides == (LEFT,) else 0
-        if self.divides_projected_side or self.shard.dim is None:
-            return Shard(shape, along=along)
+        if self.shards_projected_side or self.shard.dim is None:
+            return ShardInfo(shape, along=along)
         return replace(self.shard, shape=shape, along=along)
 
     def _local(self, bases: Bases) -> Bases:
         """The parts of the bases that meet this device's part of the weight."""
-        if not self.divides_projected_side:
+        if not self.shards_projected_side:
             return bases
+        assert self.shard.dim is not None
         side = (LEFT, RIGHT)[self.shard.dim]
         return {**bases, side: self.shard.part(bases[side], self.shard.dim)}
 
-    def down(self, bases: Bases, grad: Tensor) -> Tensor:
-        """Project: G (m, n) -> the shape of R."""
+    def project(self, bases: Bases, grad: Tensor) -> Tensor:
+        """Projects: G (m, n) -> the shape of R, this device's share of a sum over `sum_shard`."""
         bases = self._local(bases)
         if LEFT in bases:
             grad = bases[LEFT].T @ grad
         if RIGHT in bases:
             grad = grad @ bases[RIGHT].T
-        return self.shard.sum(grad) if self.divides_projected_side else grad
+        return grad
 
-    def up(self, bases: Bases, update: Tensor) -> Tensor:
-        """Project back: the shape of R -> (m, n)."""
+    def project_back(self, bases: Bases, update: Tensor) -> Tensor:
+        """Projects back: the shape of R -> this device's part of (m, n)."""
         bases = self._local(bases)
         if LEFT in bases:
             update = bases[LEFT] @ update
         return update @ bases[RIGHT] if RIGHT in bases else update
 
-    def add_back(self, param: Tensor, bases: Bases, update: Tensor, factor: float) -> None:
+    def add_projected_back(self, param: Tensor, bases: Bases, update: Tensor, factor: float) -> None:
         """param += factor * (update projected back), without forming the full-size update unless dtypes differ."""
         if update.dtype != param.dtype:  # the model was converted, which its optimizer's state does not follow
-            param.add_(self.up(bases, update), alpha=factor)
+            param.add_(self.project_back(bases, update), alpha=factor)
             return
         bases = self._local(bases)
         if RIGHT in bases:
@@ -126,7 +134,7 @@ class Projection:
         else:
             param.add_(update, alpha=factor)
 
-    def carry_over(self, moment: Tensor, old: Bases, new: Bases) -> Tensor:
+    def rotate_momentum(self, moment: Tensor, old: Bases, new: Bases) -> Tensor:
         """A moment in the old bases' coordinates, projected into the new ones (GoLore, arXiv 2410.11289).
 
         Left: P_newᵀ (P_old M); right: (M Q_old) Q_newᵀ. In float32 at least, in the shape and dtype of `moment`.

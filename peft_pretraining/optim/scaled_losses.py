@@ -28,14 +28,14 @@ def watch(moving: Moving) -> None:
     thousands of times too large. `scale` is the last call before that.
     """
     _moving.add(moving)
-    torch.amp.GradScaler.scale = _checked_scale
+    setattr(torch.amp.GradScaler, "scale", _checked_scale)  # noqa: B010 - type checkers take a method for constant
 
 
 def forget(moving: Moving) -> None:
     """Undo `watch`."""
     _moving.discard(moving)
     if not _moving:
-        torch.amp.GradScaler.scale = _scale
+        setattr(torch.amp.GradScaler, "scale", _scale)  # noqa: B010
 
 
 def _checked_scale(scaler: torch.amp.GradScaler, outputs: Any) -> Any:

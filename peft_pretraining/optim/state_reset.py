@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from peft_pretraining.distributed.gathering import whole
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.sharding import ShardInfo, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,7 +28,7 @@ def prune_randomly(tensors: Sequence[Tensor], fraction: float, generator: torch.
     generator's device.
     """
     drawn = torch.rand(tensors[0].shape, generator=generator, device=generator.device)
-    shard = Shard.of(tensors[0])
+    shard = ShardInfo.of(tensors[0])
     chosen = shard.part(drawn < fraction, shard.dim or 0).to(tensors[0].device)
     for tensor in tensors:
         local(tensor).masked_fill_(chosen, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.optim.bases import BasisRule, Refresh
-from peft_pretraining.optim.projection import Bases, overlap
-from peft_pretraining.optim.update_rules import UpdateRule
+from peft_pretraining.optim.basis_rule import BasisRule, Refresh
+from peft_pretraining.optim.collectives import Collective, Phases, phases, run, together
+from peft_pretraining.optim.projection import Bases, Projection, overlap
+from peft_pretraining.optim.state_tensor import StateTensor, counter
+from peft_pretraining.optim.svd import LinAlgError
+from peft_pretraining.optim.update_rule import UpdateRule
 
 log = logging.getLogger("peft_pretraining")
 
@@ -55,7 +59,7 @@ class Projected:
 
 
 class Subspace:
-    """Projects the gradients G (m, n) of one weight, and refreshes the bases.
+    """Projects the gradients G (m, n) of one weight, and knows when its bases are refreshed.
 
     Its tensors are in the weight's optimizer state, which every method gets: the bases, `last_refresh` (update step, -1
     before the first) and `refreshes` (their number). `group` holds the settings, `step` is the 0-based update.
@@ -63,21 +67,31 @@ class Subspace:
     name that the caller has not given.
     """
 
-    def __init__(self, rule: BasisRule, name: str, peers: list[Subspace], note: str = ""):
-        self.rule, self.name, self._note = rule, name, note
+    def __init__(self, rule: BasisRule, projection: Projection, name: str, peers: list[Subspace], note: str = ""):
+        self.rule, self.projection, self.name, self.note = rule, projection, name, note
         self._peers, self._place = peers, len(peers)
         self._observed: tuple[Tensor | int, int] = (0, 0)  # sum and number of gradients
         peers.append(self)
 
-    def init_state(self, state: dict[str, Any], param: Tensor) -> None:
-        state |= {"last_refresh": counter(-1), "refreshes": counter(0)}
-        self.rule.projection.init_state(state, param)
-        self.rule.init_state(state, param)
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What two subspaces share whose states are interchangeable."""
+        return (*self.rule.kind, self.projection.sides)
 
-    def bases(self, state: dict[str, Any]) -> Bases:
-        return self.rule.projection.bases(state)
+    def declare_state(self, weight: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """Counters, bases, and what the basis rule has of its own, for a weight (its device's part)."""
+        bases = self.projection.new_bases(weight)
+        return {
+            "last_refresh": StateTensor(counter(-1)),
+            "refreshes": StateTensor(counter(0)),
+            **{side: StateTensor(basis) for side, basis in bases.items()},
+            **self.rule.declare_state(bases, self.projection, group),
+        }
 
-    def refresh_is_due(self, state: dict[str, Any], group: dict[str, Any], step: int) -> bool:
+    def bases(self, state: dict[str, Tensor]) -> Bases:
+        return self.projection.bases(state)
+
+    def refresh_is_due(self, state: dict[str, Tensor], group: dict[str, Any], step: int) -> bool:
         """At update 0, at every multiple of the gap (plus the weight's place in it when staggered), and, where a
         refresh could not be made, at the next update at which it can."""
         last, gap = int(state["last_refresh"]), group["update_proj_gap"]
@@ -86,9 +100,9 @@ class Subspace:
         if gap == 0 or not self.rule.refreshes:
             return False
         offset = self._place * gap // len(self._peers) if group["stagger_refresh"] else 0
-        return (step - offset) // gap > (last - offset) // gap
+        return bool((step - offset) // gap > (last - offset) // gap)
 
-    def refresh_reads_gradient(self, state: dict[str, Any], group: dict[str, Any], step: int) -> bool:
+    def refresh_reads_gradient(self, state: dict[str, Tensor], group: dict[str, Any], step: int) -> bool:
         """Whether this update takes a basis from the gradient: random ones it does not."""
         return self.refresh_is_due(state, group, step) and self.rule.reads_gradient(step)
 
@@ -100,52 +114,30 @@ class Subspace:
     def forget_observed(self) -> None:
         self._observed = (0, 0)
 
-    def project(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], step: int) -> Projected:
-        """R of a gradient in the basis that its update uses, a new one where a refresh is due. Nothing is committed.
-
-        A gradient with a NaN or an infinity never reaches the SVD, which would not return: it is projected with the old
-        basis, stays non-finite, and its refresh stays due. So it does with a gradient of zeros (a layer below one that
-        starts at zero, an expert without tokens), which has no subspace. A random basis needs no look at the gradient,
-        and must not depend on one: with per-layer updates each rank sees its own.
-        """
-        if not self.refresh_is_due(state, group, step):
-            return Projected(self.down(state, grad))
+    def mean_with_observed(self, grad: Tensor) -> Tensor:
+        """The gradient that a refresh of this update is made of."""
         total, count = self._observed
-        seen = (total + grad) / (count + 1) if count else grad
-        shard = self.rule.projection.shard
-        if self.rule.reads_gradient(step):
-            if not shard.everywhere(seen.isfinite().all()) or shard.everywhere(~seen.any()):
-                return Projected(self.down(state, grad))
-        projected = Projected(grad, self._refreshed(state, seen, group, step))
-        projected.low_rank_grad = self.down(state, grad, projected)
-        projected.failed = projected.new_bases is None
-        # In float64: the squares of a small float32 gradient underflow.
-        norms = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in (projected.low_rank_grad, grad))
-        kept, whole = (norm.square() for norm in norms)
-        if shard.dim is not None:
-            kept, whole = self.rule.projection.low_rank_shard.sum(kept), shard.sum(whole)
-        projected.energy = torch.where(whole > 0, kept / whole, 1.0)
+        return (total + grad) / (count + 1) if count else grad
+
+    def project(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any], step: int) -> Projected:
+        """`project_gradients` for this weight alone."""
+        (projected,) = run(project_gradients([Arrival(self, state, grad, group, step)]))
         return projected
 
-    def down(self, state: dict[str, Any], grad: Tensor, projected: Projected | None = None) -> Tensor:
-        """R of a gradient, in the bases in use or in the new ones that come with `projected`."""
-        bases = (projected and projected.new_bases) or self.bases(state)
-        return self.rule.projection.down(bases, grad.to(next(iter(bases.values())).dtype))
+    def project_in(self, bases: Bases, grad: Tensor) -> Tensor:
+        """R of a gradient in these bases."""
+        (low_rank_grad,) = run(_project([(self.projection, bases, grad)]))
+        return low_rank_grad
 
-    def _refreshed(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], step: int) -> Bases | None:
-        """New bases in the weight's dtype; None, with a warning, if no routine could decompose the gradient."""
-        old = self.bases(state)
-        try:
-            new = self.rule.refreshed(old, grad, Refresh(step, int(state["refreshes"]), group["seed"], self.name))
-        except torch.linalg.LinAlgError as error:
-            log.warning("the basis of %s could not be refreshed at update %d: %s%s", self.name, step, error, self._note)
-            return None
-        return {side: basis.to(old[side].dtype).contiguous() for side, basis in new.items()}
-
-    def commit(
-        self, state: dict[str, Any], projected: Projected, step: int, rule: UpdateRule, metrics: dict[str, list[Tensor]]
+    def apply(
+        self,
+        state: dict[str, Tensor],
+        projected: Projected,
+        step: int,
+        rule: UpdateRule,
+        metrics: dict[str, list[Tensor]],
     ) -> None:
-        """Store new bases, with the first moment of `rule` carried into them where the basis rule says so."""
+        """Store new bases, with the moments of `rule` rotated into them where the basis rule says so."""
         first = not int(state["refreshes"])
         if projected.failed:
             metrics.setdefault("failed_refreshes", []).append(torch.ones(()))
@@ -159,15 +151,120 @@ class Subspace:
             metrics.setdefault("captured_energy", []).append(projected.energy)
         if not first:
             metrics.setdefault("basis_overlap", []).append(overlap(old, new))
-            if self.rule.carries_momentum:
-                projection = self.rule.projection
-                rule.rotate(state, lambda moment: projection.carry_over(moment, old, new), projection.low_rank_shard)
+            self.rule.rotate_moments(state, self.projection, old, new, rule)
         for side, basis in new.items():
             old[side].copy_(basis)
         state["refreshes"] += 1
         state["last_refresh"].fill_(step)
 
 
-def counter(value: int) -> Tensor:
-    """A number in the optimizer's state: int64, on the CPU."""
-    return torch.full((), value, dtype=torch.int64)
+@dataclass
+class Arrival:
+    """A gradient that is to be projected for its update."""
+
+    subspace: Subspace
+    state: dict[str, Tensor]
+    grad: Tensor
+    group: dict[str, Any]
+    step: int
+
+
+def project_gradients(arrivals: Sequence[Arrival]) -> Phases[list[Projected]]:
+    """R of each gradient in the basis that its update uses, a new one where a refresh is due. Nothing is stored.
+
+    A gradient with a NaN or an infinity never reaches the SVD, which would not return: it is projected with the old
+    basis, stays non-finite, and its refresh stays due. So it does with a gradient of zeros (a layer below one that
+    starts at zero, an expert without tokens), which has no subspace. A random basis needs no look at the gradient,
+    and must not depend on one: with per-layer updates each rank sees its own.
+    """
+    due = [each for each in arrivals if each.subspace.refresh_is_due(each.state, each.group, each.step)]
+    refreshes = yield from _usable_refreshes(due)
+    new = yield from _new_bases(due, refreshes)
+    bases = [new.get(id(each)) or each.subspace.bases(each.state) for each in arrivals]
+    low_rank_grads = yield from _project(
+        [(each.subspace.projection, its, each.grad) for each, its in zip(arrivals, bases, strict=True)]
+    )
+    found = [
+        Projected(low_rank_grad, new.get(id(each)), failed=id(each) in refreshes and id(each) not in new)
+        for each, low_rank_grad in zip(arrivals, low_rank_grads, strict=True)
+    ]
+    refreshed = [(each, projected) for each, projected in zip(arrivals, found, strict=True) if id(each) in refreshes]
+    yield from _measure_energy(refreshed)
+    return found
+
+
+def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
+    """The refreshes that can be made, by the arrival's identity."""
+    seen = [each.subspace.mean_with_observed(each.grad) for each in due]
+    reads = [each.subspace.rule.reads_gradient(each.step) for each in due]
+    flags = [
+        Collective(torch.stack([~grad.isfinite().all(), grad.any()]).float(), each.subspace.projection.shard)
+        for each, grad, reading in zip(due, seen, reads, strict=True)
+        if reading
+    ]
+    answers = iter((yield flags))
+    refreshes = {}
+    for each, grad, reading in zip(due, seen, reads, strict=True):
+        if reading:
+            not_finite, not_zero = next(answers).tolist()
+            if not_finite or not not_zero:
+                continue
+        subspace, number = each.subspace, int(each.state["refreshes"])
+        refreshes[id(each)] = Refresh(
+            each.step, number, each.group["seed"], subspace.name, grad, subspace.projection, subspace.bases(each.state)
+        )
+    return refreshes
+
+
+def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[dict[int, Bases]]:
+    """New bases in the dtype of the old ones; none, with a warning, where no routine could decompose the gradient."""
+    by_rule: dict[int, list[Arrival]] = {}
+    for each in due:
+        if id(each) in refreshes:
+            by_rule.setdefault(id(each.subspace.rule), []).append(each)
+    chosen = list(by_rule.values())
+    computed = yield from together(
+        [
+            phases(of_rule[0].subspace.rule.compute_bases([refreshes[id(each)] for each in of_rule]))
+            for of_rule in chosen
+        ]
+    )
+    new = {}
+    for of_rule, results in zip(chosen, computed, strict=True):
+        for each, bases in zip(of_rule, results, strict=True):
+            subspace = each.subspace
+            if isinstance(bases, LinAlgError):
+                said = "the basis of %s could not be refreshed at update %d: %s%s"
+                log.warning(said, subspace.name, each.step, bases, subspace.note)
+                continue
+            old = subspace.bases(each.state)
+            new[id(each)] = {side: basis.to(old[side].dtype).contiguous() for side, basis in bases.items()}
+    return new
+
+
+def _project(parts: Sequence[tuple[Projection, Bases, Tensor]]) -> Phases[list[Tensor]]:
+    """R of gradients in given bases, summed up where devices hold different parts of what is projected away."""
+    return (
+        yield [
+            Collective(
+                projection.project(bases, grad.to(next(iter(bases.values())).dtype)),
+                projection.sum_shard,
+            )
+            for projection, bases, grad in parts
+        ]
+    )
+
+
+def _measure_energy(refreshed: Sequence[tuple[Arrival, Projected]]) -> Phases[None]:
+    """‖R‖² / ‖G‖² of those that tried a refresh. In float64: the squares of a small float32 gradient underflow."""
+    asked = []
+    for each, projected in refreshed:
+        projection = each.subspace.projection
+        pairs = ((projected.low_rank_grad, projection.low_rank_shard), (each.grad, projection.shard))
+        asked += [
+            Collective(torch.linalg.vector_norm(part, dtype=torch.float64).square(), shard) for part, shard in pairs
+        ]
+    sums = yield asked
+    for place, (_, projected) in enumerate(refreshed):
+        kept, whole = sums[2 * place], sums[2 * place + 1]
+        projected.energy = torch.where(whole > 0, kept / whole, 1.0)

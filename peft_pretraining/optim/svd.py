@@ -8,17 +8,25 @@
   Yurtsever, Udell and Cevher, arXiv 1706.05736, algorithm 3), which takes no further product with the gradient.
 
 Every routine gets finite input, works in float32 or float64, and falls back to the CPU in float64 when the device's
-routine does not converge. What fails there, too, raises `torch.linalg.LinAlgError`.
+routine does not converge. What fails there, too, raises `LinAlgError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from peft_pretraining.optim.projection import LEFT, RIGHT, Bases
+
+if TYPE_CHECKING:  # torch does not export it for type checkers
+
+    class LinAlgError(RuntimeError): ...
+
+else:
+    from torch.linalg import LinAlgError
 
 SVD_METHODS = ("exact", "gram", "randomized")
 
@@ -54,7 +62,7 @@ def _with_retry(compute: Callable[[Tensor], Bases], matrix: Tensor) -> Bases:
     """`compute(matrix)`, or the same on the CPU in float64, where LAPACK converges on what a device may not."""
     try:
         return compute(matrix)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return {side: vectors.to(matrix) for side, vectors in compute(matrix.cpu().double()).items()}
 
 
@@ -115,26 +123,30 @@ def _both_sides(a: Tensor, short: Tensor, tall: bool, sides: tuple[str, ...]) ->
     return found
 
 
-def gram_eigenvectors(part: Tensor, rank: int, side: str, add_up: Callable[[Tensor], Tensor]) -> Bases:
-    """The basis of the shorter side by `gram`, of a matrix whose longer side is divided over devices.
-
-    `part` is this device's; `add_up` sums over all of them, in place. Every device gets the same basis.
-    """
+def short_gram(part: Tensor, side: str) -> Tensor:
+    """The Gram matrix of the shorter side, in float64; of a part of a matrix whose longer side is divided over devices,
+    what it adds to the sum."""
     wide = part.double()
-    gram = add_up(wide.T @ wide if side == RIGHT else wide @ wide.T)
+    return wide.T @ wide if side == RIGHT else wide @ wide.T
+
+
+def gram_eigenvectors(gram: Tensor, rank: int, side: str, dtype: torch.dtype) -> Bases:
+    """The basis of the shorter side by `gram`, from the whole Gram matrix (s, s), in float32 at least. Raises
+    `LinAlgError`."""
     try:
         _, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         vectors = torch.linalg.eigh(gram.cpu())[1].to(gram)
-    vectors = vectors[:, -rank:].flip(1).to(torch.promote_types(part.dtype, torch.float32))
+    vectors = vectors[:, -rank:].flip(1).to(torch.promote_types(dtype, torch.float32))
     return {side: vectors.T if side == RIGHT else vectors}
 
 
 def positive_qr(matrix: Tensor) -> Tensor:
     """Q (m, r) of the QR decomposition whose R has a positive diagonal, which makes it unique."""
     q, r = torch.linalg.qr(matrix)
-    diagonal = r.diagonal()
-    return q * torch.where(diagonal < 0, -1, 1).to(q)
+    signs: Tensor = torch.where(r.diagonal() < 0, -1, 1).to(q)
+    result: Tensor = q * signs
+    return result
 
 
 def with_signs(vectors: Tensor, old: Tensor | None, dim: int) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from peft_pretraining.distributed.sharding import Shard, local
-from peft_pretraining.optim.base import InPlaceOptimizer
+from peft_pretraining.distributed.sharding import ShardInfo, local
+from peft_pretraining.optim.base import InPlaceOptimizer, gradient_of
 from peft_pretraining.optim.settings import check_betas, check_keys, check_numbers
 
 
@@ -57,7 +58,7 @@ class VectorAdamW(InPlaceOptimizer):
             if vectors is not None and (type(vectors) is not int or vectors not in (0, 1) or param.ndim != 2):
                 raise ValueError(f"vectors must be None, or 0 or 1 for matrices, got {vectors!r} for {param.ndim} dims")
             count = () if vectors is None else (param.shape[vectors],)
-            if vectors is not None and Shard.of(param).dim == vectors:
+            if vectors is not None and ShardInfo.of(param).dim == vectors:
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} is divided within its vectors' counts")
             states[param] = {
                 "step": torch.zeros(count, dtype=torch.float32, device=param.device),
@@ -66,7 +67,7 @@ class VectorAdamW(InPlaceOptimizer):
             }
         return states
 
-    @torch._disable_dynamo  # as torch's own: it may be called in code that is compiled
+    @_disable_dynamo  # as torch's own: it may be called in code that is compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
@@ -84,7 +85,7 @@ class VectorAdamW(InPlaceOptimizer):
         beta1, beta2 = group["betas"]
         states = [self.local_state(param) for param in params]
         steps, first, second = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
-        grads = [local(param.grad).to(m.dtype) for param, m in zip(params, first, strict=True)]
+        grads = [gradient_of(param).to(m.dtype) for param, m in zip(params, first, strict=True)]
         params = [local(param) for param in params]
         torch._foreach_add_(steps, 1)
         if group["weight_decay"]:

@@ -30,7 +30,17 @@ _UNKNOWN = "—"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run's folder says."""
+    """What one run's folder says.
+
+    >>> updates = [{"loss": 4.0, "tokens_seen": 100, "step_time": 0.5, "throughput_tokens": 200.0}]
+    >>> evaluations = [{"final_eval_loss": 3.9, "final_eval_perplexity": 49.4, "optimizer_state_bytes": 8e6}]
+    >>> runs = [RunRecord(name, {"method": "galore"}, updates, evaluations, "galore") for name in ("first", "second")]
+    >>> print(table([run.row() for run in labelled(runs)]))
+    | method          | validation perplexity | optimizer-state MB | tokens/s | seconds |
+    | :-------------- | --------------------: | -----------------: | -------: | ------: |
+    | galore (first)  |                 49.40 |               8.00 |      200 |       0 |
+    | galore (second) |                 49.40 |               8.00 |      200 |       0 |
+    """
 
     name: str
     settings: dict[str, Any]
@@ -89,8 +99,9 @@ class RunRecord:
 def _number(record: dict[str, Any], name: str) -> float | None:
     """A finite number of a record; None where it has none: that of a run that diverged is `null`."""
     value = record.get(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    return value if is_number and math.isfinite(value) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return value if abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def labelled(runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -184,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="write a PNG of loss over tokens to this file")
     parser.add_argument("--json", type=Path, help="write the table's rows to this file")
     arguments = parser.parse_args(argv)
-    runs, problems, warnings = [], [], []
+    runs: list[RunRecord] = []
+    problems: list[str] = []
+    warnings: list[str] = []
     for folder in arguments.runs:
         try:
             runs.append(RunRecord.read(folder, warnings))

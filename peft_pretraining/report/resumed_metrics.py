@@ -48,12 +48,13 @@ class Sorted:
 def sort_lines(lines: Iterable[Line], state: TrainState) -> Sorted:
     """Which records belong to a run that goes on from `state`. A last line without an end was cut off by a crash, and
     is none."""
-    found, seen = Sorted(), {}
+    found = Sorted()
+    seen: dict[tuple[int, bool], bytes] = {}  # the first record of every update and evaluation
     for line in lines:
         record = line.record
         if record is not None and "loss" not in record and "final_eval_loss" not in record:
             line = replace(line, record=None, reason="is the record of no update and of no evaluation")
-        if line.record is None:
+        if line.record is None or record is None:
             if line.raw.endswith(b"\n") or len(line.raw) > LONGEST_LINE:
                 found.damaged.append(line)
             continue
@@ -104,8 +105,10 @@ def _say_what_is_wrong(path: Path, found: Sorted, state: TrainState, first_updat
         said.append(f"{found.doubled} records stood there more than once: kept once")
     begun = first_update if first_update is not None else min(found.updates, default=1) - 1
     if missing := _missing(found.updates, begun + 1, state.update_step):
-        count, first, last = missing
-        said.append(f"{count} of {state.update_step - begun} updates have no record (between {first} and {last})")
+        count, from_update, to_update = missing
+        said.append(
+            f"{count} of {state.update_step - begun} updates have no record (between {from_update} and {to_update})"
+        )
     if said:
         log.warning("%s: %s", path, "; ".join(said))
 

@@ -5,7 +5,7 @@ them. A thread that wants the lock of an interpreter which is ending is made to 
 through a destructor of C++: "terminate called without an active exception", SIGABRT, of a process that had finished.
 
 The threads end with the last reference to their group, and that is out of reach: `destroy_process_group` drops torch's
-own references, but DTensor's caches keep a divided model's mesh, which has the group, until the interpreter's end. Nor
+own references, but DTensor's caches keep a sharded model's mesh, which has the group, until the interpreter's end. Nor
 can it be forced: DDP's reducer drops the group while it holds the lock, and would wait for a thread that wants it. So a
 process with such threads must not come to the interpreter's end.
 """

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.runtime import processes, workers
 
@@ -54,7 +54,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | signal.Handlers | None] = {}
 
     def __enter__(self) -> StopRequest:
         for number in _answered():

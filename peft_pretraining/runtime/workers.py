@@ -28,7 +28,12 @@ def obey_the_parent() -> None:
     # Not `die_with_parent` alone: the thread that starts a pool's workers need not live as long as they.
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def kill_workers() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining.checkpoint import run_dir
@@ -28,14 +29,15 @@ from peft_pretraining.data.blocks import end_workers
 from peft_pretraining.data.data import Data
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.shards import DataError
-from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.models.llama import build_model, materialize, resolve_dtype
+from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
-from peft_pretraining.train import Run, train
 from peft_pretraining.training.build_data import open_data
+from peft_pretraining.training.build_model import distributed_model, reduced_model
+from peft_pretraining.training.loop import Run, train
 from peft_pretraining.training.profiling import Profiler
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.training.tracking import Tracker, log, start_logging
@@ -131,8 +133,10 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:
     """Let the main process alone do something; all raise the problem that it may return."""
     found = act() if group.is_main else None
-    if (problem := group.from_main(found if isinstance(found, ConfigError) else None)) is not None:
+    problem = group.from_main(found if isinstance(found, ConfigError) else None)
+    if problem is not None:
         raise problem
+    assert not isinstance(found, ConfigError), "a problem of the main process is raised on all"
     return found
 
 
@@ -170,7 +174,7 @@ def _begin_folder(save_dir: Path, group: ProcessGroup, stack: ExitStack) -> Fold
 class Parts:
     """What a checkpoint is loaded into."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     method: TrainingMethod
     optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
@@ -180,7 +184,7 @@ def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRec
     """The parts of a run as they are before its first update."""
     config = launch.config
     method = load_method(config.method.method)(config)
-    model = distributed_model(config, launch.facts.model, method, group, weights_from)
+    model = distributed_model(config, launch.facts.model or {}, method, group, weights_from)
     optimizer = method.build_optimizer(model)
     checkpointer = Checkpointer(
         save_dir,
@@ -198,67 +202,24 @@ def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRec
     return Parts(model, method, optimizer, checkpointer)
 
 
-def distributed_model(
-    config: Config,
-    shape: dict[str, Any],
-    method: TrainingMethod,
-    group: ProcessGroup,
-    weights_from: str | None = None,
-) -> torch.nn.Module:
-    """The training model, with its layers changed and its parameters divided as the settings say.
-
-    `shape` is the model JSON's. Weights that are drawn get their memory last, so that a device never holds more than
-    its part of them; with `weights_from`, a folder or hub name, they are read.
-    """
-    distributed = config.distributed
-    divided = distributed.distributed_type == "fsdp" and group.world_size > 1
-    model = build_model(config.model, shape, weights_from, group.device)
-    if type(method).convert is not TrainingMethod.convert:  # which may read the weights
-        # Dividing a model moves it to the devices, layer by layer: the whole of it need not fit on one.
-        materialize(model, torch.device("cpu") if divided else group.device, config.run.seed)
-        model = method.convert(model)
-    if divided:
-        model = shard(
-            model,
-            group,
-            Sharding(
-                distributed.replicas,
-                distributed.reshard_after_forward,
-                method.sharded_dimension,
-                method.is_replicated,
-            ),
-        )
-    materialize(model, group.device, config.run.seed)
-    return model
-
-
-def reduced_model(
-    config: Config,
-    method: TrainingMethod,
-    group: ProcessGroup,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> torch.nn.Module:
-    """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
-    if method.reduces_gradients:
-        return model
-    low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
-    return parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
-
-
 def _default_save_dir(config: Config) -> str:
     model = Path(config.model.model_config or config.model.model_name_or_path or "model").stem
     return f"checkpoints/{model}-{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], None]:
+def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], Any]:
     """Copies the data folder's tokenizer, or writes the one that was named."""
     if not is_main:
         return lambda folder: None
     source = Path(config.data.dataset_path or "")
     if facts.tokenizer is None and config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
         files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-        return lambda folder: [shutil.copy(file, folder) for file in files] and None
+
+        def copy_files(folder: Path) -> None:
+            for file in files:
+                shutil.copy(file, folder)
+
+        return copy_files
     name = facts.tokenizer or config.data.tokenizer or facts.data.get("tokenizer") or DEFAULT_TOKENIZER
     try:
         from transformers import AutoTokenizer

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peft_pretraining.config import Config
 from peft_pretraining.config.cli import Launch
@@ -21,6 +21,8 @@ from peft_pretraining.models.model_config import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 _TOKENS_SCANNED = 2**30
 """Tokens whose ids are checked when the data folder does not say how large they are."""
@@ -49,7 +51,7 @@ class BlockData:
         """`vocabulary`: size of the model's table of embeddings, where it is known."""
         self._config, self._train, self._group, self._vocabulary = config, train, group, vocabulary
         self.description = f"{len(train)} samples"
-        self.evaluation = _BlockEvaluation(config, validation, group, vocabulary)
+        self.evaluation: Iterable[Batch | None] = _BlockEvaluation(config, validation, group, vocabulary)
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
@@ -57,8 +59,8 @@ class BlockData:
             self._train,
             seed=config.run.seed,
             start=position,
-            batch_size=config.batch.batch_size,
-            accumulation=config.batch.gradient_accumulation,
+            batch_size=_given(config.batch.batch_size),
+            accumulation=_given(config.batch.gradient_accumulation),
             workers=config.data.workers,
             group=self._group,
             vocabulary=self._vocabulary,
@@ -81,11 +83,11 @@ class _BlockEvaluation:
     vocabulary: int | None
 
     def __iter__(self) -> Iterator[Batch | None]:
-        max_samples = max(1, self.config.data.eval_tokens // self.config.data.max_length)
+        max_samples = max(1, self.config.data.eval_tokens // _given(self.config.data.max_length))
         return blocks.evaluation_batches(
             self.blocks,
             max_samples=max_samples,
-            batch_size=self.config.batch.batch_size,
+            batch_size=_given(self.config.batch.batch_size),
             group=self.group,
             vocabulary=self.vocabulary,
         )
@@ -96,7 +98,7 @@ def _open_blocks(launch: Launch) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks
     where = f"--dataset_path {config.data.dataset_path}"
     try:
         splits = [
-            blocks.TokenBlocks(config.data.dataset_path, name, config.data.max_length)
+            blocks.TokenBlocks(_given(config.data.dataset_path), name, _given(config.data.max_length))
             for name in ("train", "validation")
         ]
     except (OSError, ValueError, KeyError) as error:
@@ -115,16 +117,16 @@ class StreamedData:
     """Documents of shards, tokenised as they are needed."""
 
     def __init__(self, launch: Launch, group: ProcessGroup):
-        config, shards = launch.config, launch.facts.shards
+        config, shards = launch.config, _given(launch.facts.shards)
         self._config, self._shards, self._group = config, shards, group
         self._stream: DocumentStream | None = None
-        self._maker = SampleMaker(_checked_tokenizer(launch), config.data.max_length)
+        self._maker = SampleMaker(_checked_tokenizer(launch), _given(config.data.max_length))
         self.description = f"{len(shards.train)} shards of documents ({_gigabytes(shards.train)}, {shards.origin})"
-        self.evaluation = ValidationSet(
+        self.evaluation: Iterable[Batch | None] = ValidationSet(
             shards.validation,
             self._maker,
             tokens=config.data.eval_tokens,
-            batch_size=config.batch.batch_size,
+            batch_size=_given(config.batch.batch_size),
             workers=config.data.workers,
             group=group,
         )
@@ -137,25 +139,31 @@ class StreamedData:
             self._maker,
             Complaints(train),
             start=position,
-            batch_size=self._config.batch.batch_size,
+            batch_size=_given(self._config.batch.batch_size),
             workers=self._config.data.workers,
             group=self._group,
         )
 
     def epoch_at(self, position: int) -> int:
-        return self._stream.epoch_at(position)
+        return _given(self._stream).epoch_at(position)
 
     def state_at(self, position: int) -> dict[str, Any]:
-        return self._stream.state_at(position)
+        return _given(self._stream).state_at(position)
 
 
 def _checked_tokenizer(launch: Launch) -> PreTrainedTokenizerBase:
     """The tokenizer that was asked for, whose ids the model knows."""
-    name, model = launch.facts.tokenizer, launch.facts.model
+    name, model = _given(launch.facts.tokenizer), launch.facts.model
     tokenizer = load_tokenizer(name)
     if model is not None and (largest := largest_id(tokenizer)) >= (vocabulary := vocabulary_size(model)):
         raise ConfigError([f"--tokenizer {name}: token id {largest} is beyond the model's vocabulary of {vocabulary}"])
     return tokenizer
+
+
+def _given(value: T | None) -> T:
+    """What may be missing on a command line, and is not once that has been checked."""
+    assert value is not None
+    return value
 
 
 def _gigabytes(shards: tuple[Shard, ...]) -> str:

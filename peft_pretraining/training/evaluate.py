@@ -48,7 +48,7 @@ def evaluate(
             goes_on()
             if index % _BATCHES_BETWEEN_STOP_CHECKS == 0 and should_stop():
                 return None
-            if batch is None:  # a divided model gathers its weights on all ranks at once
+            if batch is None:  # a sharded model gathers its weights on all ranks at once
                 token_loss_sum(model, {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=group.device)})
                 continue
             tokens = count_targets(batch)

@@ -13,7 +13,7 @@ from peft_pretraining.training.profiling import peak_memory_bytes
 from peft_pretraining.training.tracking import log
 
 if TYPE_CHECKING:
-    from peft_pretraining.train import Run
+    from peft_pretraining.training.loop import Run
 
 MOST_IN_A_ROW = 10
 _LARGEST_SKIPPED_SHARE = 0.05

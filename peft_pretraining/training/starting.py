@@ -55,12 +55,14 @@ def starting_point(config: Config, identity: dict[str, Any], save_dir: Path, gro
     shared = group.from_main(replace(mine, found=iter(()), skipped=[]) if isinstance(mine, StartingPoint) else mine)
     if isinstance(shared, ConfigError):
         raise shared
-    return mine if group.is_main else shared
+    assert shared is not None, "the main process found a start, or a problem"
+    return mine if isinstance(mine, StartingPoint) else shared
 
 
 def find_start(config: Config, identity: dict[str, Any], save_dir: Path) -> StartingPoint | ConfigError:
     """On the main process: which checkpoints to continue from. A problem is returned, for all ranks to raise."""
-    run, skipped = config.run, []
+    run = config.run
+    skipped: list[str] = []
     try:
         if run.autoresume:
             record, note = resume.record_of_folder(save_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -49,7 +50,8 @@ class Tracker:
     ):
         """`resumed` is the state that the run goes on from; None begins `metrics.jsonl` anew, and `first_update` is
         the one at which it began (None: unknown). `lock` is watched: without it the folder is no longer this run's."""
-        self._file = self._wandb = None
+        self._file: io.FileIO | None = None
+        self._wandb: WandbRun | None = None
         self._pending = b""
         """What could not be written yet."""
         if not enabled:
@@ -63,61 +65,62 @@ class Tracker:
             if config.tracking.wandb_watch:
                 self._wandb.watch(model)
 
-    def _open(self) -> None:
+    def _open(self) -> io.FileIO:
         self._file = open(self._path, "ab", buffering=0)  # a crash loses no finished record
+        return self._file
 
     def record(self, **values: Any) -> None:
         """One record; `update_step` is the number of updates done. Raises `FolderLost`."""
         if self._file is not None:
-            self._check_folder()
-            self._write(resumed_metrics.encode(values))
+            self._write(self._checked(self._file), resumed_metrics.encode(values))
         if self._wandb is not None:
             self._wandb.log(values)
 
     def go_back(self, state: TrainState) -> None:
         """The run has gone back to `state`: later records are put aside, into `metrics.undone.jsonl`."""
         if self._file is not None:
-            self._write(b"")
+            self._write(self._file, b"")
             self._file.close()
             resumed_metrics.forget_after(self._save_dir, state, self._first_update, keep_later=True)
             self._open()
 
-    def _check_folder(self) -> None:
-        """A file that has been removed can be written to as before, and what is written is lost."""
+    def _checked(self, file: io.FileIO) -> io.FileIO:
+        """The file to write to: one that has been removed could be written to as before, and it would be lost."""
         lost = self._lock is not None and self._lock.lost
         try:
             there = os.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
             there = None
         except OSError:  # a network file system that does not answer now
-            return
+            return file
         if lost or (there is None and not self._save_dir.is_dir()):
             raise FolderLost(
                 f"{self._save_dir} is no longer this run's folder: it was removed, or another process took it; what "
                 "was not saved before is lost"
             )
-        if there is None or not os.path.samestat(there, os.fstat(self._file.fileno())):
-            log.warning("%s was removed or replaced: records are appended to what has that name now", self._path)
-            self._file.close()
-            self._open()
+        if there is not None and os.path.samestat(there, os.fstat(file.fileno())):
+            return file
+        log.warning("%s was removed or replaced: records are appended to what has that name now", self._path)
+        file.close()
+        return self._open()
 
-    def _write(self, lines: bytes) -> None:
+    def _write(self, file: io.FileIO, lines: bytes) -> None:
         """Append to the file. On a full disk everything is kept, in its order, and tried again with the next record."""
         late = bool(self._pending)
         self._pending += lines
         try:
             while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]  # which may take a part of it
+                self._pending = self._pending[file.write(self._pending) :]  # which may take a part of it
         except OSError as error:
             if not late:
-                log.error("%s: %s; records are kept until there is room", self._file.name, error.strerror)
+                log.error("%s: %s; records are kept until there is room", file.name, error.strerror)
         else:
             if late:
-                log.info("%s: all records are written again", self._file.name)
+                log.info("%s: all records are written again", file.name)
 
     def close(self, exit_code: int) -> None:
         if self._file is not None:
-            self._write(b"")
+            self._write(self._file, b"")
             if self._pending:
                 log.error("%s: the last records are lost, %d bytes of them", self._file.name, len(self._pending))
             self._file.close()
@@ -133,7 +136,7 @@ def _start_wandb(save_dir: Path, config: Config) -> Any:
     import wandb
 
     run_id, tracking = _wandb_run_id(save_dir / run_dir.WANDB_RUN_FILE), config.tracking
-    settings = {
+    settings: dict[str, Any] = {
         "project": tracking.wandb_project or "peft_pretraining",
         "name": tracking.name or save_dir.name,
         "tags": list(tracking.tags) or None,

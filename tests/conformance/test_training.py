@@ -62,7 +62,7 @@ def test_stopped_anywhere_and_resumed_changes_no_bit(runs, case, tmp_path, stop)
 @contextlib.contextmanager
 def watched_updates(monkeypatch) -> Iterator[list[tuple[int, list[str]]]]:
     """(0-based update, names of the tensors that changed between its first forward pass and its end) of a run."""
-    from peft_pretraining import train
+    from peft_pretraining.training import loop as train
 
     train_step, forward_backward, before, changed = train.train_step, train.forward_backward, {}, []
 

@@ -16,14 +16,15 @@ M2 has no bias correction: α(t) begins near 0. Both rise over T updates (sectio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.sharding import WHOLE, Shard
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.rule import UpdateRule, zeros
+from peft_pretraining.optim import Direction, LowRankOptimizer, ParamUpdate, StateTensor, UpdateRule
 
 
 class AdEMAMix(UpdateRule):
@@ -31,25 +32,26 @@ class AdEMAMix(UpdateRule):
 
     decays_first = True  # λ W is taken of the weight before the update
     betas = (0.9, 0.999)
+    _MOMENTS = ("exp_avg", "exp_avg_slow", "exp_avg_sq")  # M1, M2, V
 
     def __init__(self, alpha: float, beta3: float, warmup: int):
         self.alpha, self.beta3, self.warmup = alpha, beta3, warmup
 
-    def init_state(self, state: dict[str, Any], like: Tensor, group: dict[str, Any], shard: Shard = WHOLE) -> None:
-        state["exp_avg"] = zeros(like)  # M1
-        state["exp_avg_slow"] = zeros(like)  # M2
-        state["exp_avg_sq"] = zeros(like)  # V
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        return {key: StateTensor.like_gradient(torch.zeros_like(like), shard) for key in self._MOMENTS}
 
-    def direction(
-        self, state: dict[str, Any], grad: Tensor, group: dict[str, Any], shard: Shard = WHOLE
-    ) -> tuple[Tensor, float]:
-        t, (beta1, beta2) = int(state["step"]), group["betas"]
+    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
+        return [Direction(self._direction(update, group), update.rate) for update in updates]
+
+    def _direction(self, update: ParamUpdate, group: dict[str, Any]) -> Tensor:
+        """What lr is multiplied by, but for the decay."""
+        grad, state, t = update.low_rank_grad, update.state, update.k
+        beta1, beta2 = group["betas"]
         fast = state["exp_avg"].lerp_(grad, 1 - beta1)
         slow = state["exp_avg_slow"].lerp_(grad, 1 - self.beta3_at(t, beta1))
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = (square / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        direction = (fast / (1 - beta1**t)).add_(slow, alpha=self.alpha_at(t)).div_(root)
-        return direction, float(group["lr"])
+        return (fast / (1 - beta1**t)).add_(slow, alpha=self.alpha_at(t)).div_(root)
 
     def alpha_at(self, t: int) -> float:
         """α(t)."""

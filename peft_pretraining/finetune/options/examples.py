@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from peft_pretraining import rng
-from peft_pretraining.data.sources import one_line
+from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.finetune.options.settings import CONSECUTIVE, OptionSettings
 from peft_pretraining.finetune.options.tasks import Example, OptionTask
 from peft_pretraining.finetune.rows import Problems, Row, read_rows
@@ -173,7 +173,9 @@ def _draw(groups: Groups, wanted: int | None, seed: int, flag: str) -> tuple[Gro
     order = torch.randperm(len(groups), generator=rng.generator(seed, f"examples for {flag}")).tolist()
     if wanted is None:
         return [groups[index] for index in order], []
-    chosen, rest, size = [], [], 0
+    chosen: Groups = []
+    rest: Groups = []
+    size = 0
     for index in order:
         fits = size + len(groups[index]) <= wanted or (not chosen and wanted > 0)
         (chosen if fits else rest).append(groups[index])

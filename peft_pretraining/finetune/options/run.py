@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import SaveStrategy
 
@@ -19,7 +19,6 @@ from peft_pretraining.finetune.loading import check_finite
 from peft_pretraining.finetune.options.encoding import EncodedExample, OptionEncoder
 from peft_pretraining.finetune.options.examples import Splits, load_splits
 from peft_pretraining.finetune.options.settings import ENTRY, OptionSettings
-from peft_pretraining.finetune.options.tasks import TASKS
 from peft_pretraining.finetune.options.trainer import OptionTrainer, by_length
 from peft_pretraining.finetune.output import RESULTS_FILE, Results, check_losses, check_metric, write_json
 from peft_pretraining.finetune.results import run_seeds
@@ -29,6 +28,7 @@ from peft_pretraining.models.loading import load_pretrained
 from peft_pretraining.training.tracking import log, start_logging
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import PredictionOutput
 
@@ -45,11 +45,9 @@ def parse(argv: Sequence[str]) -> FineTuning[OptionSettings]:
     if chooses and "metric_for_best_model" not in finetuning.given:
         training.metric_for_best_model, training.greater_is_better = "accuracy", True
     elif training.metric_for_best_model is not None:
-        check_metric(training.metric_for_best_model, TASKS[finetuning.task.task_name].metrics)
+        check_metric(training.metric_for_best_model, finetuning.task.task.metrics)
     training.remove_unused_columns = False  # examples are not dictionaries
-    if "lora_all_modules" in finetuning.given:
-        return finetuning
-    return dataclasses.replace(finetuning, lora_all_modules=True)  # as in pre-training
+    return finetuning
 
 
 def run(argv: Sequence[str]) -> Results:
@@ -59,7 +57,7 @@ def run(argv: Sequence[str]) -> Results:
     for warning in finetuning.warnings:
         log.warning(warning)
     with finetuning.training.main_process_first(desc="reading the data"):
-        splits = load_splits(TASKS[finetuning.task.task_name], finetuning.task)
+        splits = load_splits(finetuning.task.task, finetuning.task)
     return run_seeds(finetuning, lambda one, start: run_one(one, splits, start), lambda one: _described(one, splits))
 
 
@@ -67,7 +65,7 @@ def run_one(finetuning: FineTuning[OptionSettings], splits: Splits, resume_from:
     """One run in its output folder. Returns what its `all_results.json` has."""
     settings, training = finetuning.task, finetuning.training
     set_seed(training.seed)  # of the factors' first values
-    tokenizer = load_tokenizer(settings.tokenizer or settings.model_name)
+    tokenizer = load_tokenizer(settings.tokenizer or settings.model)
     model = load_model(settings, training.device)
     train, dev, test = encode(settings, splits, tokenizer, model)
     first = f"{len(splits.train)} demonstrations" if settings.trainer == "none" else f"{len(train)} rows for training"
@@ -81,10 +79,10 @@ def run_one(finetuning: FineTuning[OptionSettings], splits: Splits, resume_from:
     if dev and training.do_eval:
         results |= trainer.evaluate()
     if test and not settings.no_eval and (training.do_eval or training.do_predict):
-        results |= run_test(trainer, test, settings, Path(training.output_dir))
+        results |= run_test(trainer, test, settings, finetuning.output_dir)
     check_losses(results)
     if trainer.is_world_process_zero():
-        write_results(results, settings, Path(training.output_dir))
+        write_results(results, settings, finetuning.output_dir)
     return results
 
 
@@ -108,12 +106,12 @@ def load_model(settings: OptionSettings, device: torch.device) -> PreTrainedMode
                 log.warning("--%s: there is no accelerator; float32 is used", name)
             else:
                 dtype = wanted
-    name = settings.model_name
+    name = settings.model
     revision = settings.model_revision or "main"
     model = load_pretrained(AutoModelForCausalLM, name, f"--model_name {name}", dtype=dtype, revision=revision)
     check_finite(model, f"--model_name {name}")
     # Rows are padded with any token, and masked; the padding token's own weights are to be trained like others.
-    model.get_input_embeddings().padding_idx = None
+    cast("nn.Embedding", model.get_input_embeddings()).padding_idx = None
     return model
 
 
@@ -128,7 +126,7 @@ def encode(
     shown = splits.train if settings.trainer == "none" else []
     train = encoder(splits.train) if settings.trainer == "regular" else []
     dev, test = (encoder(split, shown, settings.sfc, settings.icl_sfc) for split in (splits.dev, splits.test))
-    entries = model.get_input_embeddings().num_embeddings
+    entries = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     largest = max((max(option.ids) for part in (train, dev, test) for one in part for option in one.options), default=0)
     if largest >= entries:
         raise ConfigError(
@@ -141,11 +139,11 @@ def run_test(
     trainer: OptionTrainer, test: Sequence[EncodedExample], settings: OptionSettings, folder: Path
 ) -> dict[str, float]:
     ordered = by_length(test)
-    output = trainer.predict(ordered)
+    output = trainer.predict(cast("Dataset[Any]", ordered))  # any sequence will do
     if settings.save_predictions and trainer.args.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_predictions(folder / PREDICTIONS_FILE, ordered, output)
-    return output.metrics
+    return output.metrics or {}
 
 
 def write_predictions(path: Path, examples: Sequence[EncodedExample], output: PredictionOutput) -> None:
@@ -179,6 +177,6 @@ def write_results(results: Results, settings: OptionSettings, folder: Path) -> N
     if settings.result_file:
         Path(settings.result_file).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(settings.result_file), results)
-    for name in (f"{split}_{metric}" for split in ("eval", "test") for metric in TASKS[settings.task_name].metrics):
+    for name in (f"{split}_{metric}" for split in ("eval", "test") for metric in settings.task.metrics):
         if name in results:
             print(f"{name} {results[name]:.4f}")

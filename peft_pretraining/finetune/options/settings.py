@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.finetune.options.tasks import TASKS, find_task
+from peft_pretraining.finetune.options.tasks import TASKS, OptionTask, find_task
 from peft_pretraining.finetune.settings import EntryPoint
 from peft_pretraining.flags import Given, boolean, integer, non_negative_int, positive_int, setting, string
 
 CONSECUTIVE = "twins"
 """The value of `--split_by` that keeps each two consecutive rows together."""
 
-DEFAULTS: dict[str, Any] = {"rand_ratio": 0.8}
-"""What differs from the methods' defaults."""
+DEFAULTS: dict[str, Any] = {"rand_ratio": 0.8, "lora_all_modules": True}
+"""What differs from the methods' defaults, and from GLUE's: layers are those of pre-training."""
 
 _ZEROTH_ORDER = "zeroth-order training is out of scope"
 _FORWARD_GRADIENTS = "training with forward-mode gradients is out of scope"
@@ -49,29 +48,6 @@ WITHOUT_EFFECT: dict[str, str] = {
 """Flags of the older script that are passed over, with a warning that says why."""
 
 
-def _refused(why: str) -> Callable[[str], None]:
-    def convert(text: str) -> None:
-        if text not in ("False", "false", "None"):
-            raise ValueError(f"is refused: {why}")
-
-    convert.value_is_optional = True
-    return convert
-
-
-def _anything(text: str) -> str:
-    return text
-
-
-_anything.value_is_optional = True
-
-_OlderFlags = dataclasses.make_dataclass(
-    "_OlderFlags",
-    [(name, Any, setting(None, _refused(why), f"refused: {why}")) for name, why in REFUSED.items()]
-    + [(name, Any, setting(None, _anything, f"without effect: {why}")) for name, why in WITHOUT_EFFECT.items()],
-    frozen=True,
-)
-
-
 def _task_name(text: str) -> str:
     return find_task(text).name
 
@@ -85,7 +61,7 @@ def _trainer(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class OptionSettings(_OlderFlags):
+class OptionSettings:
     """All numbers of examples are in rows of the task."""
 
     task_name: str | None = setting(None, _task_name, f"option task: {', '.join(TASKS)}")
@@ -122,6 +98,18 @@ class OptionSettings(_OlderFlags):
     save_predictions: bool = setting(False, boolean, "write each test row's scores to predictions.jsonl")
     result_file: str | None = setting(None, string, "a further file for the results")
 
+    @property
+    def model(self) -> str:
+        """The model's folder or hub name, which `check` requires."""
+        assert self.model_name is not None
+        return self.model_name
+
+    @property
+    def task(self) -> OptionTask:
+        """The task, which `check` requires."""
+        assert self.task_name is not None
+        return TASKS[self.task_name]
+
 
 def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
     """What is wrong with the settings, or has no effect, before anything is read."""
@@ -131,7 +119,7 @@ def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[s
     if settings.load_bfloat16 and settings.load_float16:
         problems.append("--load_bfloat16 and --load_float16 contradict each other")
     _check_files(settings, problems)
-    task = TASKS.get(settings.task_name)
+    task = TASKS.get(settings.task_name or "")
     if task is not None and not task.own_options:
         for flag, is_set in (
             ("shuffle_options", settings.shuffle_options),
@@ -140,12 +128,10 @@ def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[s
             if is_set:
                 problems.append(f"--{flag}: the rows of {task.name} have no options of their own")
     sampling = given.get("train_sampling_strategy")
-    by_length = sampling is not None and sampling.value in ("group_by_length", "batch_rebalance")
-    if by_length or ("group_by_length" in given and given["group_by_length"].value):
-        problems.append(f"--{sampling.spelling if by_length else 'group_by_length'}: not built for option tasks")
-    for name, why in WITHOUT_EFFECT.items():
-        if name in given:
-            warnings.append(f"--{name} has no effect: {why}")
+    if sampling is not None and sampling.value in ("group_by_length", "batch_rebalance"):
+        problems.append(f"--{sampling.spelling}: not built for option tasks")
+    elif "group_by_length" in given and given["group_by_length"].value:
+        problems.append("--group_by_length: not built for option tasks")
     if unread := [f"--{given[name].spelling}" for name in _unread(settings) if name in given and given[name].value]:
         warnings.append(f"without effect beside the other flags: {', '.join(unread)}")
 
@@ -188,6 +174,8 @@ ENTRY = EntryPoint(
     description="Fine-tune a causal language model on an option task with any of the methods, or test it in context.",
     defaults=DEFAULTS,
     check_task=check,
+    refused=REFUSED,
+    passed_over=WITHOUT_EFFECT,
 )
 
 

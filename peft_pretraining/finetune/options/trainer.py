@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from peft_pretraining.finetune.options.scoring import (
     right_option_loss,
 )
 from peft_pretraining.finetune.options.settings import OptionSettings
-from peft_pretraining.finetune.options.tasks import TASKS, OptionTask
+from peft_pretraining.finetune.options.tasks import OptionTask
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.trainer import MethodTrainer
 
@@ -48,7 +48,7 @@ class OptionTrainer(MethodTrainer):
         dev: Sequence[EncodedExample] | None = None,
     ):
         settings = finetuning.task
-        task = TASKS[settings.task_name]
+        task = settings.task
         self._classification = settings.train_as_classification
         self._calibrated = settings.sfc or settings.icl_sfc
         right_options = partial(collate_right_options, only_option=settings.only_train_option)
@@ -80,7 +80,7 @@ class OptionTrainer(MethodTrainer):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * processes / num_items_in_batch
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]  # predictions may be nested
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
         """No mean loss: `Trainer` would count the rows that fill up the last batch of several processes."""
@@ -118,6 +118,6 @@ def by_length(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
 
 
 def metrics_of(task: OptionTask, prediction: EvalPrediction) -> dict[str, float]:
-    scores, losses = prediction.predictions
+    scores, losses = cast("tuple[np.ndarray, np.ndarray]", prediction.predictions)
     values = compute(task.metrics, np.argmax(scores, axis=1), np.asarray(prediction.label_ids), len(task.options))
     return {"loss": float(losses.mean()), **values}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from peft_pretraining.methods._factors.rank_sync import assert_equal_on_all_rank
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.full_rank.method import create_adam_state
-from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict, wrap_linears
+from peft_pretraining.models.targets import target_linears
+from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict
 from peft_pretraining.nn.initialization import draw_factors
 
 
@@ -30,13 +32,13 @@ class FactorMethod(TrainingMethod):
     start: int | None = None
     _reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
 
-    def convert(self, model: nn.Module) -> nn.Module:
+    def replacements(self, model: nn.Module) -> dict[str, Callable[[nn.Linear], LowRankLinear]]:
         with named_by_flag(self.config):
-            wrap_linears(model, self.config.method.target_modules, self.wrap)
-        return model
+            names = list(target_linears(model, self.config.method.target_modules))
+        return {name: partial(self.wrap, index=index, name=name) for index, name in enumerate(names)}
 
-    def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
-        """The layer that takes the place of `linear`, the `index`-th of the model."""
+    def wrap(self, linear: nn.Linear, index: int, name: str) -> LowRankLinear:
+        """The layer that takes the place of `linear`, the `index`-th of the target layers."""
         settings = self.config.method
         layer = LowRankLinear(
             linear,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.sharding import Shard, local
+from peft_pretraining.distributed.sharding import ShardInfo, local
 
 _MODULUS = 2**31 - 1
 _CHUNK = 2**24
@@ -23,7 +23,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def assert_equal_on_all_ranks(layers: Mapping[str, nn.Module], reduce: Callable[[Tensor], Tensor], step: int) -> None:
     """Raises `RuntimeError`, on every rank, naming the first layer whose state differs. `reduce` averages in place."""
     states = {name: list(layer.state_dict().values()) for name, layer in layers.items()}
-    shards = [Shard.of(tensor) for state in states.values() for tensor in state]
+    shards = [ShardInfo.of(tensor) for state in states.values() for tensor in state]
     device = next((local(tensor).device for state in states.values() for tensor in state), torch.device("cpu"))
     own, parts = (
         torch.stack([_sum_of_checksums(state, divided, device) for state in states.values()])
@@ -48,7 +48,7 @@ def assert_equal_on_all_ranks(layers: Mapping[str, nn.Module], reduce: Callable[
 def _sum_of_checksums(tensors: list[Tensor], divided: bool, device: torch.device) -> Tensor:
     """Over those tensors that are divided over devices, of this device's parts, or over the others."""
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    kept = (tensor for tensor in tensors if (Shard.of(tensor).dim is not None) == divided)
+    kept = (tensor for tensor in tensors if (ShardInfo.of(tensor).dim is not None) == divided)
     return sum((checksum(local(tensor)).to(device) for tensor in kept), zero)
 
 

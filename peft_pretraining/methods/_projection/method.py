@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining.distributed import LowRankReduction
-from peft_pretraining.distributed.sharding import Shard
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods._projection.settings import ONLINE_TYPES
 from peft_pretraining.methods.base import TrainingMethod
@@ -88,7 +88,7 @@ class GradientProjection(TrainingMethod):
         if not self.config.method.per_layer:
             return
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
-        if any(Shard.of(param).dim is not None for param in model.parameters()):
+        if any(ShardInfo.of(param).dim is not None for param in model.parameters()):
             reduce = _as_it_is  # FSDP2's gradients arrive reduced
         self._updates = PerLayerUpdates(
             optimizer, reduce, clip=clip, clip_full=clip > 0 and method.clip_norm == "full",
@@ -182,7 +182,7 @@ def gradient_bytes(optimizer: LowRankOptimizer, method: ProjectionSettings, accu
         return largest, largest, whole
     kept = sum(param.numel() * param.element_size() for param in params if param not in subspaces)
     summed = [4 * param.numel() for param in subspaces]  # G and R are added up in float32
-    low = sum(4 * space.rule.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
+    low = sum(4 * space.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
     if method.proj_type in ONLINE_TYPES:
         return whole, whole, whole
     if method.clip_norm == "full":

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from peft_pretraining.distributed.sharding import total_norm
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.methods._projection.method import summary
-from peft_pretraining.nn import LowRankLinear, low_rank_layers
+from peft_pretraining.nn import LowRankLinear
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.projection import LEFT
+from peft_pretraining.optim.subspace import Subspace
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
@@ -29,6 +30,7 @@ class GoLoreAdapter(FactorMethod):
     def __init__(self, config: Config):
         super().__init__(config)
         self.subspaces: list[AdapterSubspace] = []
+        self._peers: list[Subspace] = []
         self._due: list[AdapterSubspace] = []
         self._refreshes: dict[str, list[Tensor]] = {}
         self._by_columns: set[str] = set()
@@ -43,21 +45,16 @@ class GoLoreAdapter(FactorMethod):
         """Which of the two factors is trained depends on a layer's shape, and means nothing: one rate for all."""
         return 1.0
 
-    def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
+    def wrap(self, linear: nn.Linear, index: int, name: str) -> LowRankLinear:
         """Both factors are zero: the first refresh makes the basis."""
         rank, dropout = self.config.method.rank, self.config.method.lora_dropout
-        return LowRankLinear(linear, rank, self.scale, dropout=dropout, corrected=True)
-
-    def convert(self, model: nn.Module) -> nn.Module:
-        model, peers, settings = super().convert(model), [], projection_settings(self.config)
-        self.subspaces = [
-            AdapterSubspace(layer, name, settings, peers) for name, layer in low_rank_layers(model).items()
-        ]
-        for adapter, name in zip(self.subspaces, low_rank_layers(model), strict=True):
-            if adapter.side == LEFT:
-                self._by_columns |= {f"{name}.weight", f"{name}.lora_A"}
-            self._bases.add(f"{name}.lora_B" if adapter.side == LEFT else f"{name}.lora_A")
-        return model
+        layer = LowRankLinear(linear, rank, self.scale, dropout=dropout, corrected=True)
+        adapter = AdapterSubspace(layer, name, projection_settings(self.config), self._peers)
+        self.subspaces.append(adapter)
+        if adapter.side == LEFT:
+            self._by_columns |= {f"{name}.weight", f"{name}.lora_A"}
+        self._bases.add(f"{name}.lora_B" if adapter.side == LEFT else f"{name}.lora_A")
+        return layer
 
     def sharded_dimension(self, name: str, param: Tensor) -> int:
         """W and its trained factor along the side that is not projected, so that R and merging need nothing else."""
@@ -78,7 +75,7 @@ class GoLoreAdapter(FactorMethod):
             weight_decay=settings.weight_decay,
         )
         for adapter in self.subspaces:
-            adapter.divide()
+            adapter.follow_sharding()
             optimizer.state[adapter.trained] |= adapter.new_counters()
         return optimizer
 
@@ -121,7 +118,7 @@ class GoLoreAdapter(FactorMethod):
 
     def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         for adapter in self._due:
-            adapter.commit(optimizer.local_state(adapter.trained), step, optimizer.rule, self._refreshes)
+            adapter.apply(optimizer.local_state(adapter.trained), step, optimizer.rule, self._refreshes)
         self._due = []
 
     def metrics(self) -> dict[str, float]:

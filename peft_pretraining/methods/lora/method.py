@@ -17,11 +17,11 @@ class LoRA(FactorMethod):
 
     corrects_weights = False
 
-    def wrap(self, linear: nn.Linear, index: int) -> LowRankLinear:
+    def wrap(self, linear: nn.Linear, index: int, name: str) -> LowRankLinear:
         """With `--lora_only` the factors alone, which start as near to W as its random numbers allow."""
         settings = self.config.method
         if not settings.lora_only:
-            return super().wrap(linear, index)
+            return super().wrap(linear, index, name)
         layer = LowRankLinear(
             linear,
             settings.rank,

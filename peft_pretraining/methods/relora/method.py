@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.gathering import put
+from peft_pretraining.distributed.gathering import copy_to_shard
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.nn import LowRankLinear, low_rank_layers
@@ -38,7 +38,7 @@ class ReLoRA(FactorMethod):
         """W ← W + s·B·A, A drawn anew, B ← 0, a trained scale back at 1 (with 0, as in older code, it would stay 0)."""
         layer.merge()
         with torch.no_grad():
-            put(layer.lora_A, self.draw_a(layer, step, index))
+            copy_to_shard(layer.lora_A, self.draw_a(layer, step, index))
             if layer.scaling is not None:
                 layer.scaling.fill_(1.0)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining import rng
-from peft_pretraining.distributed.sharding import Shard, local, whole_norm
+from peft_pretraining.distributed.sharding import ShardInfo, local, whole_norm
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
@@ -43,7 +43,7 @@ class SwitchLoRA(FactorMethod):
         super().before_forward(model, optimizer, step)
         self.switched, self.correction_norm = 0, None  # an update that is skipped switches nothing
 
-    def wrap(self, linear: nn.Linear, index: int) -> SwitchedLinear:
+    def wrap(self, linear: nn.Linear, index: int, name: str) -> SwitchedLinear:
         settings, seed = self.config.method, self.config.run.seed
         layer = SwitchedLinear(linear, settings.rank, self.scale, dropout=settings.lora_dropout, corrected=True)
         state = SwitchState(layer, offload=not settings.no_offload_candidates)
@@ -54,10 +54,9 @@ class SwitchLoRA(FactorMethod):
 
     def build_optimizer(self, model: nn.Module) -> VectorAdamW:
         for name, layer in low_rank_layers(model).items():
-            if Shard.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
+            if ShardInfo.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
                 raise ConfigError([f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
                                    f"of {name} evenly: use another number of devices, --replicas, or ddp"])  # fmt: skip
-            layer.switching.divide(layer)
         groups = self.parameter_groups(model)
         groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
         return VectorAdamW(groups, **self.config.rule.arguments(), weight_decay=self.config.optimizer.weight_decay)
@@ -99,7 +98,7 @@ class SwitchLoRA(FactorMethod):
         corrections = exchange(due, settings.switch_lora_drop)
         self.switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
         if settings.cal_delta_norm:
-            shards = [Shard.of(layer.weight) for layer, _ in due]
+            shards = [ShardInfo.of(layer.weight) for layer, _ in due]
             self.correction_norm = whole_norm(zip(corrections, shards, strict=True))
         for layer, switch in due:
             layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step

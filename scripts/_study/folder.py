@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))  # works from any folder, without installation
-
-from peft_pretraining.checkpoint import run_dir  # noqa: E402
-from peft_pretraining.checkpoint.folder_lock import FolderInUse, FolderLock  # noqa: E402
-from peft_pretraining.flags import ConfigError  # noqa: E402
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.folder_lock import FolderInUse, FolderLock
+from peft_pretraining.flags import ConfigError
 
 SETTINGS_FILE = "study.json"
 
@@ -50,9 +46,12 @@ def opened(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         differing = [name for name in begun_with if name in now and begun_with[name] != now[name]]
         if differing:
             raise ConfigError(
-                [f"--out {folder}: it was begun with {name} {_shown(begun_with[name])} instead of {_shown(now[name])}: "
-                 "choose another folder" for name in differing]
-            )  # fmt: skip
+                [
+                    f"--out {folder}: it was begun with {name} {_shown(begun_with[name])} instead of "
+                    f"{_shown(now[name])}: choose another folder"
+                    for name in differing
+                ]
+            )
         run_dir.write_atomically(folder / SETTINGS_FILE, json.dumps({**begun_with, **now}, indent=2) + "\n")
         yield
 
@@ -72,17 +71,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return text if len(text := json.dumps(value)) <= 200 else text[:200] + "..."
-
-
-def read_results(path: Path, numbers: tuple[str, ...]) -> dict[str, Any] | None:
-    """Returns a finished run's results; None when the file is missing or cut off, or one of `numbers` is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not all(is_number(found.get(name)) for name in numbers):
-        return None
-    return found
 
 
 def is_number(value: Any) -> bool:

@@ -1,0 +1,219 @@
+"""AdamW in three forms: in any coordinates, exactly as torch's, and with moments in 8 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.state_tensor import StateTensor, zeros
+from peft_pretraining.optim.update_rule import UpdateRule, places_by_step, scalar, upright
+
+
+class AdamW(UpdateRule):
+    """D = m̂ / (√v̂ + ε'), by torch's fused kernel on a zero buffer.
+
+    GaLore's authors add ε to √v before the bias correction, which is torch's ε divided by √(1-β2^k).
+    `torch_epsilon` leaves it as torch's.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __init__(self, torch_epsilon: bool = False):
+        self._torch_epsilon = torch_epsilon
+
+    def in_format(self, state_format: str) -> UpdateRule:
+        return AdamW8bit(self._torch_epsilon) if state_format == "8bit" else self
+
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        return {key: StateTensor.like_gradient(zeros(like), shard) for key in ("exp_avg", "exp_avg_sq")}
+
+    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
+        beta1, beta2 = group["betas"] or self.betas
+        grads = [update.low_rank_grad.contiguous() for update in updates]  # the kernel walks through memory
+        minus_d = [torch.zeros_like(grad) for grad in grads]
+        found: list[Direction | None] = [None] * len(updates)
+        for k, places in places_by_step(updates).items():
+            adamw(
+                [minus_d[place] for place in places],
+                [grads[place] for place in places],
+                [updates[place].state["exp_avg"] for place in places],
+                [updates[place].state["exp_avg_sq"] for place in places],
+                [],
+                [scalar(k - 1.0, grads[place].device) for place in places],  # which torch increments
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=1.0,
+                weight_decay=0.0,
+                eps=self.epsilon(group["eps"], beta2, k),
+                maximize=False,
+            )
+            correction = math.sqrt(1 - beta2**k) / (1 - beta1**k)
+            for place in places:
+                found[place] = Direction(minus_d[place], -float(group["lr"]), correction)
+        return found
+
+    def epsilon(self, eps: float, beta2: float, k: int) -> float:
+        """torch's ε for the one that was set."""
+        return eps if self._torch_epsilon else eps / math.sqrt(1 - beta2**k)
+
+
+class TorchAdamW(AdamW):
+    """torch's fused AdamW bit for bit, its count of updates on the parameter's device: for weights that are trained as
+    they are. Nothing is read back from the device, and `found_inf` leaves an update out without a look at it."""
+
+    moves_weights = True
+    decays_first = True
+    name = "torch_adamw"
+
+    def __init__(self) -> None:
+        super().__init__(torch_epsilon=True)
+
+    def new_step(self, param: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.float32, device=param.device)
+
+    def move(
+        self,
+        updates: Sequence[ParamUpdate],
+        group: dict[str, Any],
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        beta1, beta2 = group["betas"] or self.betas
+        adamw(
+            [update.weight for update in updates],
+            [update.low_rank_grad for update in updates],
+            [update.state["exp_avg"] for update in updates],
+            [update.state["exp_avg_sq"] for update in updates],
+            [],
+            [update.state["step"] for update in updates],
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class AdamW8bit(AdamW):
+    """AdamW with both moments in 8 bits and one float32 scale per 256 numbers, by bitsandbytes (arXiv 2110.02861).
+
+    Tensors of fewer than 4096 numbers (norms, biases, R of low ranks) keep float32 moments, as in bitsandbytes itself.
+    Older versions kept 8 bits for matrices of any size; such a state is used as it is.
+    """
+
+    _BLOCK = 256
+    _SMALLEST = 4096
+    older = frozenset({"exp_avg_absmax", "exp_avg_sq_absmax"})
+
+    def __init__(self, torch_epsilon: bool = False):
+        super().__init__(torch_epsilon)
+        self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def in_format(self, state_format: str) -> UpdateRule:
+        return self
+
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        if (shard.shape or like.shape).numel() < self._SMALLEST:
+            return super().declare_state(like.float(), group, shard)
+        return self.declare_older_state(like, shard)
+
+    def declare_older_state(self, like: Tensor, shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        last = shard.dim is None or shard.offset + shard.size == shard.shape[shard.dim]
+        if not shard.on_all_ranks(torch.tensor(last or like.numel() % self._BLOCK == 0, device=like.device)):
+            raise ValueError(
+                f"adamw8bit: a part of {like.numel()} numbers is not whole blocks of {self._BLOCK}; choose another "
+                "rank or number of devices"
+            )
+        declared = {}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            numbers = torch.zeros(upright(like, shard).shape, dtype=torch.uint8, device=like.device)
+            scales = torch.zeros(-(-like.numel() // self._BLOCK), dtype=torch.float32, device=like.device)
+            if shard.dim is None:
+                declared[moment], declared[f"{moment}_absmax"] = StateTensor(numbers), StateTensor(scales)
+            else:
+                declared[moment] = StateTensor(numbers, 0, shard.shape[shard.dim])
+                declared[f"{moment}_absmax"] = StateTensor(scales, 0, -(-shard.shape.numel() // self._BLOCK))
+        return declared
+
+    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
+        found: list[Direction | None] = [None] * len(updates)
+        wide = [place for place, update in enumerate(updates) if update.state["exp_avg"].dtype != torch.uint8]
+        in_float = [replace(updates[place], low_rank_grad=updates[place].low_rank_grad.float()) for place in wide]
+        for place, direction in zip(wide, super().directions(in_float, group), strict=True):
+            assert direction is not None
+            found[place] = direction._replace(tensor=direction.tensor.to(updates[place].low_rank_grad.dtype))
+        for place, update in enumerate(updates):
+            if found[place] is None:
+                found[place] = self._direction(update, group)
+        return found
+
+    def _direction(self, update: ParamUpdate, group: dict[str, Any]) -> Direction:
+        """D by bitsandbytes' kernel, which takes one tensor at a time."""
+        from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+        state, k, shard = update.state, update.k, update.low_rank_shard
+        signed, unsigned = self._quantization_maps(update.low_rank_grad.device)
+        beta1, beta2 = group["betas"] or self.betas
+        dtype = update.low_rank_grad.dtype  # the kernel does not take float64
+        grad = update.low_rank_grad.float() if dtype == torch.float64 else update.low_rank_grad
+        grad = upright(grad, shard).contiguous()
+        minus_d = torch.zeros_like(grad)
+        optimizer_update_8bit_blockwise(
+            "adam",
+            grad,
+            minus_d,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            beta1,
+            beta2,
+            0.0,
+            0.0,
+            self.epsilon(group["eps"], beta2, k),
+            k,
+            1.0,
+            signed,
+            unsigned,
+            state["exp_avg_absmax"],
+            state["exp_avg_sq_absmax"],
+        )
+        correction = math.sqrt(1 - beta2**k) / (1 - beta1**k)
+        return Direction(upright(minus_d, shard).to(dtype), -float(group["lr"]), correction)
+
+    def rotate_momentum(
+        self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE
+    ) -> None:
+        if state["exp_avg"].dtype != torch.uint8:
+            super().rotate_momentum(state, change, shard)
+            return
+        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+        code, moment, absmax = self._quantization_maps(state["exp_avg"].device)[0], state["exp_avg"], "exp_avg_absmax"
+        dequantized = dequantize_blockwise(moment, absmax=state[absmax], code=code, blocksize=self._BLOCK)
+        changed = upright(change(upright(dequantized, shard)), shard).contiguous()
+        quantized, scales = quantize_blockwise(changed, code=code, blocksize=self._BLOCK)
+        moment.copy_(quantized)
+        state[absmax].copy_(scales.absmax)
+
+    def _quantization_maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The 256 values of a signed and of an unsigned byte."""
+        if device not in self._maps:
+            from bitsandbytes.functional import create_dynamic_map
+
+            signed, unsigned = (create_dynamic_map(signed=each).to(device) for each in (True, False))  # type: ignore[no-untyped-call]
+            self._maps[device] = (signed, unsigned)
+        return self._maps[device]

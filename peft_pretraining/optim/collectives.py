@@ -1,0 +1,108 @@
+"""Numbers that devices have to agree on: asked for with `yield`, and answered for many matrices at once.
+
+The optimizer's objects never call a collective. What needs one is written as a generator: it yields a list of
+`Collective`s, is sent the tensors that they come to, in the same order, and returns its result. What needs none is an
+ordinary function. `together` advances many of them side by side, so that each phase of an update makes one call for
+all of its matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from peft_pretraining.distributed.sharding import ShardInfo
+
+T = TypeVar("T")
+
+
+class Collective(NamedTuple):
+    """A tensor of this device, and what becomes of it over the devices among which `shard` is divided.
+
+    `sum` and `max` are taken entry by entry; `whole` puts the parts of a divided tensor together. Where `shard` is not
+    divided the tensor itself is the answer.
+    """
+
+    part: Tensor
+    shard: ShardInfo
+    op: Literal["sum", "max", "whole"] = "sum"
+
+
+Phases: TypeAlias = Generator[list[Collective], list[Tensor], T]
+"""A computation with collectives in it."""
+Phased: TypeAlias = T | Phases[T]
+"""A result, or a computation with collectives in it that ends in one."""
+
+
+def phases(job: Phased[T]) -> Phases[T]:
+    """`job` as a generator, whether it has collectives or not: for `yield from`."""
+    if isinstance(job, Generator):
+        return (yield from job)
+    return job
+
+
+def together(jobs: Sequence[Phases[T]]) -> Phases[list[T]]:
+    """Advances jobs side by side and returns their results: the collectives of each phase are yielded as one list.
+
+    >>> from peft_pretraining.distributed.sharding import WHOLE
+    >>> def norm(part):
+    ...     (square,) = yield [Collective(part.square().sum(), WHOLE)]
+    ...     return float(square.sqrt())
+    >>> run(norm(torch.ones(9)))
+    3.0
+    >>> run(together([norm(torch.tensor([3.0, 4.0])), norm(torch.ones(4))]))
+    [5.0, 2.0]
+    """
+    waiting = dict(enumerate(jobs))
+    answers: dict[int, list[Tensor]] = {}
+    results: dict[int, T] = {}
+    while waiting:
+        asked: dict[int, list[Collective]] = {}
+        for place, job in list(waiting.items()):
+            try:
+                asked[place] = job.send(answers[place]) if place in answers else next(job)
+            except StopIteration as end:
+                results[place] = end.value
+                del waiting[place]
+        if waiting:
+            found = yield [each for asks in asked.values() for each in asks]
+            taken = 0
+            for place, asks in asked.items():
+                answers[place] = found[taken : taken + len(asks)]
+                taken += len(asks)
+    return [results[place] for place in range(len(jobs))]
+
+
+def run(job: Phases[T]) -> T:
+    """The result of a job, with all of its collectives carried out."""
+    try:
+        asked = next(job)
+        while True:
+            asked = job.send(_answers(asked))
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+def _answers(asked: list[Collective]) -> list[Tensor]:
+    """One call for each operation, dtype and device: parts are joined, and the result is taken apart again."""
+    answers = [each.part for each in asked]
+    joined: dict[tuple[str, torch.dtype, torch.device], list[int]] = {}
+    for place, (part, shard, op) in enumerate(asked):
+        if shard.dim is None:
+            continue
+        if op == "whole":
+            answers[place] = shard.gather(part)
+        else:
+            joined.setdefault((op, part.dtype, part.device), []).append(place)
+    for (operation, _, _), places in joined.items():
+        shard = asked[places[0]].shard
+        flat = torch.cat([answers[place].reshape(-1) for place in places])
+        flat = shard.sum(flat) if operation == "sum" else shard.max(flat)
+        pieces = torch.split(flat, [answers[place].numel() for place in places])
+        for place, piece in zip(places, pieces, strict=True):
+            answers[place] = piece.view(answers[place].shape)
+    return answers

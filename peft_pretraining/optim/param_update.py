@@ -1,0 +1,83 @@
+"""One parameter in one update: what basis rules, update rules and lifts see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.projection import Bases, Projection
+
+
+class Direction(NamedTuple):
+    """What an update rule makes of a gradient. The weight moves by -factor * D, projected back."""
+
+    tensor: Tensor
+    """D, in the shape of the gradient that the rule saw."""
+    factor: float
+    """With the learning rate in it."""
+    bias_correction: float = 1.0
+    """What D contains to make up for moments that began at zero: APOLLO and Fira measure D without it."""
+
+
+@dataclass
+class ParamUpdate:
+    """Tensors are this device's parts. `state` holds all of a parameter's tensors; those of it that a rule or a lift
+    owns are changed in place."""
+
+    name: str
+    index: int
+    """Place in its parameter group."""
+    weight: Tensor
+    """W (m, n), or of any shape where there is no basis."""
+    low_rank_grad: Tensor
+    """R; G itself where there is no basis. In the working dtype."""
+    state: dict[str, Tensor]
+    step: int
+    """0-based update; -1 where the rule keeps its count on the device and nobody has said which update it is."""
+    rate: float
+    grad: Tensor | None = None
+    """G (m, n) in the working dtype, for lifts and bases that declare that they read it."""
+    shard: ShardInfo = WHOLE
+    """How W and G are divided."""
+    low_rank_shard: ShardInfo = WHOLE
+    """How R, and what has its shape, is divided."""
+    projection: Projection = field(default_factory=Projection)
+    scale: float = 1.0
+    """The group's, of projected parameters."""
+    decay: float = 0.0
+    """rate * weight_decay."""
+    decays_first: bool = False
+    rounds_once: bool = False
+    """Whether decay and step are added up in D's dtype before the weight is rounded."""
+    scaled_by: Tensor | float = 1.0
+    """By what R was multiplied since it was projected; `grad` was not, unless the lift reads it."""
+    direction: Direction | None = None
+    """The update rule's answer, for the lift."""
+
+    @property
+    def k(self) -> int:
+        """Updates of this parameter, this one included."""
+        return int(self.state["step"])
+
+    @property
+    def bases(self) -> Bases:
+        return self.projection.bases(self.state)
+
+    @contextmanager
+    def moving(self) -> Iterator[Tensor]:
+        """The weight to add to, in place. Decoupled weight decay, W <- W - lr * decay * W, takes place before or after
+        that, as the update rule asks, and is not scaled."""
+        assert self.direction is not None
+        weight = self.weight.to(self.direction.tensor.dtype) if self.rounds_once else self.weight
+        if self.decay and self.decays_first:
+            weight.mul_(1 - self.decay)
+        yield weight
+        if self.decay and not self.decays_first:
+            weight.mul_(1 - self.decay)
+        if weight is not self.weight:
+            self.weight.copy_(weight)

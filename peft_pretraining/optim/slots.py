@@ -1,0 +1,175 @@
+"""The four objects of each parameter, as its group names them, and the state that they declare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
+from peft_pretraining.optim.base import name_of
+from peft_pretraining.optim.bases import basis_rule, check_names
+from peft_pretraining.optim.basis_rule import BasisRule
+from peft_pretraining.optim.lifts import LIFTS, Lift
+from peft_pretraining.optim.projection import Projection
+from peft_pretraining.optim.state_tensor import STATE_FORMATS, StateTensor, working_dtype
+from peft_pretraining.optim.subspace import Subspace
+from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.update_rules import UPDATE_RULES
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a parameter group is updated by. One of each for all of its parameters."""
+
+    rule: UpdateRule
+    basis: BasisRule | None
+    lift: Lift
+    state_format: str
+    basis_is_given: bool = False
+    """Whether the basis rule is an object that was given: then no setting of the group changes it."""
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether every update needs G, not only R, of the group's matrices."""
+        return self.lift.reads_gradient or (self.basis is not None and self.basis.reads_every_gradient)
+
+
+def objects_of(group: dict[str, Any]) -> Objects:
+    """The objects that a group gives or names, whose names it keeps from then on: objects cannot be saved.
+
+    Raises `ValueError` for names that do not exist and for what does not go together.
+    """
+    state_format = group["state_format"]
+    if state_format not in STATE_FORMATS:
+        raise ValueError(f"state_format must be one of {', '.join(STATE_FORMATS)}, got {state_format!r}")
+    rule = update_rule(group["rule"]).in_format(state_format)
+    basis, lift = group["basis"], group["lift"]
+    given = isinstance(basis, BasisRule)
+    if not given:
+        check_names(group)
+        if group["rank"] is None and basis is not None:
+            raise ValueError(f"basis {basis!r} needs a rank in the same group")
+        basis = None if group["rank"] is None else basis_rule(group)
+    if basis is not None and group["rank"] is None:
+        raise ValueError(f"basis {basis.name!r} needs a rank in the same group")
+    if not isinstance(lift, Lift):
+        if lift is not None and lift not in LIFTS:
+            raise ValueError(f"lift must be one of {', '.join(LIFTS)}, or an object, got {lift!r}")
+        lift = LIFTS[lift or rule.lift or ("identity" if basis is None else "project_back")]()
+    if rule.moves_weights and (basis is not None or not isinstance(lift, LIFTS["identity"])):
+        raise ValueError(f"rule {rule.name!r} moves weights as they are: it goes without rank and lift")
+    for name in ("rule", "basis", "lift"):
+        if not isinstance(group[name], str | None):
+            group[name] = group[name].name
+    return Objects(rule, basis, lift, state_format, given)
+
+
+def update_rule(rule: Any) -> UpdateRule:
+    """The update rule of a name; objects are taken as they are. Raises `ValueError` for names that do not exist."""
+    if isinstance(rule, UpdateRule):
+        return rule
+    if not isinstance(rule, str) or rule not in UPDATE_RULES:
+        raise ValueError(f"rule must be one of {', '.join(UPDATE_RULES)}, or an object, got {rule!r}")
+    return UPDATE_RULES[rule]()
+
+
+class Slot:
+    """One parameter's place in the optimizer."""
+
+    def __init__(self, param: Tensor, index: int, name: str, objects: Objects, subspace: Subspace | None):
+        self.index, self.name, self.objects, self.subspace = index, name, objects, subspace
+        self.shard = ShardInfo.of(param)
+        """How W and G are divided."""
+        self.dtype = working_dtype(objects.state_format, param.dtype)
+        """Of R, D, bases and moments, whatever the parameter becomes after construction."""
+        self.low_rank_shard = subspace.projection.low_rank_shard if subspace else self.shard
+        """How the gradients that the update rule sees are divided."""
+
+    def take(self, objects: Objects) -> None:
+        """Go on with other objects of the same kinds."""
+        self.objects = objects
+        if self.subspace and objects.basis:
+            self.subspace.rule = objects.basis
+
+    @property
+    def projection(self) -> Projection:
+        return self.subspace.projection if self.subspace else Projection()
+
+    def like_gradient(self, param: Tensor) -> Tensor:
+        """A tensor like those that the update rule sees: this device's part, its values without meaning."""
+        like = local(param.detach())
+        if self.subspace is None:
+            return like.to(self.dtype)
+        return like.new_empty(self.projection.low_rank_shape(like.shape), dtype=self.dtype)
+
+    def declared(self, param: Tensor, group: dict[str, Any]) -> dict[str, StateTensor]:
+        """All tensors of the state, with the values that they begin with. Raises `ValueError` if two have one key."""
+        weight = local(param.detach()).to(self.dtype)
+        parts = [
+            {"step": StateTensor(self.objects.rule.new_step(param))},
+            self.subspace.declare_state(weight, group) if self.subspace else {},
+            self.objects.rule.declare_state(self.like_gradient(param), group, self.low_rank_shard),
+            self.objects.lift.declare_state(weight, self.projection, group, self.shard),
+        ]
+        declared = {key: tensor for part in parts for key, tensor in part.items()}
+        if len(declared) < sum(map(len, parts)):
+            raise ValueError(f"two of the objects of {self.name} declare state of the same name: {', '.join(declared)}")
+        return declared
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Keys of the state that a saved one may lack or have in addition."""
+        return self.objects.rule.optional | self.intermittent
+
+    @property
+    def intermittent(self) -> frozenset[str]:
+        """Keys of the state that objects add and delete by themselves."""
+        return self.objects.rule.intermittent | self.objects.lift.intermittent
+
+    @property
+    def older(self) -> frozenset[str]:
+        """Keys of the state that only those of older versions have."""
+        return self.objects.rule.older | (self.objects.basis.older if self.objects.basis else frozenset())
+
+
+def new_slots(group: dict[str, Any], objects: Objects, place: int, peers: list[Subspace]) -> list[tuple[Tensor, Slot]]:
+    """The slots of a group's parameters, the `place`-th of an optimizer. Raises `ValueError` for what is no matrix, but
+    is to be projected; `peers` may be longer then."""
+    params = group["params"]
+    names = group.get("param_names") or [f"{place}.{index}" for index in range(len(params))]
+    slots = []
+    for index, (param, name) in enumerate(zip(params, names, strict=True)):
+        note = "" if "param_names" in group else f" ({name}: {name_of(group, index)})"
+        subspace = None
+        if objects.basis is not None:
+            if param.ndim != 2 or not param.numel():
+                empty = "" if param.numel() or param.ndim != 2 else "with entries, "
+                raise ValueError(
+                    f"a projected parameter must be a matrix, {empty}got {name} of shape {tuple(param.shape)}{note}"
+                )
+            projection = objects.basis.projection(group, ShardInfo.of(param))
+            subspace = Subspace(objects.basis, projection, name, peers, note)
+        slots.append((param, Slot(param, index, name, objects, subspace)))
+    return slots
+
+
+def as_saved(tensor: StateTensor, param: Tensor) -> Tensor:
+    """A tensor of the state as a checkpoint must see it: a DTensor over the parameter's devices if it is divided."""
+    return distribute_like(tensor.value, param, tensor.dim, tensor.length)
+
+
+def keep_changes(
+    slot: Slot, param: Tensor, found: dict[str, Tensor], state: dict[str, Any], group: dict[str, Any]
+) -> None:
+    """Take over what the objects have added to a parameter's state, and drop what they have deleted from it."""
+    if found.keys() == state.keys():
+        return
+    for key in state.keys() - found.keys():
+        del state[key]
+    if added := found.keys() - state.keys():
+        declared = slot.declared(param, group)
+        for key in added:
+            example = declared[key]
+            state[key] = as_saved(StateTensor(found[key], example.dim, example.length), param)

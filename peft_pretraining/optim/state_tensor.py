@@ -1,0 +1,61 @@
+"""What the optimizer's objects keep from one update to the next, declared in one place.
+
+From a declaration follow a tensor's creation at construction, what `load_state_dict` compares, how a checkpoint divides
+it over devices, and what it counts in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_pretraining.distributed.sharding import ShardInfo
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of a parameter's state: this device's part of it, with the value that it begins with."""
+
+    value: Tensor
+    dim: int | None = None
+    """The dimension along which it is divided over the parameter's devices; None if all have the same."""
+    length: int | None = None
+    """Entries in that dimension, over all devices."""
+
+    @classmethod
+    def like_gradient(cls, value: Tensor, shard: ShardInfo) -> StateTensor:
+        """A tensor of the gradient's shape, which is divided as the gradient is."""
+        return cls(value) if shard.dim is None else cls(value, shard.dim, shard.shape[shard.dim])
+
+    @classmethod
+    def along(cls, value: Tensor, dim: int, shard: ShardInfo) -> StateTensor:
+        """A vector with one entry per index of the gradient's dimension `dim`."""
+        return cls(value, 0, shard.shape[dim]) if shard.dim == dim else cls(value)
+
+
+def counter(value: int) -> Tensor:
+    """A number that decides what to do: an int64 scalar, which stays on the CPU wherever its weight goes."""
+    return torch.full((), value, dtype=torch.int64)
+
+
+def is_counter(value: Tensor) -> bool:
+    """Whether a tensor of the state stays on the CPU."""
+    return value.dtype == torch.int64 and value.ndim == 0
+
+
+def zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros of the same shape, contiguous whatever `like` is."""
+    return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
+STATE_FORMATS = ("weight", "float32", "8bit")
+"""How a group's state is kept. `weight`: in the weight's dtype, in which all arithmetic is done. `float32`: state and
+arithmetic in float32 at least, the weight rounded once an update. `8bit`: moments in blocks of 8 bits, where the update
+rule has such a form."""
+
+
+def working_dtype(state_format: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of R, D, the bases and the moments of a weight of `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if state_format == "float32" else dtype

@@ -1,0 +1,129 @@
+"""What every update rule is asked for, and arithmetic on state that may be divided over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.collectives import Collective, Phased
+from peft_pretraining.optim.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.state_tensor import StateTensor, counter
+
+
+class UpdateRule:
+    """Turns the gradients of one parameter group, in the coordinates they arrive in, into directions.
+
+    >>> from peft_pretraining.optim import Direction, LowRankOptimizer, StateTensor
+    >>> class Momentum(UpdateRule):
+    ...     def declare_state(self, like, group, shard=WHOLE):
+    ...         return {"exp_avg": StateTensor.like_gradient(torch.zeros_like(like), shard)}
+    ...
+    ...     def directions(self, updates, group):
+    ...         moments = [update.state["exp_avg"] for update in updates]
+    ...         torch._foreach_lerp_(moments, [update.low_rank_grad for update in updates], 0.1)
+    ...         return [Direction(moment, update.rate) for moment, update in zip(moments, updates)]
+    >>> weight = torch.nn.Parameter(torch.zeros(6, 4))
+    >>> optimizer = LowRankOptimizer([{"params": [weight], "rule": Momentum(), "rank": 2}], lr=0.1)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> tuple(optimizer.state[weight]["exp_avg"].shape), optimizer.param_groups[0]["rule"]
+    ((6, 2), 'momentum')
+    """
+
+    decays_first = False
+    """Whether decoupled weight decay, W <- W - lr * decay * W, comes before the update or after it."""
+    lift: str | None = None
+    """The lift that goes with the rule; None: `project_back` where there is a basis, else `identity`."""
+    moves_weights = False
+    """Whether the rule goes without basis and lift, and moves the weights itself (`move`)."""
+    betas: tuple[float, float] | None = None
+    """What `betas` are where a group does not say."""
+    first_moment = "exp_avg"
+    """Key of the first moment in the state, where there is one."""
+    optional: frozenset[str] = frozenset()
+    """Keys of the state that settings switch on and off while training goes on."""
+    intermittent: frozenset[str] = frozenset()
+    """Keys of the state that the rule itself adds and deletes while training goes on."""
+    older: frozenset[str] = frozenset()
+    """Keys of the state that only those of older versions have for some parameters."""
+
+    @property
+    def name(self) -> str:
+        """What parameter groups and saved states call it."""
+        return type(self).__name__.lower()
+
+    def in_format(self, state_format: str) -> UpdateRule:
+        """The rule that keeps its state in this format. Raises `ValueError` where there is none."""
+        if state_format == "8bit":
+            raise ValueError(f"state_format must be weight or float32 with {self.name}, got '8bit'")
+        return self
+
+    def new_step(self, param: Tensor) -> Tensor:
+        """The parameter's count of updates, zero."""
+        return counter(0)
+
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        """The rule's tensors, by key, for gradients of `like`'s shape, dtype and device, divided as `shard` says."""
+        return {}
+
+    def declare_older_state(self, like: Tensor, shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        """The rule's tensors as older versions had them."""
+        return {}
+
+    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phased[list[Direction | None]]:
+        """D for each `update.low_rank_grad`, which stays as it is; None where the weight is to stay, undecayed.
+
+        The state's tensors are changed in place. Declared ones that are `optional` or `intermittent` may be added and
+        deleted.
+        """
+        raise NotImplementedError
+
+    def move(
+        self,
+        updates: Sequence[ParamUpdate],
+        group: dict[str, Any],
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Moves the weights, decay included, where the rule `moves_weights`. `found_inf` and `grad_scale`: as torch's
+        fused optimizers take them, an update to be left out and what the gradients are to be divided by."""
+        raise NotImplementedError
+
+    def rotate_momentum(
+        self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE
+    ) -> None:
+        """Put the first moment through `change`, which rotates it into a new basis."""
+        if (moment := state.get(self.first_moment)) is not None:
+            moment.copy_(change(moment))
+
+
+def upright(matrix: Tensor, shard: ShardInfo) -> Tensor:
+    """A matrix turned so that its rows are what devices divide: then a device has whole blocks of numbers."""
+    return matrix.T if matrix.ndim == 2 and shard.along == 1 else matrix
+
+
+def mean_over(part: Tensor, dim: int, shard: ShardInfo) -> Collective:
+    """What `mean_from` makes the mean over a dimension of: over all devices where that dimension is divided."""
+    return Collective(part.sum(dim), shard) if shard.dim == dim else Collective(part.mean(dim), WHOLE)
+
+
+def mean_from(answer: Tensor, dim: int, shard: ShardInfo) -> Tensor:
+    """The mean that was asked for by `mean_over`."""
+    return answer / shard.shape[dim] if shard.dim == dim else answer
+
+
+def places_by_step(updates: Iterable[ParamUpdate]) -> dict[int, list[int]]:
+    """Places of updates that are the k-th of their parameter, by k."""
+    places: dict[int, list[int]] = {}
+    for place, update in enumerate(updates):
+        places.setdefault(update.k, []).append(place)
+    return places
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A float32 number on a device."""
+    return torch.full((), value, dtype=torch.float32, device=device)

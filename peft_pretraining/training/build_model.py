@@ -1,0 +1,76 @@
+"""The model that a run trains: with a method's layers, distributed, and built without ever being whole twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_pretraining.config import Config
+from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.models.llama import build_model, materialize, materialize_layer
+from peft_pretraining.nn import LowRankLinear, low_rank_layers, replace_linear
+
+
+def distributed_model(
+    config: Config,
+    shape: dict[str, Any],
+    method: TrainingMethod,
+    group: ProcessGroup,
+    weights_from: str | None = None,
+) -> PreTrainedModel:
+    """The training model, with its layers changed and its parameters sharded as the settings say.
+
+    `shape` is the model JSON's. Weights that are drawn get their memory last, and those of layers that the method
+    replaces one by one, so that a device never holds more than its part of them, and the host no more than that and
+    one decoder layer; with `weights_from`, a folder or hub name, they are read.
+    """
+    distributed, seed = config.distributed, config.run.seed
+    sharded = distributed.distributed_type == "fsdp" and group.world_size > 1
+    # Sharding a model moves it to the devices, layer by layer.
+    made_on = torch.device("cpu") if sharded else group.device
+    model = build_model(config.model, shape, weights_from, group.device)
+    if type(method).convert is not TrainingMethod.convert:  # which may read any of the weights
+        materialize(model, made_on, seed)
+        model = cast(PreTrainedModel, method.convert(model))
+        replacements: dict[str, Callable[[nn.Linear], LowRankLinear]] = {}
+    else:
+        replacements = method.replacements(model)
+
+    def replace_within(name: str) -> None:
+        for layer in [layer for layer in replacements if layer.startswith(f"{name}." if name else "")]:
+            materialize_layer(model, layer, made_on, seed)
+            replace_linear(model, layer, replacements.pop(layer))
+
+    if sharded:
+        settings = Sharding(
+            distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension, method.is_replicated
+        )
+        shard(model, group, settings, before=replace_within, after=_follow_sharding)
+    else:
+        replace_within("")
+    materialize(model, group.device, seed)
+    return model
+
+
+def _follow_sharding(module: nn.Module) -> None:
+    for layer in low_rank_layers(module).values():
+        layer.follow_sharding()
+
+
+def reduced_model(
+    config: Config,
+    method: TrainingMethod,
+    group: ProcessGroup,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> nn.Module:
+    """The module whose backward pass leaves gradients averaged over the ranks, or their projections."""
+    if method.reduces_gradients:
+        return model
+    low_rank = config.distributed.reduce_low_rank is not False and group.world_size > 1
+    return parallelize(model, group, method.low_rank_reduction(model, optimizer) if low_rank else None)
