@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TrainingMethod:
-    """One way to train: subclasses override what they need and add a line to `METHODS`."""
+    """One way to train: a subclass, in the `method.py` of its folder, overrides what it needs."""
 
     def __init__(self, config: Config):
         self.config = config
