@@ -18,6 +18,7 @@ from optim_trials.soap import Soap
 from projection_helpers import parameter, set_gradients, through_a_file, train
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
+from torch import distributed as dist
 from torch import nn
 
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
@@ -194,6 +195,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", optimizer_trial_ranks.CASES)
 def test_two_ranks_compute_what_one_process_does(ranks, name):
     expected, _ = optimizer_trial_ranks.train(optimizer_trial_ranks.CASES[name](), divided=False)
@@ -202,9 +204,34 @@ def test_two_ranks_compute_what_one_process_does(ranks, name):
             torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
 
 
-def test_matrices_share_the_collectives_of_a_phase(ranks):
+@pytest.fixture(scope="module")
+def alone():
+    """Divided over a single device: all collectives take place."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield {name: optimizer_trial_ranks.train(case(), True) for name, case in optimizer_trial_ranks.CASES.items()}
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", optimizer_trial_ranks.CASES)
+def test_one_device_that_has_everything_changes_nothing(alone, name):
+    expected, _ = optimizer_trial_ranks.train(optimizer_trial_ranks.CASES[name](), divided=False)
+    for one, other in zip(alone[name][0], expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
+
+
+def test_matrices_share_the_collectives_of_a_phase(alone):
     """Of the last update, in which no basis is made: one for all three matrices, or one for each phase."""
-    counts = {name: counted[-1] for name, (_, counted) in ranks[0].items()}
-    assert (counts["apollo"], counts["apollo mini"], counts["ldadam"]) == (1, 1, 1)
-    assert counts["online PCA"] == 2  # of two dtypes: squares in float64, as are these matrices
-    assert counts["adafactor"] == 3 and counts["frugal"] == counts["golore"] == counts["torch's AdamW"] == 0
+    counts = {name: counted[-1] for name, (_, counted) in alone.items()}
+    assert counts == {
+        "apollo": 1,
+        "apollo mini": 1,
+        "soap": 0,  # gathering from one device is none
+        "ldadam": 1,
+        "frugal": 0,
+        "adafactor": 3,
+        "adafactor, both sides": 0,
+        "online PCA": 1,
+        "online PCA, divided by rows": 1,
+        "golore": 0,
+        "torch's AdamW": 0,
+    }

@@ -114,6 +114,7 @@ def _derive(
     batch_is_known = len(problems) == before
 
     if config.schedule.max_train_tokens is not None and batch_is_known and max_length:
+        assert batch.total_batch_size is not None, "it was derived"
         tokens_per_update = batch.total_batch_size * max_length
         updates = config.schedule.max_train_tokens // tokens_per_update
         if updates == 0:

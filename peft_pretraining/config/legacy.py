@@ -137,7 +137,9 @@ def translate(
 
     Returns defaults over `defaults`, and which of `given` were read for them.
     """
-    method, found, read = chosen.method, {}, set()
+    method = chosen.method
+    found: dict[str, Any] = {}
+    read: set[str] = set()
     if "scale" in given and given["scale"].spelling == "galore_scale":
         found["clip_grad_norm"] = 0.0  # the code base with that spelling did not clip unless told to
     if method == "lora" and _is_set(given, "use_lora"):

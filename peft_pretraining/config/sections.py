@@ -56,7 +56,7 @@ def _profile(text: str) -> int:
     return 0 if text in ("False", "false") else non_negative_int(text)
 
 
-_profile.value_is_optional = True
+_profile.__dict__["value_is_optional"] = True
 
 
 @dataclass(frozen=True)

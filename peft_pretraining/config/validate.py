@@ -60,7 +60,9 @@ def read_model(config: Config, facts: FileFacts, problems: list[str], warnings: 
 
 def _check_warm_start(config: Config, facts: FileFacts, problems: list[str]) -> None:
     """The weights must be those of the very model that was named, if one was: what is recorded is what is trained."""
-    folder, where = config.run.warmed_up_model, f"--warmed_up_model {config.run.warmed_up_model}"
+    folder = config.run.warmed_up_model
+    assert folder is not None, "checked where it is given"
+    where = f"--warmed_up_model {folder}"
     if not Path(folder).is_dir():
         problems.append(f"{where}: no such folder")
         return
@@ -163,6 +165,7 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
 
 def _streamed(facts: FileFacts) -> dict[str, Any]:
     """What decides which tokens a stream yields: the shards, and what the tokenizer is, wherever its folder lies."""
+    assert facts.tokenizer is not None and facts.shards is not None, "what is streamed has both"
     file = Path(facts.tokenizer) / "tokenizer.json"
     tokenizer = run_dir.file_digest(file)["sha256"] if file.is_file() else facts.tokenizer
     return {"tokenizer": tokenizer, **facts.shards.described()}

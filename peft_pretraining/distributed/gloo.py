@@ -43,7 +43,7 @@ def one_thread_per_group() -> Iterator[None]:
 @functools.cache
 def _one_thread_group() -> Any:
     """The class that stands in for torch's: called with the same arguments."""
-    gloo = _torch.ProcessGroupGloo
+    gloo: Any = _torch.ProcessGroupGloo
 
     class OneThreadGloo(gloo):
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:

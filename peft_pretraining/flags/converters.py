@@ -46,7 +46,7 @@ def boolean(text: str) -> bool:
     raise ValueError("must be True or False (or nothing, for True)")
 
 
-boolean.value_is_optional = True
+boolean.__dict__["value_is_optional"] = True
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
@@ -55,7 +55,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
             raise ValueError(f"must be one of {', '.join(allowed)}")
         return text
 
-    convert.allowed = allowed
+    convert.__dict__["allowed"] = allowed
     return convert
 
 

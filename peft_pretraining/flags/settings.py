@@ -111,7 +111,7 @@ def parse_command_line(
     namespace, extra = parser.parse_known_args(_join_negative_numbers(argv), argparse.Namespace(_given={}))
     by_name = {flag.name: flag for flag in flags}
     _report_unknown(extra, flags, problems, hints or {})
-    given = {}
+    given: dict[str, Given] = {}
     for name, occurrences in namespace._given.items():
         spelling, raw = occurrences[-1]
         _convert(by_name[name], spelling, raw, "command line", given, problems)

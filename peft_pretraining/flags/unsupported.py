@@ -17,7 +17,7 @@ def anything(text: str) -> str:
     return text
 
 
-anything.value_is_optional = True
+anything.__dict__["value_is_optional"] = True
 
 
 def refused_flags(reasons: Mapping[str, str]) -> list[Flag]:

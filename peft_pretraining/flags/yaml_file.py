@@ -21,7 +21,7 @@ _MOST_VALUES = 20_000
 """With aliases written out."""
 _DEEPEST = 20
 
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PLAIN_TAGS = {
     None,
     "!",
@@ -108,16 +108,17 @@ def _check_events(events: Iterator[yaml.Event]) -> None:
     still_open: list[_Collection] = []
     documents = 0
     for event in events:
+        assert event.start_mark is not None, "events that were parsed say where"
         line = event.start_mark.line + 1
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
                 raise YamlProblem("it holds several documents, and one is read")
         elif isinstance(event, yaml.NodeEvent):
-            if getattr(event, "tag", None) not in _PLAIN_TAGS:
-                raise YamlProblem(f"line {line}: the tag {event.tag} is not allowed, only plain values are")
+            if (tag := getattr(event, "tag", None)) not in _PLAIN_TAGS:
+                raise YamlProblem(f"line {line}: the tag {tag} is not allowed, only plain values are")
             if still_open and still_open[-1].keys is not None:
-                _check_key(still_open[-1], event, line)
+                _check_key(still_open[-1], still_open[-1].keys, event, line)
             if isinstance(event, yaml.CollectionStartEvent):
                 is_mapping = isinstance(event, yaml.MappingStartEvent)
                 still_open.append(_Collection(event.anchor, keys={} if is_mapping else None, at_key=is_mapping))
@@ -132,7 +133,7 @@ def _check_events(events: Iterator[yaml.Event]) -> None:
             _add(closed.size, still_open)
 
 
-def _check_key(mapping: _Collection, event: yaml.Event, line: int) -> None:
+def _check_key(mapping: _Collection, keys: dict[str, int], event: yaml.Event, line: int) -> None:
     mapping.at_key = not mapping.at_key
     if mapping.at_key:  # this was a value
         return
@@ -140,12 +141,12 @@ def _check_key(mapping: _Collection, event: yaml.Event, line: int) -> None:
         raise YamlProblem(f"line {line}: a key must be a single value")
     if event.value == "<<" and event.implicit[0]:  # what is merged in may be replaced: that is what it is for
         return
-    if event.value in mapping.keys:
-        raise YamlProblem(f"key {event.value!r} is given twice, in lines {mapping.keys[event.value]} and {line}")
-    mapping.keys[event.value] = line
+    if event.value in keys:
+        raise YamlProblem(f"key {event.value!r} is given twice, in lines {keys[event.value]} and {line}")
+    keys[event.value] = line
 
 
-def _size_of(event: yaml.Event, sizes: dict[str, int], line: int) -> int:
+def _size_of(event: yaml.NodeEvent, sizes: dict[str, int], line: int) -> int:
     if isinstance(event, yaml.ScalarEvent):
         if event.anchor is not None:
             sizes[event.anchor] = 1

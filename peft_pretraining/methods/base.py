@@ -7,7 +7,7 @@ it is restored without pickled objects. Every default below is the identity or d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from peft_pretraining.nn import LowRankLinear, replace_linear
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
 
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+"""What `build_optimizer` makes, and the other hooks are called with."""
 
-class TrainingMethod:
+
+class TrainingMethod(Generic[OptimizerT]):
     """One way to train: a subclass, in the `method.py` of its folder, overrides what it needs."""
 
     def __init__(self, config: Config):
@@ -44,7 +47,7 @@ class TrainingMethod:
             replace_linear(model, name, make)
         return model
 
-    def build_optimizer(self, model: nn.Module) -> Optimizer:
+    def build_optimizer(self, model: nn.Module) -> OptimizerT:
         """The optimizer over the distributed model's parameters, with all of its state already created."""
         raise NotImplementedError
 
@@ -61,38 +64,38 @@ class TrainingMethod:
         """Whether devices that divide the model keep all of a parameter, which must be frozen."""
         return False
 
-    def low_rank_reduction(self, model: nn.Module, optimizer: Optimizer) -> LowRankReduction | None:
+    def low_rank_reduction(self, model: nn.Module, optimizer: OptimizerT) -> LowRankReduction | None:
         """How DDP can reduce projected gradients instead of whole ones; None where the method needs whole ones."""
         return None
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+    def prepare(self, model: nn.Module, optimizer: OptimizerT, reduce: Callable[[Tensor], Tensor]) -> None:
         """Everything is built and restored. `reduce` averages a tensor over the ranks, in place."""
 
-    def extra_batches(self, model: nn.Module, optimizer: Optimizer, step: int) -> int:
+    def extra_batches(self, model: nn.Module, optimizer: OptimizerT, step: int) -> int:
         """Further total batches whose gradients `observe_gradients` should see before update `step`."""
         return 0
 
-    def observe_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def observe_gradients(self, model: nn.Module, optimizer: OptimizerT) -> None:
         """The gradients of an extra batch are complete and reduced; they are dropped afterwards."""
 
-    def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    def before_forward(self, model: nn.Module, optimizer: OptimizerT, step: int) -> None:
         """Before the first forward pass of update `step`, also of one that is skipped later."""
 
-    def before_micro_batch(self, model: nn.Module, optimizer: Optimizer, index: int, count: int) -> None:
+    def before_micro_batch(self, model: nn.Module, optimizer: OptimizerT, index: int, count: int) -> None:
         """Before the forward pass of micro-batch `index` of `count`."""
 
-    def grad_norm(self, model: nn.Module, optimizer: Optimizer) -> Tensor:
+    def grad_norm(self, model: nn.Module, optimizer: OptimizerT) -> Tensor:
         """Global norm of the gradients, a scalar; what clipping uses. Gradients are complete and reduced."""
         return total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
-    def scale_gradients(self, model: nn.Module, optimizer: Optimizer, factor: Tensor) -> None:
+    def scale_gradients(self, model: nn.Module, optimizer: OptimizerT, factor: Tensor) -> None:
         """Multiply every gradient by a scalar, after `grad_norm`."""
         torch._foreach_mul_([local(p.grad) for p in model.parameters() if p.grad is not None], factor)
 
-    def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    def before_optimizer_step(self, model: nn.Module, optimizer: OptimizerT, step: int) -> None:
         """Gradients are complete, reduced, clipped and finite."""
 
-    def after_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    def after_optimizer_step(self, model: nn.Module, optimizer: OptimizerT, step: int) -> None:
         """The weights have moved; not called for a skipped update."""
 
     def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import dataclasses
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.flags import Flag, MethodSettings, MethodSpec, section_flags
 
@@ -29,12 +29,13 @@ class _Methods(Mapping[str, MethodSpec]):
     """Name -> spec, in the order of publication, plug-ins last; looked for when it is first read."""
 
     def __init__(self) -> None:
-        self._specs: dict[str, MethodSpec] | None = None
+        self._specs: dict[str, MethodSpec] = {}
+        self._searched = False
         self._modules: dict[str, str] = {}
 
     def _found(self) -> dict[str, MethodSpec]:
-        if self._specs is None:
-            self._specs = {}
+        if not self._searched:
+            self._searched = True
             folders = (path.parent.name for path in Path(__file__).parent.glob("[!_]*/settings.py"))
             own = {name: _spec_of(f"{__package__}.{name}.settings") for name in folders}
             for name, spec in sorted(own.items(), key=lambda item: (item[1].paper or "", item[0])):
@@ -82,7 +83,7 @@ class _Methods(Mapping[str, MethodSpec]):
 
     def forget(self) -> None:
         """Look again: a package was installed meanwhile."""
-        self._specs, self._modules = None, {}
+        self._specs, self._modules, self._searched = {}, {}, False
 
 
 METHODS = _Methods()
@@ -97,7 +98,7 @@ def _spec_of(module: str) -> MethodSpec:
     return spec
 
 
-def _clashes(spec: MethodSpec, others: Iterator[MethodSpec]) -> str | None:
+def _clashes(spec: MethodSpec, others: Iterable[MethodSpec]) -> str | None:
     """A flag has one meaning: which of a plug-in's is another one's by name and not by meaning."""
     known = {item.name: item for other in others for item in dataclasses.fields(other.settings)}
     for item in dataclasses.fields(spec.settings):
@@ -122,7 +123,7 @@ def method_flags() -> list[Flag]:
     ]
 
 
-def load_method(name: str) -> type[TrainingMethod]:
+def load_method(name: str) -> type[TrainingMethod[Any]]:
     """The class of the method called `name`: the one subclass of `TrainingMethod` that its `method.py` defines."""
     from peft_pretraining.methods.base import TrainingMethod
 

@@ -145,7 +145,7 @@ class LowRankOptimizer(ProjectedGradients):
         if all(self.objects(param).rule.moves_weights for param, _ in moving):
             self._move_on_the_device(moving)
         elif self._takes_place():
-            move([self._member(param, group, gradient_of(param)) for param, group in moving], self.refresh_metrics)
+            self._move(moving)
         self._forget()
         return loss
 
@@ -155,8 +155,18 @@ class LowRankOptimizer(ProjectedGradients):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None and self.update_step is None and moving:
             found_inf = not_finite(self._gradient_parts())
-        members = [self._member(param, group, gradient_of(param)) for param, group in moving]
-        move(members, self.refresh_metrics, found_inf, getattr(self, "grad_scale", None))
+        self._move(moving, found_inf, getattr(self, "grad_scale", None))
+
+    def _move(
+        self,
+        moving: Sequence[tuple[Tensor, dict[str, Any]]],
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Move parameters by their gradients, projected ones by those that wait for them."""
+        members = (self._member(param, group, gradient_of(param)) for param, group in moving)
+        divided = any(self._slots[param].shard.dim is not None for param, _ in moving)
+        move(members, divided, self.refresh_metrics, found_inf, grad_scale)
 
     def _takes_place(self) -> bool:
         """Whether the update is not to be left out; its gradients are projected, and divided by `grad_scale`."""
@@ -209,7 +219,7 @@ class LowRankOptimizer(ProjectedGradients):
         it."""
         if projected is not None:
             self.projected[param] = projected
-        move([self._member(param, group, grad)], self.refresh_metrics)
+        move([self._member(param, group, grad)], False, self.refresh_metrics)
         self.projected.pop(param, None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

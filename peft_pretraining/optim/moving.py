@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,28 +31,31 @@ class Member:
 
 
 def move(
-    members: Sequence[Member],
+    members: Iterable[Member],
+    divided: bool,
     metrics: dict[str, list[Tensor]],
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
     """Moves all weights, those of one group by one call of each of its objects, and the collectives of all groups
-    together. `found_inf` and `grad_scale` are for rules that move weights themselves."""
-    for lot in _lots(members):
+    together. `divided`: whether devices share the weights. `found_inf` and `grad_scale` are for rules that move weights
+    themselves."""
+    for lot in _lots(members, divided):
         groups: dict[int, list[Member]] = {}
         for member in lot:
             groups.setdefault(id(member.group), []).append(member)
         run(together([_move_group(group, metrics, found_inf, grad_scale) for group in groups.values()]))
 
 
-def _lots(members: Sequence[Member]) -> Iterator[list[Member]]:
-    """All at once where devices share the weights, and collectives with them; else as many as memory has room for."""
+def _lots(members: Iterable[Member], divided: bool) -> Iterator[list[Member]]:
+    """All at once where devices share the weights, and collectives with them; else as many as memory has room for,
+    taken from `members` only then: a member may hold a gradient in another dtype."""
     lot: list[Member] = []
     numbers = 0
     for member in members:
         lot.append(member)
         numbers += member.update.low_rank_grad.numel()
-        if numbers >= _NUMBERS_AT_ONCE and all(each.slot.shard.dim is None for each in members):
+        if numbers >= _NUMBERS_AT_ONCE and not divided:
             yield lot
             lot, numbers = [], 0
     if lot:

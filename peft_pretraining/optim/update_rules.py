@@ -156,9 +156,9 @@ class SGD(UpdateRule):
 
 UPDATE_RULES: dict[str, Callable[[], UpdateRule]] = {
     "adamw": AdamW,
-    "torch_adamw": TorchAdamW,
     "adamw8bit": AdamW8bit,
     "adafactor": Adafactor,
     "lion": Lion,
     "sgd": SGD,
+    "torch_adamw": TorchAdamW,
 }

@@ -65,7 +65,7 @@ class AdEMAMix(UpdateRule):
         return min(math.exp(log1 * log3 / ((1 - share) * log3 + share * log1)), self.beta3)
 
 
-class AdEMAMixTraining(TrainingMethod):
+class AdEMAMixTraining(TrainingMethod[LowRankOptimizer]):
     """Every parameter of the model is updated by the rule above, and none through a projection."""
 
     def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:

@@ -20,7 +20,7 @@ from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dic
 from peft_pretraining.nn.initialization import draw_factors
 
 
-class FactorMethod(TrainingMethod):
+class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
     """Every target layer gets factors and a frozen weight; everything else trains as it is.
 
     `start` is the update at which the method's own time begins: 0, or where a warm start set in. It is the first update
@@ -62,12 +62,12 @@ class FactorMethod(TrainingMethod):
     @property
     def scale(self) -> float:
         """s, which is the same for layers that are too small for the whole rank."""
-        return self.config.method.lora_alpha / self.config.method.rank
+        return float(self.config.method.lora_alpha / self.config.method.rank)
 
     @property
     def b_ratio(self) -> float:
         """The rate of B over that of A (LoRA+)."""
-        return self.config.method.lora_plus_ratio
+        return float(self.config.method.lora_plus_ratio)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All A, all B, and everything else that is trained, each with its own rate."""
@@ -109,7 +109,7 @@ class FactorMethod(TrainingMethod):
         """Updates of the schedule from where the method began; known from its first update on."""
         return self.config.schedule.num_training_steps - (self.start or 0)
 
-    def before_forward(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    def before_forward(self, model: nn.Module, optimizer: Any, step: int) -> None:
         t = self.own_time(step)
         every = self.config.method.check_rank_sync
         if every and t % every == 0:

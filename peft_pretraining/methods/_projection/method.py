@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("peft_pretraining")
 
 
-class GradientProjection(TrainingMethod):
+class GradientProjection(TrainingMethod[LowRankOptimizer]):
     """A `LowRankOptimizer` over the target layers, stepped by the loop or inside the backward pass."""
 
     def __init__(self, config: Config):
@@ -82,7 +82,7 @@ class GradientProjection(TrainingMethod):
 
     @property
     def reduces_gradients(self) -> bool:
-        return self.config.method.per_layer  # the gradient is gone before DDP could have reduced it
+        return bool(self.config.method.per_layer)  # the gradient is gone before DDP could have reduced it
 
     def prepare(self, model: nn.Module, optimizer: LowRankOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
         if not self.config.method.per_layer:
@@ -94,7 +94,7 @@ class GradientProjection(TrainingMethod):
             optimizer, reduce, clip=clip, clip_full=clip > 0 and method.clip_norm == "full",
             early_first_bases=bool(method.stagger_refresh),
         )  # fmt: skip
-        log_per_layer_updates(optimizer, method, clip, self.config.batch.gradient_accumulation)
+        log_per_layer_updates(optimizer, method, clip, self.config.batch.gradient_accumulation or 1)
 
     def before_forward(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
         if self._updates:

@@ -12,7 +12,7 @@ from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.update_rules import AdamW8bit
 
 
-class FullRank(TrainingMethod):
+class FullRank(TrainingMethod[Optimizer]):
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         settings, own = self.config.optimizer, self.config.rule.arguments()
         if settings.optimizer not in ("adamw", "adam_zero"):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from peft_pretraining.distributed.sharding import total_norm
 from peft_pretraining.methods._factors.method import FactorMethod
@@ -38,7 +37,7 @@ class GoLoreAdapter(FactorMethod):
 
     @property
     def scale(self) -> float:
-        return -self.config.method.scale
+        return -float(self.config.method.scale)
 
     @property
     def b_ratio(self) -> float:
@@ -100,7 +99,7 @@ class GoLoreAdapter(FactorMethod):
 
     def _reduce_gradient(self, adapter: AdapterSubspace) -> None:
         if adapter.layer.gradient_part is None:  # which has averaged it over the devices
-            self._reduce(adapter.layer.full_gradient)
+            self._reduce(adapter.gathered_gradient)
 
     def grad_norm(self, model: nn.Module, optimizer: LowRankOptimizer) -> Tensor:
         """Norm over R of the adapted weights, in this update's basis, and over the full gradients of everything else.
@@ -109,14 +108,16 @@ class GoLoreAdapter(FactorMethod):
         """
         for adapter in self._due:
             self._reduce_gradient(adapter)
+            assert optimizer.update_step is not None, "`before_forward` began the update"
             adapter.project(optimizer.local_state(adapter.trained), optimizer.update_step)
         trained = {adapter.trained: adapter.layer.scale for adapter in self.subspaces}
         gradients = [param.grad for param in model.parameters() if param.grad is not None and param not in trained]
-        low_rank = total_norm(param.grad for param in trained)
-        low_rank = low_rank / self.config.method.scale  # the gradient of a trained factor is -s·R
-        return torch.linalg.vector_norm(torch.stack([low_rank, total_norm(gradients)]))
+        low_rank = total_norm(param.grad for param in trained if param.grad is not None)
+        low_rank = low_rank / float(self.config.method.scale)  # the gradient of a trained factor is -s·R
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([low_rank, total_norm(gradients)]))
+        return norm
 
-    def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    def before_optimizer_step(self, model: nn.Module, optimizer: LowRankOptimizer, step: int) -> None:
         for adapter in self._due:
             adapter.apply(optimizer.local_state(adapter.trained), step, optimizer.rule, self._refreshes)
         self._due = []

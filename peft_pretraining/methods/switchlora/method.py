@@ -63,7 +63,7 @@ class SwitchLoRA(FactorMethod):
 
     def before_optimizer_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Switch, reset, freeze; with gradients that were computed before the switch, and clipped."""
-        layers: list[SwitchedLinear] = list(low_rank_layers(model).values())
+        layers = [layer for layer in low_rank_layers(model).values() if isinstance(layer, SwitchedLinear)]
         switches = [self.plan(layer, step, index) for index, layer in enumerate(layers)]
         self.carry_out(layers, switches, optimizer)
 
@@ -98,7 +98,7 @@ class SwitchLoRA(FactorMethod):
         corrections = exchange(due, settings.switch_lora_drop)
         self.switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
         if settings.cal_delta_norm:
-            shards = [ShardInfo.of(layer.weight) for layer, _ in due]
+            shards = [ShardInfo.of(layer.frozen_weight) for layer, _ in due]
             self.correction_norm = whole_norm(zip(corrections, shards, strict=True))
         for layer, switch in due:
             layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step

@@ -42,7 +42,8 @@ class SwitchSchedule:
         if self.kind == "Z":
             exponent = min(10 / self.descent * (t - self.descent), 700.0)  # exp overflows beyond
             return max(1 / (1 + math.exp(exponent)), _LOWEST_RATE)
-        return max(0.3 ** ((t + 1) / self.descent), _LOWEST_RATE)
+        slowed: float = 0.3 ** ((t + 1) / self.descent)
+        return max(slowed, _LOWEST_RATE)
 
     def interval(self, t: int) -> float:
         return self.first_interval / self.rate(t)
