@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import write_blocks, write_model
 
+from peft_pretraining import methods
 from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
 
@@ -63,19 +64,16 @@ FLIPS: dict[str, str] = {
 """Setting -> another legal value than `BASE`'s or the default."""
 
 BASE = "--batch_size 2 --lr 0.01 --num_training_steps 6 --warmup_steps 1 --eval_every 6 --workers 0"
-_PROJECTION = "--rank 4 --update_proj_gap 2"
 METHODS: dict[str, str] = {
-    "full_rank": "",
-    "galore": _PROJECTION,
-    "golore": _PROJECTION,
-    "online_subspace_descent": _PROJECTION,
-    "lora": "--rank 4",
-    "relora": "--rank 4 --relora 2",
-    "switchlora": "--rank 4 --switch_lora_interval 2 --adam_warm_step 1",
-    "golore_adapter": _PROJECTION,
+    spec.name: " ".join(f"--{name} {value}" for name, value in spec.tiny.items()) for spec in methods.METHODS.values()
 }
 """Method -> flags with which it does all that it can within `BASE`'s six updates."""
-INSTEAD = {"golore": {"rand_ratio": "0.3"}, "switchlora": {"init_lora_type": "origin_lora"}}
+_RANDOM_EARLIER = {"rand_ratio": "0.3"}
+INSTEAD = {
+    "golore": _RANDOM_EARLIER,
+    "golore_adapter": _RANDOM_EARLIER,
+    "switchlora": {"init_lora_type": "origin_lora"},
+}
 """Method -> flips of its own, where `FLIPS`' value is its default."""
 
 _TIMES = ("throughput_tokens", "step_time", "peak_memory_bytes", "optimizer_state_bytes")

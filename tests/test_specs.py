@@ -54,7 +54,13 @@ def test_a_setting_means_the_same_in_every_method():
 @pytest.mark.parametrize("spec", METHODS.values(), ids=list(METHODS))
 def test_a_spec_names_what_there_is(spec):
     known = {flag.name for flag in config_flags()}
-    named = (*spec.defaults, *spec.refused, *spec.reads, *(name for item in spec.conditions for name in item.names))
+    named = (
+        *spec.defaults,
+        *spec.tiny,
+        *spec.refused,
+        *spec.reads,
+        *(name for item in spec.conditions for name in item.names),
+    )
     assert set(named) <= known
     assert not set(spec.refused) & set(spec.own), "its own settings are checked, not refused"
     assert set(spec.values) | set(spec.identity) <= set(spec.own)
@@ -62,7 +68,7 @@ def test_a_spec_names_what_there_is(spec):
     assert spec.allows.per_layer == ("per_layer" in spec.own)
     assert spec.allows.quantized_weights == ("quantize" in spec.own)
     assert issubclass(load_method(spec.name), TrainingMethod)
-    for name, value in spec.defaults.items():
+    for name, value in (*spec.defaults.items(), *spec.tiny.items()):
         flag = next(flag for flag in config_flags() if flag.name == name)
         assert flag.convert(str(value)) == value
     assert Config.from_settings({"method": spec.name, **spec.defaults}).method.method == spec.name

@@ -80,6 +80,8 @@ class RuleSpec:
     unread: tuple[str, ...] = ()
     """Settings of methods that have no effect with this rule."""
     fine_tuning: bool = True
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    """Settings with which it learns within ten updates of a toy model: for tests of every rule."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -111,6 +113,8 @@ class MethodSpec:
     state: str = ""
     """Elements of optimizer state for an m x n matrix, m <= n, bases included, step counts not."""
     allows: Allows = Allows()
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    """Settings with which it does all that it can within ten updates of a toy model: for tests of every method."""
     identity: tuple[str, ...] = ()
     """Settings, beside those marked `identity=True`, without which saved tensors would compute something else."""
     reads: tuple[str, ...] = ()

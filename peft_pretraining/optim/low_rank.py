@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.optim.base import gradient_of
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
@@ -120,6 +121,14 @@ class LowRankOptimizer(ProjectedGradients):
         """
         projection = {name: settings.pop(name) for name in GROUP_DEFAULTS if name in settings}
         return cls(model_groups(model, target_modules, {"rank": rank, **projection}), **settings)
+
+    def low_rank_reduction(self) -> LowRankReduction | None:
+        from peft_pretraining.optim.low_rank_gradients import LowRankGradients
+
+        projected = [self.objects(param) for param in self.subspaces]
+        if self.full_norm or all(objects.reads_gradient for objects in projected):
+            return None
+        return LowRankGradients(self)
 
     # The update.
 

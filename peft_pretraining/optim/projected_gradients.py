@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from peft_pretraining.optim.base import grad_of, gradient_of
 from peft_pretraining.optim.collectives import Collective, Phases, run
 from peft_pretraining.optim.subspace import Arrival, project_gradients
 from peft_pretraining.optim.subspace_state import SubspaceOptimizer
-
-if TYPE_CHECKING:
-    from peft_pretraining.distributed import LowRankReduction
 
 
 class ProjectedGradients(SubspaceOptimizer):
@@ -125,14 +121,6 @@ class ProjectedGradients(SubspaceOptimizer):
                 projected.look_at(grad_of(param))  # both were scaled
             else:
                 projected.scaled_by = projected.scaled_by * factor
-
-    def low_rank_reduction(self) -> LowRankReduction | None:
-        from peft_pretraining.optim.low_rank_gradients import LowRankGradients
-
-        projected = [self.objects(param) for param in self.subspaces]
-        if self.full_norm or all(objects.reads_gradient for objects in projected):
-            return None
-        return LowRankGradients(self)
 
     def metrics(self) -> dict[str, float]:
         """Means and smallest values of captured energy and overlap over the layers that the last update refreshed."""

@@ -59,7 +59,7 @@ _SPECS = (
     ),
     RuleSpec("adafactor", "Adafactor", AdafactorSettings, "1804.04235", state="rows + columns (k more with --beta1)"),
     # Every weight moves by the sign of the update, whatever factor that had.
-    RuleSpec("lion", "Lion", paper="2302.06675", state="k", unread=("scale",)),
-    RuleSpec("sgd", "SGD with momentum", SGDSettings, state="k (nothing with --momentum 0)"),
+    RuleSpec("lion", "Lion", paper="2302.06675", state="k", unread=("scale",), tiny={"lr": 3e-3}),
+    RuleSpec("sgd", "SGD with momentum", SGDSettings, state="k (nothing with --momentum 0)", tiny={"lr": 1.0}),
 )
 RULES: dict[str, RuleSpec] = {spec.name: spec for spec in _SPECS}

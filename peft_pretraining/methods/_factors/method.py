@@ -103,7 +103,7 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
         a part on every device."""
         return 1 if name.endswith(".lora_A") else 0
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+    def prepare(self, model: nn.Module, optimizer: Any, reduce: Callable[[Tensor], Tensor]) -> None:
         self._reduce = reduce
 
     def own_time(self, step: int) -> int:

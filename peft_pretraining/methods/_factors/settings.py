@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FAMILY = "low-rank factors"
 STATE = "2mr + 2nr"
+TINY = {"rank": 4}
 ALLOWS = Allows(quantized_weights=True, fsdp=True, fine_tuning=True, fp16=True)
 
 CHANGES_FROZEN = "method {name} changes the frozen weights, which --lora_only drops"

@@ -76,6 +76,7 @@ class ProjectionSettings(LowRankSettings, BasisSettings):
 FAMILY = "projected gradients"
 UPDATE_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
 DEFAULTS = {"adam_eps": 1e-6}
+TINY = {"rank": 4, "update_proj_gap": 2}
 ALLOWS = Allows(projected_gradient=True, per_layer=True, fsdp=True, fine_tuning=True, fp16=True)
 
 

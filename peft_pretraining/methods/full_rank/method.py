@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 from peft_pretraining.distributed import own_share, sharded_optimizer
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role
-from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.optim import LowRankOptimizer, UpdateRule
 from peft_pretraining.optim.update_rules import AdamW8bit
 
 
@@ -23,7 +23,7 @@ class FullRank(TrainingMethod[Optimizer]):
             sharded = sharded_optimizer(unnamed, AdamW, arguments)
             create_adam_state(own_share(sharded))
             return sharded
-        rules = {"adamw": "torch_adamw", "adamw8bit": AdamW8bit(torch_epsilon=True)}
+        rules: dict[str, str | UpdateRule] = {"adamw": "torch_adamw", "adamw8bit": AdamW8bit(torch_epsilon=True)}
         return LowRankOptimizer(
             groups,
             rule=rules.get(settings.optimizer, settings.optimizer),

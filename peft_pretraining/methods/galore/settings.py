@@ -24,6 +24,7 @@ SPEC = MethodSpec(
     update_rules=projection.UPDATE_RULES,
     state="mr + 2nr",
     allows=projection.ALLOWS,
+    tiny=projection.TINY,
     conditions=projection.CONDITIONS,
     resolve=projection.resolve,
     check=projection.check,

@@ -34,6 +34,7 @@ SPEC = MethodSpec(
     update_rules=projection.UPDATE_RULES,
     state="mr + 2nr",
     allows=projection.ALLOWS,
+    tiny={**projection.TINY, "rand_ratio": 0.5},
     conditions=(*projection.CONDITIONS, *projection.RANDOM_CONDITIONS),
     resolve=projection.resolve,
     check=check,

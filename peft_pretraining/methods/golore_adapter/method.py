@@ -74,7 +74,7 @@ class GoLoreAdapter(FactorMethod):
             refresh_accumulation=self.config.method.refresh_accumulation,
         )
 
-    def prepare(self, model: nn.Module, optimizer: AdapterOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
+    def prepare(self, model: nn.Module, optimizer: Any, reduce: Callable[[Tensor], Tensor]) -> None:
         super().prepare(model, optimizer, reduce)
         optimizer.reduce = reduce
 

@@ -39,8 +39,9 @@ SPEC = MethodSpec(
         "B over that of A",
     },
     update_rules=("adamw", "sgd"),
-    state="mr + 2nr",
+    state="2nr",  # the basis is the factor that is not trained
     allows=replace(factors.ALLOWS, quantized_weights=False, fp16=False),
+    tiny={**projection.TINY, "rand_ratio": 0.5},
     identity=("scale",),
     conditions=(*projection.CONDITIONS, *projection.RANDOM_CONDITIONS),
     resolve=projection.resolve,

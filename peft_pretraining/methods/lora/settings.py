@@ -40,6 +40,7 @@ SPEC = MethodSpec(
     settings=LoRASettings,
     state=factors.STATE,
     allows=factors.ALLOWS,
+    tiny=factors.TINY,
     conditions=(
         Condition(("init_lora_type", "zero_init_B"), lambda c: not c.method.lora_only, "with --lora_only"),
         *factors.CONDITIONS,

@@ -50,6 +50,7 @@ SPEC = MethodSpec(
     update_rules=projection.UPDATE_RULES,
     state="3mr + 2nr",
     allows=projection.ALLOWS,
+    tiny=projection.TINY,
     conditions=(*_CONDITIONS, *projection.CONDITIONS),
     resolve=projection.resolve,
     check=check,

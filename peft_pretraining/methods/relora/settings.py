@@ -73,6 +73,7 @@ SPEC = MethodSpec(
     refused={"lora_only": factors.CHANGES_FROZEN},
     state=factors.STATE,
     allows=factors.ALLOWS,
+    tiny={**factors.TINY, "relora": 2},
     reads=("cycle_length",),
     conditions=factors.CONDITIONS,
     resolve=resolve,

@@ -99,6 +99,7 @@ SPEC = MethodSpec(
     },
     state=factors.STATE,
     allows=replace(factors.ALLOWS, quantized_weights=False),
+    tiny={**factors.TINY, "switch_lora_interval": 2.0, "adam_warm_step": 1},
     conditions=(
         Condition(
             ("switch_lora_descent_rate", "switch_descend_type"),

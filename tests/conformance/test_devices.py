@@ -1,0 +1,78 @@
+"""Two processes end where one does: with DDP, and with FSDP2 where a method declares it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+
+from conformance.runs import CASES, TOTAL_BATCH, Case, Runs, allowing, assert_same_weights, inside_backward, rounding
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Two processes: of which cases, with what, and what a run by one process has in common with theirs."""
+
+    cases: Sequence[Case]
+    flags: Mapping[str, Any]
+    shared: Callable[[Case], dict[str, Any]] = lambda case: {}
+    quick: bool = True
+
+
+LAYOUTS = {
+    "ddp": Layout(CASES, {"distributed_type": "ddp"}),
+    "fsdp": Layout(allowing("fsdp"), {"distributed_type": "fsdp"}),
+    "ddp, whole gradients": Layout(allowing("projected_gradient"), {"reduce_low_rank": False}, quick=False),
+    "ddp, per layer": Layout(allowing("per_layer"), {"per_layer": True}, inside_backward, quick=False),
+}
+
+
+@pytest.fixture(scope="session")
+def launched(request, runs) -> Callable[[str, Case], Path]:
+    """A function that gives the folder of a run by two processes. One launch makes those of all tests that were asked
+    for: starting processes costs more than training."""
+    asked_for = [item.callspec.params for item in request.session.items if "launched" in item.fixturenames]
+    return _launch([(params["layout"], params["case"]) for params in asked_for], runs)
+
+
+def _launch(asked_for: list[tuple[str, Case]], runs: Runs) -> Callable[[str, Case], Path]:
+    folder = runs.folder / "two processes"
+    folder.mkdir()
+    argvs = []
+    for name, case in asked_for:
+        layout = LAYOUTS[name]
+        flags = {**layout.shared(case), **layout.flags, "batch_size": TOTAL_BATCH // 2}
+        argvs.append(runs.command(case, folder / f"{name} {case}", **flags))
+    (folder / "cases.json").write_text(json.dumps([{"argv": argv} for argv in argvs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, helpers.__file__, str(folder / "cases.json")],
+        env=helpers.child_environment(),
+        cwd=helpers.PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-30000:]
+    return lambda layout, case: folder / f"{layout} {case}"
+
+
+@pytest.mark.timeout(1000)  # the first one waits for all runs
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        pytest.param(name, case, id=f"{name}-{case}", marks=[pytest.mark.slow] * (not (case.is_first and layout.quick)))
+        for name, layout in LAYOUTS.items()
+        for case in layout.cases
+    ],
+)
+def test_two_processes_are_one(runs, launched, layout, case):
+    one = runs(case, **LAYOUTS[layout].shared(case))
+    assert_same_weights(launched(layout, case) / one.checkpoint.name, one.checkpoint, rounding(one.optimizer))

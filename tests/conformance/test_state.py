@@ -1,0 +1,75 @@
+"""What a method keeps and what it leaves: the size of its state, 8-bit states, the exported model."""
+
+from __future__ import annotations
+
+import helpers
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conformance.runs import CASES, VOCABULARY, Case, Outcome, assert_resumes, each_case, elements
+from peft_pretraining.export import merged_model
+
+LAYERS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+"""Square, upright (2m x m) and flat (m x 2m)."""
+FORMULAS = [case for case in CASES if case.rule == "adamw" and case.spec.state]
+COUNTERS = ("step",)
+"""Keys of numbers that count."""
+
+
+def state_of(outcome: Outcome, layer: str) -> dict[str, torch.Tensor]:
+    """Tensors of the optimizer's state of all parameters of a linear layer of the first block, without counters."""
+    return {
+        f"{name}.{key}": value
+        for name, param in outcome.model.named_parameters()
+        if f".0.{layer}." in name
+        for key, value in outcome.optimizer.state.get(param, {}).items()
+        if (value.is_floating_point() or value.dtype == torch.uint8) and key not in COUNTERS
+    }
+
+
+@each_case(FORMULAS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_bytes_of_the_state_are_those_of_the_formula(runs, case, layer):
+    outcome = runs(case)
+    config = outcome.model.config
+    m, n = config.hidden_size, config.intermediate_size if "mlp" in layer else config.hidden_size
+    state = state_of(outcome, layer)
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    expected = elements(case.spec.state, m, n, case.settings.get("rank", 0)) * torch.float64.itemsize
+    assert size == expected, {name: tuple(value.shape) for name, value in state.items()}
+
+
+def test_formulas_are_read():
+    assert elements("mr + 2nr", 3, 5, 2) == 26 and elements("2mn + 1", 3, 5, 2) == 31
+    for wrong in ("2k", "", "m/r", "m + "):
+        with pytest.raises(AssertionError, match="is no sum"):
+            elements(wrong, 1, 1, 1)
+
+
+@each_case(case for case in CASES if case.rule == "adamw8bit")
+def test_states_of_8_bits(runs, case, tmp_path):
+    """Where the layers are large enough for them. Such a run begins as one with float32 states does, and resumes."""
+    changes = {"hidden": 64, "dtype": "float32", **({"rank": 64} if "rank" in case.spec.own else {})}
+    outcome = runs(case, **changes)
+    for layer in LAYERS:
+        dtypes = [value.dtype for value in state_of(outcome, layer).values() if value.numel() >= 4096]
+        assert dtypes.count(torch.uint8) == 2, dtypes
+    if "adamw" in case.spec.update_rules:
+        losses, wide = (helpers.updates(runs(each, **changes).folder) for each in (case, Case(case.method, "adamw")))
+        assert max(abs(one[1] - other[1]) for one, other in zip(losses[:4], wide[:4], strict=True)) < 0.1
+    assert_resumes(runs, case, tmp_path / "run", 3, **changes)
+
+
+@each_case()
+def test_the_export_computes_the_same(runs, case):
+    """The checkpoint as it is, and what is merged anew from the training state, in transformers alone."""
+    outcome = runs(case)
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    plain, info = AutoModelForCausalLM.from_pretrained(outcome.checkpoint, dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        trained = outcome.model.eval()(tokens).logits
+        for exported in (plain, merged_model(outcome.checkpoint, None)):
+            assert exported.dtype == torch.float64
+            torch.testing.assert_close(exported.eval()(tokens).logits, trained, atol=1e-12, rtol=0)
