@@ -4,6 +4,7 @@ Imports of the package: `checkpoint`, `data`, `flags`, `methods`, `models`, `opt
 torch, and so is what it imports.
 """
 
+from peft_pretraining.config.derive import derive_batch, schedule_problems
 from peft_pretraining.config.sections import (
     SCHEDULERS,
     BatchConfig,
@@ -15,8 +16,6 @@ from peft_pretraining.config.sections import (
     ScheduleConfig,
     TrackingConfig,
     config_flags,
-    derive_batch,
-    schedule_problems,
 )
 
 __all__ = [
