@@ -1,8 +1,8 @@
 """Everything that can be set for a pre-training run, as frozen dataclasses.
 
 Each field is also a flag of `torchrun_main.py` and a key of `--training_config` files: its help text, with units, is
-its documentation. Those of methods and update rules are with these. What is derived
-from several, and checked without looking at files, is in `derive.py`; `validate.py` adds what needs them. Nothing here imports torch.
+its documentation. Those of methods and update rules are with these. What follows from several is in `derive.py`, what
+needs files in `validate.py`. Nothing here imports torch.
 """
 
 from __future__ import annotations
