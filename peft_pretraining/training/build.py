@@ -35,8 +35,8 @@ from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
-from peft_pretraining.optim.gradient_owner import gradient_owner
 from peft_pretraining.optim.model_groups import describe_groups
+from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import distributed_model, reduced_model
 from peft_pretraining.training.loop import Run, train
