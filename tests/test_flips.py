@@ -110,8 +110,6 @@ _FAST = [
     ("relora", "scale"),
     ("full_rank", "rank"),
     ("lora", "momentum"),
-    *(("galore", name) for name in OF_ROLES),
-    *(("switchlora", name) for name in OF_ROLES),
 ]
 
 
