@@ -3,11 +3,14 @@ effect (and then nothing changes), or it is refused."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from flips import FLIPS, INSTEAD, METHODS, OPERATIONAL, Runner, words
 
 from peft_pretraining import methods
 from peft_pretraining.config import config_flags
+from peft_pretraining.config.sections import RoleConfig
 
 OF_METHODS = (
     *("rank", "scale", "update_proj_gap", "rand_ratio", "svd_method", "stagger_refresh", "refresh_accumulation"),
@@ -18,10 +21,11 @@ OF_METHODS = (
     *("remain_switch_state", "remain_switch_step_state", "switch_lora_drop", "discontinuous_switch", "cal_delta_norm"),
 )
 OF_RULES = ("adam_beta1", "adam_beta2", "adam_eps", "beta1", "momentum", "dampening", "clip_grad_norm", "weight_decay")
+OF_ROLES = tuple(item.name for item in dataclasses.fields(RoleConfig))
 OF_SCHEDULES = ("warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_steps", "adjust_step")
 
 CONTEXTS = (
-    *[(method, f"--optimizer {rule}", OF_RULES) for method, entry in methods.METHODS.items()
+    *[(method, f"--optimizer {rule}", (*OF_RULES, *OF_ROLES)) for method, entry in methods.METHODS.items()
       for rule in entry.update_rules if rule not in ("adamw", "adam_zero")],
     *[("full_rank", f"--scheduler {name}", OF_SCHEDULES)
       for name in ("linear", "constant", "cosine_restarts", "cosine_with_min_lr")],
@@ -31,6 +35,12 @@ CONTEXTS = (
       for name in ("random", "continuous", "continuous_sgd")],
     *[("galore", f"--proj_type {name}", OF_METHODS) for name in ("full", "right")],
     ("galore", "--per_layer --stagger_refresh False --clip_grad_norm 0.01", OF_METHODS),
+    ("galore", "--per_layer", OF_ROLES),
+    ("full_rank", "--optimizer adam_zero", OF_ROLES),
+    ("lora", "--adam_lr 0.004", ("dense_lr_ratio", *OF_ROLES)),
+    ("lora", "--adam_lr 0.004 --train_scaling", ("dense_lr_ratio", *OF_ROLES)),
+    ("golore_adapter", "--adam_lr 0.004", ("dense_lr_ratio", *OF_ROLES)),
+    ("lora", "--lora_only", OF_ROLES),
     ("galore", "--update_proj_gap 0", OF_METHODS),
     ("galore", "--update_proj_gap 1", OF_METHODS),
     ("galore", "--clip_grad_norm 0", OF_METHODS),

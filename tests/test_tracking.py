@@ -199,6 +199,9 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(command, tmp_path, offlin
         assert list(run.tags) == ["galore", "small"]
         config = {item.key: json.loads(item.value_json) for item in run.config.update}
         assert (config["method"], config["rank"], config["num_training_steps"]) == ("galore", 4, 20)
+        regular, projected = config["parameter_groups"]
+        assert regular == "embedding 4.1k, head 4.1k, norms 160: adamw, rate 0.01, weight decay 0"
+        assert projected == "matrices 20.5k: adamw in rank 4, rate 0.01, weight decay 0"
 
 
 def test_wandb_defaults(command, tmp_path, offline, monkeypatch):

@@ -119,6 +119,19 @@ class OptimizerConfig:
     optimizer: str = setting("adamw", string, "update rule; galore_adamw and the like also choose the method")
     lr: float = setting(1e-4, positive_float, "peak learning rate")
     weight_decay: float = setting(0.0, non_negative_float, "decoupled weight decay, multiplied by the rate")
+    clip_grad_norm: float = setting(
+        1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
+    )
+    skip_spikes: float = setting(
+        0.0, non_negative_float, "skip updates whose loss or gradient norm is so many standard deviations above its "
+        "running mean; 0 only logs them, above 6"
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoleConfig:
+    """Rates and decays of what is no matrix of a layer; all rates share the schedule's multiplier."""
+
     adam_lr: float | None = setting(
         None,
         positive_float,
@@ -136,13 +149,6 @@ class OptimizerConfig:
     norm_weight_decay: float | None = setting(
         None, non_negative_float, "decay of norms and biases (default: --weight_decay)"
     )
-    clip_grad_norm: float = setting(
-        1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
-    )
-    skip_spikes: float = setting(
-        0.0, non_negative_float, "skip updates whose loss or gradient norm is so many standard deviations above its "
-        "running mean; 0 only logs them, above 6"
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    roles: RoleConfig = dataclasses.field(default_factory=RoleConfig)
     rule: Any = dataclasses.field(default_factory=AdamSettings)
     """A `RuleSettings`: that of the update rule `optimizer.optimizer`."""
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
@@ -262,6 +269,7 @@ _GROUPS = {
     DataConfig: "data",
     BatchConfig: "batch",
     OptimizerConfig: "optimizer",
+    RoleConfig: "embedding, head, norms",
     ScheduleConfig: "learning-rate schedule",
     DistributedConfig: "several devices",
     RunConfig: "run and checkpoints",

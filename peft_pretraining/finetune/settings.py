@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from peft_pretraining.config import Config, config_flags, legacy, method_help, method_settings
 from peft_pretraining.config.effects import warn_without_effect
+from peft_pretraining.config.sections import RoleConfig
 from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
 from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, read_flags, section_flags, unsupported
@@ -61,10 +62,11 @@ class FineTuning(RunSettings, Generic[T]):
 
 
 def method_setting_names() -> set[str]:
-    """Settings of methods and update rules that fine-tuning has under the same name as pre-training."""
+    """Settings of methods, update rules and roles that fine-tuning has under the same name as pre-training."""
     of_methods = {name for spec in METHODS.values() for name in (*spec.own, "method")}
     of_rules = {name for rule in RULES.values() for name in rule.reads}
-    return (of_methods | of_rules | {"optimizer"}) - set(_SHARED_RULE_SETTINGS)
+    of_roles = {item.name for item in dataclasses.fields(RoleConfig)}
+    return (of_methods | of_rules | of_roles | {"optimizer"}) - set(_SHARED_RULE_SETTINGS)
 
 
 def finetuning_flags(entry: EntryPoint[Any]) -> list[Flag]:
@@ -95,7 +97,11 @@ def finetuning_flags(entry: EntryPoint[Any]) -> list[Flag]:
 
 
 _HELP = {
-    "target_modules": "linear layers whose dotted name contains one of these (default: as --lora_all_modules says)"
+    "target_modules": "linear layers whose dotted name contains one of these (default: as --lora_all_modules says)",
+    "adam_lr": "peak rate of embeddings, head, norms and what else the method leaves as it is (default: "
+    "--learning_rate)",
+    "head_lr": "peak rate of the head, a classifier's too, but for biases (default: --adam_lr)",
+    "norm_weight_decay": "decay of norms and biases (default: none, whatever --weight_decay is)",
 }
 
 

@@ -27,6 +27,7 @@ from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
+from peft_pretraining.optim.model_groups import describe_groups
 from peft_pretraining.optim.state.gradient_owner import GradientOwner, gradient_owner
 from peft_pretraining.training.loop import state_bytes
 from peft_pretraining.training.tracking import log
@@ -160,11 +161,12 @@ class MethodTrainer(MethodCheckpointingTrainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The method's. As in transformers, `--weight_decay` spares biases and the weights of norms."""
+        """The method's. As in transformers, `--weight_decay` spares biases and the weights of norms, unless they have
+        been given a decay of their own."""
         if self.optimizer is None:
             with bad_input():
                 optimizer = self.method.build_optimizer(self.model)
-            if self.args.weight_decay:
+            if self.args.weight_decay and self.method_config.roles.norm_weight_decay is None:
                 _spare(optimizer, self.model, set(self.get_decay_parameter_names(self.model)))
             self.optimizer = optimizer
         return self.optimizer
@@ -189,6 +191,8 @@ class _AroundTheStep(TrainerCallback):
         trainer = self.trainer
         trainer.method.prepare(trainer.model, trainer.bare_optimizer, _reduce(args))
         trainer.gradients = gradient_owner(trainer.bare_optimizer, trainer.model)
+        for line in describe_groups(trainer.model, trainer.bare_optimizer, trainer.method_config.optimizer.optimizer):
+            log.info("%s", line)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer.before_optimizer_step()

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peft_pretraining.optim.model_groups import TARGET_MODULES, role_settings, roles_of, split_by_role
+from peft_pretraining.optim.model_groups import role_settings, roles_of, split_by_role
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
 
-_SETTINGS = (
-    "adam_lr",
-    "head_lr",
-    "embed_lr",
-    "norm_lr",
-    "head_weight_decay",
-    "embed_weight_decay",
-    "norm_weight_decay",
-)
+log = logging.getLogger("peft_pretraining")
+
+_ROLES = {"head_": "head", "embed_": "embedding", "norm_": "norms"}
+"""Beginnings of settings' names -> whose they are."""
 
 
 def by_role(
@@ -28,12 +25,19 @@ def by_role(
 ) -> list[dict[str, Any]]:
     """A group of named parameters, split where the run's settings give some of them a rate or decay of their own.
 
-    `matrices`: names of the weights that have the base rate; None for those of attention and MLPs.
+    `matrices`: names of the weights that have the base rate; None for all that are neither the head's nor a table.
+    Settings of a role that nothing in the group has are named in a warning.
     """
-    settings = role_settings(**{name: getattr(config.optimizer, name) for name in _SETTINGS})
-    if not settings:
+    given = {name: value for name, value in dataclasses.asdict(config.roles).items() if value is not None}
+    if not given:
         return [group]
+    roles = roles_of(model, matrices or ())
     if matrices is None:
-        named = model.named_parameters()
-        matrices = {name for name, p in named if p.ndim == 2 and any(part in name for part in TARGET_MODULES)}
-    return split_by_role(group, roles_of(model, matrices), settings)
+        roles = {name: role.replace("others", "matrices") for name, role in roles.items()}
+    there = {roles[name] for name, _ in group["params"]}
+    settings = {role: own for role, own in role_settings(**given).items() if role in there}
+    absent = tuple(start for start, role in _ROLES.items() if role not in there)
+    if unused := [f"--{name}" for name in given if name.startswith(absent)]:
+        why = "the model trains no such weights apart (a tied embedding is the head)"
+        log.warning("without effect, for %s: %s", why, ", ".join(unused))
+    return split_by_role(group, roles, settings)

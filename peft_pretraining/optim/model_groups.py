@@ -28,11 +28,12 @@ def model_groups(model: nn.Module, target_modules: Sequence[str], projection: di
     return [*groups, {"params": projected, **projection}]
 
 
-ROLES = ("matrices", "embedding", "head", "norms", "others")
+ROLES = ("matrices", "factors", "embedding", "head", "norms", "others")
 """What a parameter is to a language model.
 
-`matrices`: the weights of the target layers; `embedding`: token and position tables; `head`: the matrix before the
-logits, tied ones included; `norms`: all vectors, biases too; `others`: the rest.
+`matrices`: the weights of the target layers; `factors`: what a layer with low-rank factors trains beside its weight and
+bias; `embedding`: token and position tables; `head`: the matrix before the logits, tied ones included, or a
+classifier's; `norms`: all other vectors, biases too; `others`: the rest.
 """
 
 
@@ -46,15 +47,18 @@ def roles_of(model: nn.Module, matrices: Collection[str]) -> dict[str, str]:
         >>> {name: role for name, role in roles_of(model, ()).items() if "norm" not in name}
         {'embed.weight': 'embedding', 'lm_head.weight': 'head', 'lm_head.bias': 'norms'}
     """
-    modules = dict(model.named_modules())
-    find_head = getattr(model, "get_output_embeddings", None)  # transformers' models say which it is
-    head = find_head() if callable(find_head) else modules.get("lm_head")
-    of_head = {head.weight} if head is not None else set()
-    tables = {module.weight for module in modules.values() if isinstance(module, nn.Embedding)}
+    of_head, tables, factors = _head(model), set(), set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tables.add(module.weight)
+        if hasattr(module, "lora_A"):
+            factors |= {p for name, p in module.named_parameters(recurse=False) if name not in ("weight", "bias")}
     roles = {}
     for name, param in model.named_parameters():
         if name in matrices:
             roles[name] = "matrices"
+        elif param in factors:
+            roles[name] = "factors"
         elif param in of_head:
             roles[name] = "head"
         elif param in tables:
@@ -64,22 +68,46 @@ def roles_of(model: nn.Module, matrices: Collection[str]) -> dict[str, str]:
     return roles
 
 
-def describe_groups(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """One line for each parameter group: what is in it, and its rate, decay, rule and rank."""
+def _head(model: nn.Module) -> set[nn.Parameter]:
+    """The weight of the output embeddings, where transformers' models say which that is or by the name; without any,
+    all matrices outside a transformers model's body, which are a classifier's."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else dict(model.named_modules()).get("lm_head")
+    if head is not None:
+        return {head.weight}
+    body = getattr(model, "base_model", model)
+    inside = set(body.parameters()) if isinstance(body, nn.Module) else set(model.parameters())
+    return {param for param in model.parameters() if param.ndim > 1 and param not in inside}
+
+
+def describe_groups(model: nn.Module, optimizer: Optimizer, rule: str) -> list[str]:
+    """One line for all parameter groups with equal settings: how many weights of which role, over all devices, and
+    their rule, rank, peak rate and decay. `rule`: the name of that of groups that do not name another one."""
     roles = roles_of(model, matrices=())
-    role_by_param = {param: roles[name] for name, param in model.named_parameters()}
-    lines = []
+    role_by_param = {param: roles[name].replace("others", "matrices") for name, param in model.named_parameters()}
+    numbers: dict[str, dict[str, int]] = {}
     for group in optimizer.param_groups:
-        numbers: dict[str, int] = {}
-        for param in group["params"]:
-            role = role_by_param.get(param, "others").replace("others", "matrices")
-            numbers[role] = numbers.get(role, 0) + param.numel()
-        held = ", ".join(f"{count / 1e6:.2f}M of {role}" for role, count in numbers.items())
-        rank = "" if group.get("rank") is None else f", rank {group['rank']}"
-        rule = group.get("rule", type(optimizer).__name__)
+        own = group.get("rule")
+        named = rule if own == optimizer.defaults.get("rule") else getattr(own, "name", own)
+        rank = "" if group.get("rank") is None else f" in rank {group['rank']}"
         rate, decay = float(group.get("initial_lr", group["lr"])), float(group["weight_decay"])
-        lines.append(f"rate {rate:g}, weight decay {decay:g}, {rule}{rank}: {held}")
-    return lines
+        held = numbers.setdefault(f"{named}{rank}, rate {rate:g}, weight decay {decay:g}", {})
+        for param in group["params"]:
+            if param.requires_grad:
+                role = role_by_param.get(param, "matrices")
+                held[role] = held.get(role, 0) + param.numel()
+    return [
+        f"{', '.join(f'{role} {_short(held[role])}' for role in ROLES if role in held)}: {settings}"
+        for settings, held in numbers.items()
+        if held
+    ]
+
+
+def _short(count: int) -> str:
+    """A number of weights: 640, 12.3k, 4.56M."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:.2f}M"
 
 
 def role_settings(

@@ -116,7 +116,9 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
     if group.is_main:
         begin_writing(save_dir, record, versions())
     group.barrier()
-    _describe(config, save_dir, model, optimizer, data, group)
+    groups = describe_groups(model, optimizer, config.optimizer.optimizer)
+    _describe(config, save_dir, model, groups, data, group)
+    tracker = Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock, groups)
     return Run(
         config=config,
         group=group,
@@ -129,7 +131,7 @@ def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
         data=data,
         batches=data.training(state.data_position, state.data_state),
         checkpointer=parts.checkpointer,
-        tracker=Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock),
+        tracker=tracker,
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
 
@@ -238,7 +240,7 @@ def _describe(
     config: Config,
     save_dir: Path,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    groups: list[str],
     data: Data,
     group: ProcessGroup,
 ) -> None:
@@ -250,7 +252,7 @@ def _describe(
         *(config.method.method, group.world_size, group.device.type, resolve_dtype(config.model.dtype, group.device)),
         *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
     )
-    for line in describe_groups(model, optimizer):
+    for line in groups:
         log.info("%s", line)
     log.info(
         "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %s",

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ class Tracker:
         enabled: bool,
         first_update: int | None = None,
         lock: FolderLock | None = None,
+        parameter_groups: Sequence[str] = (),
     ):
         """`resumed` is the state that the run goes on from; None begins `metrics.jsonl` anew, and `first_update` is
-        the one at which it began (None: unknown). `lock` is watched: without it the folder is no longer this run's."""
+        the one at which it began (None: unknown). `lock` is watched: without it the folder is no longer this run's.
+        `parameter_groups` goes to wandb, beside the settings."""
         self._file: io.FileIO | None = None
         self._wandb: WandbRun | None = None
         self._pending = b""
@@ -61,7 +64,7 @@ class Tracker:
         resumed_metrics.forget_after(save_dir, resumed, first_update)
         self._open()
         if config.tracking.with_tracking or config.tracking.wandb_project:
-            self._wandb = WandbRun(_start_wandb(save_dir, config))
+            self._wandb = WandbRun(_start_wandb(save_dir, config, parameter_groups))
             if config.tracking.wandb_watch:
                 self._wandb.watch(model)
 
@@ -128,7 +131,7 @@ class Tracker:
             self._wandb.finish(exit_code=exit_code)
 
 
-def _start_wandb(save_dir: Path, config: Config) -> Any:
+def _start_wandb(save_dir: Path, config: Config, parameter_groups: Sequence[str]) -> Any:
     """Begin or continue the wandb run of this folder: its id is kept beside the metrics.
 
     Without a key or a network it records offline, and says so; None where even that fails.
@@ -144,7 +147,7 @@ def _start_wandb(save_dir: Path, config: Config) -> Any:
         "id": run_id,
         "resume": "allow",
         "dir": str(save_dir),
-        "config": config.settings(),
+        "config": {**config.settings(), "parameter_groups": list(parameter_groups)},
     }
     try:
         run = wandb.init(**settings)

@@ -76,12 +76,21 @@ class FrozenSettings(TwoFactorSettings):
     use_double_quant: bool = setting(False, boolean, "quantise the constants of 4-bit weights, too", identity=True)
 
 
+RATE_CONDITIONS = (
+    Condition(
+        ("dense_lr_ratio",),
+        lambda c: c.roles.adam_lr is None or getattr(c.method, "train_scaling", False),
+        "with --adam_lr, which is the rate of everything without factors",
+    ),
+)
+
 CONDITIONS = (
     Condition(
         ("zero_init_B",),
         lambda c: c.method.init_lora_type != "origin_lora",
         "with --init_lora_type origin_lora, whose B is zero",
     ),
+    *RATE_CONDITIONS,
     Condition(
         ("lora_alpha", "scale"),
         lambda c: not c.method.train_scaling,

@@ -43,7 +43,7 @@ SPEC = MethodSpec(
     allows=replace(factors.ALLOWS, quantized_weights=False, fp16=False),
     tiny={**projection.TINY, "rand_ratio": 0.5},
     identity=("scale",),
-    conditions=(*projection.CONDITIONS, *projection.RANDOM_CONDITIONS),
+    conditions=(*projection.CONDITIONS, *projection.RANDOM_CONDITIONS, *factors.RATE_CONDITIONS),
     resolve=projection.resolve,
     check=check,
     check_fine_tuning=projection.check_fine_tuning,
