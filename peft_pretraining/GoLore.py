@@ -6,7 +6,7 @@
     ...                                           # forward, backward
     if reset_now: model.merge_and_reinit(optimizer, use_rand)   # between backward and step
 
-`torchrun_main.py --use_peft True --Golore` does the same by itself (methods/golore_adapter.py).
+`torchrun_main.py --use_peft True --Golore` does the same by itself (methods/golore_adapter/method.py).
 """
 
 from __future__ import annotations

@@ -1,61 +1,36 @@
-"""Embedding, head and norms have rates and decays of their own, in every method."""
+"""Embedding, head and norms have rates and decays of their own, in every method.
+
+How runs with them are stopped, continued and divided over devices: test_roles_runs.py.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-import helpers
 import pytest
 import torch
 import torch.distributed as dist
-from conformance.runs import (
-    BASE,
-    CASES,
-    SHAPE,
-    TOTAL_BATCH,
-    UPDATES,
-    VOCABULARY,
-    Case,
-    Runs,
-    assert_resumes,
-    assert_same_weights,
-    inside_backward,
-    rounding,
-)
+from conformance.runs import CASES, SHAPE, UPDATES, VOCABULARY, Case, Runs, inside_backward
 from conftest import write_model
-from torch import Tensor
+from role_helpers import (
+    EACH_METHOD,
+    EXPECTED,
+    ONE_UPDATE,
+    OWN,
+    RATE,
+    Trained,
+    assert_moved,
+    each_method,
+    one_of_each_kind,
+    quick,
+    train,
+)
 
-from peft_pretraining.checkpoint.checkpointer import Checkpointer
 from peft_pretraining.config import Config
 from peft_pretraining.methods import load_method
-from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.model_groups import describe_groups, roles_of
-from peft_pretraining.training import build
-
-RATE = BASE["lr"]
-OWN = {
-    **{"head_lr": 0.003, "embed_lr": 0.02, "norm_lr": 0.005},
-    **{"head_weight_decay": 0.1, "embed_weight_decay": 0.2, "norm_weight_decay": 0.3},
-}
-EXPECTED = {"head": (0.003, 0.1), "embedding": (0.02, 0.2), "norms": (0.005, 0.3)}
-"""Role -> the rate and decay that `OWN` gives it."""
-ONE_UPDATE = {"num_training_steps": 1, "warmup_steps": 0, "eval_every": 10}
-EACH_METHOD = [case for case in CASES if case.is_first]
-each_method = pytest.mark.parametrize("case", EACH_METHOD, ids=str)
-
-
-def quick(*methods: str, cases: Sequence[Case] = EACH_METHOD):
-    """Runs a test for every case; all but the first of these methods wait for the slow tier."""
-    marks = {case: [] if case.is_first and case.method in methods else [pytest.mark.slow] for case in cases}
-    return pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=marks[case]) for case in cases])
-
-
-one_of_each_kind = quick("full_rank", "galore", "switchlora")
 
 
 @pytest.fixture(scope="module")
@@ -63,83 +38,18 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("roles"))
 
 
-@dataclass
-class Trained:
-    """A run in this process, of which nothing is saved."""
-
-    run: Any
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-
-    @property
-    def roles(self) -> dict[str, str]:
-        """Of the trained weights."""
-        targets = getattr(self.run.config.method, "target_modules", ("self_attn", "mlp"))
-        matrices = {name for name, value in self.after.items() if value.ndim > 1 and any(t in name for t in targets)}
-        matrices = {name for name in matrices if "lora_" not in name}
-        return {name: role for name, role in roles_of(self.run.model, matrices).items() if name in self.after}
-
-    def group_of(self, name: str) -> dict[str, Any]:
-        param = self.run.model.get_parameter(name)
-        (group,) = [group for group in self.run.optimizer.param_groups if any(p is param for p in group["params"])]
-        return group
-
-
 @pytest.fixture(scope="module")
 def trained(runs, tmp_path_factory):
     """A function that trains by a command line, each once."""
     folder, done = tmp_path_factory.mktemp("trained"), {}
 
-    def train(case: Case, **changes: Any) -> Trained:
+    def once(case: Case, **changes: Any) -> Trained:
         key = (case, tuple(sorted(changes.items())))
         if key not in done:
-            done[key] = _trained(runs.command(case, folder / str(len(done)), **changes))
+            done[key] = train(runs.command(case, folder / str(len(done)), **changes))
         return done[key]
 
-    return train
-
-
-def _trained(argv: list[str]) -> Trained:
-    train, found = build.train, []
-
-    def observed(run: Any) -> int:
-        before = weights(run.model)
-        code = train(run)
-        found.append(Trained(run, before, weights(run.model)))
-        return code
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpointer, "save_last", lambda *_: None)
-        patch.setattr(build, "train", observed)
-        assert helpers.run(argv) == 0
-    return found[0]
-
-
-def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
-
-
-def decays_first(optimizer: torch.optim.Optimizer) -> bool:
-    """Before the update; projected ones decay after it, as GaLore's do."""
-    return not isinstance(optimizer, LowRankOptimizer) or optimizer.rule.decays_first
-
-
-def assert_moved(ours: Trained, plain: Trained, expected: dict[str, tuple[float, float]]) -> None:
-    """One update of each role in `expected` is `plain`'s, without decay, at its rate and decay; all else is `plain`'s
-    to the bit."""
-    seen = set()
-    for name, role in ours.roles.items():
-        if role not in expected:
-            assert torch.equal(ours.after[name], plain.after[name]), name
-            continue
-        rate, decay = expected[role]
-        start, moved = plain.before[name], plain.after[name] - plain.before[name]
-        kept, moved = 1 - rate * decay, moved * (rate / plain.group_of(name)["initial_lr"])
-        wanted = start * kept + moved if decays_first(plain.run.optimizer) else (start + moved) * kept
-        torch.testing.assert_close(ours.after[name], wanted, rtol=0, atol=1e-14, msg=lambda text, n=name: n + text)
-        assert moved.abs().max() > 1e-5, name
-        seen.add(role)
-    assert seen == expected.keys()
+    return once
 
 
 # What each setting does.
@@ -312,66 +222,6 @@ def test_what_a_tied_embedding_is_not_is_said(trained, tied, case, capsys):
     ours = trained(case, **changes, embed_lr=0.003, embed_weight_decay=0.1)
     assert "(a tied embedding is the head): --embed_lr, --embed_weight_decay\n" in capsys.readouterr().err
     assert_moved(ours, plain, {})
-
-
-# Stopping and going on.
-
-
-@quick("galore", "switchlora", cases=CASES)
-def test_stopped_and_resumed_changes_no_bit(runs, case, tmp_path):
-    assert_resumes(runs, case, tmp_path / "run", 3, **OWN)
-
-
-@pytest.mark.parametrize("method", ["full_rank", "lora"])
-def test_going_on_with_another_rate_is_said(runs, tmp_path, capsys, method):
-    """And done, also where the run was begun without one: the optimizer's state does not depend on its groups."""
-    (case,) = [case for case in EACH_METHOD if case.method == method]
-    argv = [*runs.command(case, tmp_path / "run", embed_lr=0.02), *helpers.RESUME]
-    helpers.stop_after(3, argv)
-    capsys.readouterr()
-    resumed = _trained([*argv, "--embed_lr", "0.03", "--norm_weight_decay", "0.3"])
-    said = capsys.readouterr().err
-    assert "resuming with another --embed_lr: 0.03 instead of 0.02" in said
-    assert "resuming with another --norm_weight_decay: 0.3 instead of None" in said
-    assert "embedding 512: adamw, rate 0.03, weight decay 0\n" in said
-    assert resumed.group_of("model.embed_tokens.weight")["initial_lr"] == 0.03
-    assert resumed.group_of("model.norm.weight")["weight_decay"] == 0.3
-    assert resumed.group_of("lm_head.weight")["initial_lr"] == RATE
-
-
-# Several devices.
-
-_LAYOUTS = {
-    "ddp": ({"distributed_type": "ddp"}, [case for case in CASES if case.is_first or case.rule == "adam_zero"]),
-    "fsdp": ({"distributed_type": "fsdp"}, [case for case in EACH_METHOD if case.spec.allows.fsdp]),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_processes_are_one(runs, tmp_path):
-    """One launch for all; every process says the whole number of weights."""
-    names = [(layout, case) for layout, (_, cases) in _LAYOUTS.items() for case in cases]
-    commands = [
-        runs.command(case, tmp_path / f"{layout} {case}", batch_size=TOTAL_BATCH // 2, **_LAYOUTS[layout][0], **OWN)
-        for layout, case in names
-    ]
-    (tmp_path / "cases.json").write_text(json.dumps([{"argv": argv} for argv in commands]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, helpers.__file__, str(tmp_path / "cases.json")],
-        env=helpers.child_environment(),
-        cwd=helpers.PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-30000:]
-    assert done.stderr.count("head 512: ") == len(names)
-    for layout, case in names:
-        one = runs(case, **OWN)
-        checkpoint = tmp_path / f"{layout} {case}" / one.checkpoint.name
-        assert_same_weights(checkpoint, one.checkpoint, rounding(one.optimizer))
 
 
 # What is said of it.

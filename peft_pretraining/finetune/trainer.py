@@ -2,8 +2,8 @@
 
 Data, schedule, evaluation, logging and checkpoints are the `Trainer`'s. A `TrainingMethod` (methods/base.py) changes
 the model's layers, builds the optimizer and is called where training/loop.py calls it: before an update's first
-forward pass, for the gradients' norm and their clipping, and around the optimizer's step. What is saved and restored of
-it is said in method_checkpointing.py.
+forward pass and before the optimizer's step. The gradients' norm and their clipping are the optimizer's. What is saved
+and restored of it is said in method_checkpointing.py.
 """
 
 from __future__ import annotations

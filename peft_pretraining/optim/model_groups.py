@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining.models.targets import target_linears
@@ -47,7 +47,9 @@ def roles_of(model: nn.Module, matrices: Collection[str]) -> dict[str, str]:
         >>> {name: role for name, role in roles_of(model, ()).items() if "norm" not in name}
         {'embed.weight': 'embedding', 'lm_head.weight': 'head', 'lm_head.bias': 'norms'}
     """
-    of_head, tables, factors = _head(model), set(), set()
+    of_head = _head(model)
+    tables: set[Tensor] = set()
+    factors: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             tables.add(module.weight)

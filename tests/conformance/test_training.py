@@ -52,6 +52,21 @@ def test_stopped_and_resumed_changes_no_bit(runs, case, tmp_path):
     assert_resumes(runs, case, tmp_path / "run", STOP)
 
 
+@each_case()
+def test_embedding_head_and_norms_have_settings_of_their_own(runs, case):
+    """What they are has a group with the rate and the decay that were given; tests/test_roles.py has what that does."""
+    rates, decays = {"head": 0.003, "embed": 0.02, "norm": 0.005}, {"head": 0.1, "embed": 0.2, "norm": 0.3}
+    own = {f"{role}_lr": rate for role, rate in rates.items()}
+    own |= {f"{role}_weight_decay": decay for role, decay in decays.items()}
+    run = runs(case, num_training_steps=1, warmup_steps=0, **own)
+    groups = {param: group for group in run.optimizer.param_groups for param in group["params"]}
+    for name, param in run.model.named_parameters():
+        role = {"embed_tokens": "embed", "lm_head": "head"}.get(name.split(".")[-2], "norm" if "norm" in name else "")
+        if role:
+            given = (groups[param]["initial_lr"], groups[param]["weight_decay"])
+            assert given == (rates[role], decays[role]), name
+
+
 @pytest.mark.slow
 @each_case()
 @pytest.mark.parametrize("stop", [update for update in range(1, UPDATES) if update != STOP])
