@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.methods.groups import by_role
 from peft_pretraining.optim import Direction, LowRankOptimizer, ParamUpdate, StateTensor, UpdateRule
 
 
@@ -72,7 +73,7 @@ class AdEMAMixTraining(TrainingMethod[LowRankOptimizer]):
         own, settings = self.config.method, self.config.optimizer
         warmup = own.ademamix_warmup or self.config.schedule.num_training_steps
         return LowRankOptimizer(
-            model.named_parameters(),
+            by_role(self.config, model, {"params": list(model.named_parameters())}),
             rule=AdEMAMix(own.ademamix_alpha, own.ademamix_beta3, warmup),
             lr=settings.lr,
             **self.config.rule.arguments(),
