@@ -75,7 +75,7 @@ def test_contradictions_name_both(load, text, one, other):
 @pytest.mark.parametrize(
     "text, part",
     [
-        ("--use_peft --Golore --optimizer adafactor", "--optimizer adafactor: golore_adapter goes with adamw, sgd alone"),
+        ("--use_peft --Golore --optimizer adafactor", "adafactor: golore_adapter goes with adamw, sgd alone"),
         ("--use_peft --Golore --clip_norm full", "--clip_norm full: method golore_adapter never forms"),
         ("--use_peft --Golore --quantize 4bit", "--quantize 4bit: method golore_adapter"),
         ("--use_peft --Golore --lora_only", "--lora_only: method golore_adapter"),

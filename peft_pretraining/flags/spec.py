@@ -44,8 +44,8 @@ class Allows:
     projected_gradient: bool = False
     """DDP may average R = PᵀG in place of G between refreshes; otherwise whole gradients are averaged."""
     per_layer: bool = False
-    """Weights may move inside the backward pass, one at a time; the settings then have a field `per_layer`, and where it is
-    set, the method's `prepare` makes `optim.PerLayerUpdates` of the optimizer."""
+    """Weights may move inside the backward pass, one at a time; the settings then have a field `per_layer`, and where
+    it is set, the method's `prepare` makes `optim.PerLayerUpdates` of the optimizer."""
     quantized_weights: bool = False
     """Frozen weights may be kept in 4 or 8 bits; the settings then have a field `quantize`."""
     fsdp: bool = False
