@@ -10,14 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from peft_pretraining.data.hub import work_offline_if_unreachable
 from peft_pretraining.finetune.entry import run_entry
-from peft_pretraining.finetune.options.settings import ENTRY, hub_names
-from peft_pretraining.finetune.settings import check
 from peft_pretraining.runtime.signals import run_script
 
 
 def _run(argv: Sequence[str]) -> None:
+    # Here, where what is wrong with a method's folder becomes one line.
+    from peft_pretraining.data.hub import work_offline_if_unreachable
+    from peft_pretraining.finetune.options.settings import ENTRY, hub_names
+    from peft_pretraining.finetune.settings import check
+
     task = check(argv, ENTRY).task  # before torch and transformers are imported, which takes seconds
     if hub_names(task):
         work_offline_if_unreachable()

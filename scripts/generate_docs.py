@@ -42,13 +42,14 @@ def methods_table() -> str:
 def page_head(spec: MethodSpec) -> str:
     """What a method's page has after its title: the paper, what it goes with, and its settings."""
     paper = f" Paper: [arXiv {spec.paper}]({paper_link(spec.paper)}), {spec.year}." if spec.paper else ""
+    with_adamw = ", with AdamW" if len(spec.update_rules) > 1 else ""
     lines = [
         f"`--method {spec.name}`: {spec.summary}.{paper}",
         "",
         "| | |",
         "|---|---|",
         f"| update rules (`--optimizer`) | {', '.join(f'`{name}`' for name in spec.update_rules)} |",
-        f"| optimizer state of an m × n matrix, m ≤ n, with AdamW | {spec.state} elements |",
+        f"| optimizer state of an m × n matrix, m ≤ n{with_adamw} | {spec.state} elements |",
         f"| can be combined with | {', '.join(permissions(spec)) or 'nothing'} |",
     ]
     flags = {flag.name: flag for flag in config_flags()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ FLIPS: dict[str, str] = {
     **{"adam_lr": "0.004", "head_lr": "0.003", "embed_lr": "0.02", "norm_lr": "0.005"},
     **{"head_weight_decay": "0.1", "embed_weight_decay": "0.2", "norm_weight_decay": "0.3"},
 }
-"""Setting -> another legal value than `BASE`'s or the default."""
+"""Setting -> another legal value than `BASE`'s or the default. Methods' settings need none: see `flipped`."""
 
 BASE = "--batch_size 2 --lr 0.01 --num_training_steps 6 --warmup_steps 1 --eval_every 6 --workers 0"
 METHODS: dict[str, str] = {
@@ -77,6 +79,43 @@ INSTEAD = {
     "switchlora": {"init_lora_type": "origin_lora"},
 }
 """Method -> flips of its own, where `FLIPS`' value is its default."""
+
+_FIELDS = {item.name: item for spec in methods.METHODS.values() for item in dataclasses.fields(spec.settings)}
+DERIVED = tuple(
+    name for name in _FIELDS if name not in FLIPS and not any(name in names for names in OPERATIONAL.values())
+)
+"""Settings of methods whose flip follows from what they are."""
+
+
+def flipped(method: str, name: str) -> str:
+    """What a setting is flipped to in a run of a method."""
+    if name not in DERIVED:
+        return INSTEAD.get(method, {}).get(name, FLIPS[name])
+    spec, item = methods.METHODS[method], _FIELDS[name]
+    return another(name, item.metadata["convert"], {**spec.defaults, **spec.tiny}.get(name, item.default))
+
+
+def another(name: str, convert: Callable[[str], Any], value: Any) -> str:
+    """Text for another value than `value`, which the converter takes. Raises `ValueError` where it takes none of those
+    that come to mind."""
+    if hasattr(convert, "allowed"):
+        candidates = [choice for choice in convert.allowed if choice != value]
+    elif value is None:
+        candidates = ["3", "0.5", "True"]
+    elif isinstance(value, bool):
+        candidates = [not value]
+    elif isinstance(value, int):
+        candidates = [value + 1, value - 1]
+    elif isinstance(value, float):
+        candidates = [value / 2 or 0.5]
+    else:
+        candidates = []
+    for candidate in map(str, candidates):
+        with contextlib.suppress(ValueError):
+            convert(candidate)
+            return candidate
+    raise ValueError(f"{name}: what it is to be flipped to needs a line in FLIPS, tests/flips.py")
+
 
 _TIMES = ("throughput_tokens", "step_time", "peak_memory_bytes", "optimizer_state_bytes")
 

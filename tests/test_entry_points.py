@@ -68,3 +68,10 @@ def test_a_bad_flag_is_refused_without_torch(script, tmp_path):
     ended, errors = run(script, "--nonsense", cwd=tmp_path)
     assert ended == "ENDED 2" and "error: " in errors.splitlines()[-1] and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ("torchrun_main", *(name.removesuffix(".py") for name in HEAVY)))
+def test_methods_are_read_where_errors_become_lines(script):
+    """And not while the script is imported: one wrong folder would end every command in a traceback."""
+    code = f"import sys, {script}; assert 'peft_pretraining.methods.registry' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=helpers.PROJECT, check=True)

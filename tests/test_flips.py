@@ -6,11 +6,19 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from flips import FLIPS, INSTEAD, METHODS, OPERATIONAL, Runner, words
+from flips import DERIVED, FLIPS, METHODS, OPERATIONAL, Runner, another, flipped, words
 
 from peft_pretraining import methods
 from peft_pretraining.config import config_flags
 from peft_pretraining.config.sections import RoleConfig
+from peft_pretraining.flags import (
+    boolean,
+    choice,
+    comma_separated,
+    fraction_below_one,
+    non_negative_float,
+    positive_int,
+)
 
 OF_METHODS = (
     *("rank", "scale", "update_proj_gap", "rand_ratio", "svd_method", "stagger_refresh", "refresh_accumulation"),
@@ -19,6 +27,7 @@ OF_METHODS = (
     *("reset_optimizer_on_relora", "optimizer_random_pruning", "optimizer_magnitude_pruning", "switch_lora_interval"),
     *("switch_lora_descent_rate", "switch_descend_type", "fix_switch_lora_interval", "adam_warm_step"),
     *("remain_switch_state", "remain_switch_step_state", "switch_lora_drop", "discontinuous_switch", "cal_delta_norm"),
+    *DERIVED,
 )
 OF_RULES = ("adam_beta1", "adam_beta2", "adam_eps", "beta1", "momentum", "dampening", "clip_grad_norm", "weight_decay")
 OF_ROLES = tuple(item.name for item in dataclasses.fields(RoleConfig))
@@ -69,7 +78,7 @@ def run(tmp_path_factory):
 
 
 def check(run, method: str, flags: str, name: str) -> None:
-    value = INSTEAD.get(method, {}).get(name, FLIPS[name])
+    value = flipped(method, name)
     if f"--{name} " in f"{flags} ":
         return  # it is what the context sets
     before, after = run(words(method, flags)), run(words(method, flags, **{name: value}))
@@ -85,9 +94,30 @@ def check(run, method: str, flags: str, name: str) -> None:
 def test_every_setting_is_flipped_or_operational():
     operational = [name for names in OPERATIONAL.values() for name in names]
     assert not set(operational) & set(FLIPS)
-    unknown = {flag.name for flag in config_flags()} - set(operational) - set(FLIPS)
+    unknown = {flag.name for flag in config_flags()} - set(operational) - set(FLIPS) - set(DERIVED)
     assert not unknown, unknown
     assert set(METHODS) == set(methods.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("convert", "value", "other"),
+    [
+        (boolean, True, "False"),
+        (choice("channel", "tensor"), "tensor", "channel"),
+        (positive_int, 3, "4"),
+        (fraction_below_one, 0.9, "0.45"),
+        (non_negative_float, 0.0, "0.5"),
+        (positive_int, None, "3"),
+        (fraction_below_one, None, "0.5"),
+    ],
+)
+def test_a_setting_of_a_new_method_needs_no_line(convert, value, other):
+    assert another("new", convert, value) == other
+
+
+def test_what_is_no_number_and_no_choice_needs_a_line():
+    with pytest.raises(ValueError, match="needs a line in FLIPS"):
+        another("pattern", comma_separated, ("mlp",))
 
 
 @pytest.mark.parametrize("name", [name for name in FLIPS if name not in OF_METHODS])
@@ -107,6 +137,7 @@ _FAST = [
         for method in ("galore", "relora", "switchlora", "golore_adapter")
         for name in settings_of(method)
     ),
+    *((spec.name, name) for spec in methods.METHODS.values() for name in spec.own if name in DERIVED),
     ("relora", "scale"),
     ("full_rank", "rank"),
     ("lora", "momentum"),
@@ -122,7 +153,7 @@ def test_settings_of_a_method(run, method, name):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_of_every_method(run, method):
     failed = {}
-    for name in FLIPS:
+    for name in (*FLIPS, *DERIVED):
         try:
             check(run, method, "", name)
         except AssertionError as error:

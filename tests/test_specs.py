@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import helpers
 import pytest
 
 from peft_pretraining.config import Config, cli, config_flags
-from peft_pretraining.flags import MethodSettings, MethodSpec, setting, string
+from peft_pretraining.flags import ConfigError, MethodSettings, MethodSpec, number, setting, string
 from peft_pretraining.methods import METHODS, load_method, registry
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.optim.rule_settings import RULES
@@ -43,27 +45,43 @@ def test_nothing_outside_knows_a_method_by_name():
     ]
 
 
-def test_a_setting_means_the_same_in_every_method():
-    meanings = {}
-    for spec in METHODS.values():
+def two_meanings(specs):
+    """One line for each flag that means two things, of methods or update rules."""
+    meanings, found = {}, []
+    for spec in specs:
         for name, item in fields(spec.settings).items():
             said = (item.metadata["help"], item.metadata["aliases"], item.metadata["convert"], item.default)
-            assert meanings.setdefault(name, said) == said, f"{name} of {spec.name}"
+            first, owner = meanings.setdefault(name, (said, spec.name))
+            if first != said:
+                found.append(f"--{name}: two meanings, in {owner} and {spec.name}")
+    return found
+
+
+def test_a_setting_means_the_same_in_every_method_and_rule():
+    assert two_meanings((*METHODS.values(), *RULES.values())) == []
+
+
+def test_a_setting_with_the_name_of_a_rules_flag_is_seen():
+    @dataclasses.dataclass(frozen=True)
+    class Settings(MethodSettings):
+        momentum: float = setting(0.5, number, "another meaning")
+
+    new = MethodSpec(name="new", title="New", summary="a test", settings=Settings)
+    assert two_meanings((new, *RULES.values())) == ["--momentum: two meanings, in new and sgd"]
 
 
 @pytest.mark.parametrize("spec", METHODS.values(), ids=list(METHODS))
 def test_a_spec_names_what_there_is(spec):
     known = {flag.name for flag in config_flags()}
-    named = (
-        *spec.defaults,
-        *spec.tiny,
-        *spec.refused,
-        *spec.reads,
-        *(name for item in spec.conditions for name in item.names),
-    )
-    assert set(named) <= known
+    conditions = [name for item in spec.conditions for name in item.names]
+    for part, names in {
+        **{part: getattr(spec, part) for part in ("defaults", "tiny", "refused", "reads")},
+        "conditions": conditions,
+    }.items():
+        assert not (unknown := sorted(set(names) - known)), f"{spec.name}: {part} names no settings: {unknown}"
+    for part in ("values", "identity"):
+        assert not (others := sorted(set(getattr(spec, part)) - set(spec.own))), f"{part} names {others}, not its own"
     assert not set(spec.refused) & set(spec.own), "its own settings are checked, not refused"
-    assert set(spec.values) | set(spec.identity) <= set(spec.own)
     assert spec.update_rules and set(spec.update_rules) <= set(RULES)
     assert spec.allows.per_layer == ("per_layer" in spec.own)
     assert spec.allows.quantized_weights == ("quantize" in spec.own)
@@ -191,8 +209,36 @@ def test_a_plugin_cannot_take_the_place_of_a_method(with_plugins):
 def test_a_module_must_have_one_class(with_plugins, tmp_path):
     with_plugins(mine=SPEC.format(setting="own", help="", name="mine"))
     (tmp_path / "plugin_mine" / "method.py").write_text("from peft_pretraining.methods.base import TrainingMethod\n")
-    with pytest.raises(TypeError, match="must define one public subclass of TrainingMethod, and has none"):
+    with pytest.raises(ConfigError, match="must define one public subclass of TrainingMethod, has none"):
         load_method("mine")
+
+
+def test_what_is_wrong_with_a_method_is_one_line(with_plugins, tmp_path, command, capsys):
+    """And no traceback: of a class that is missing, of two, and of what `method.py` itself fails to import."""
+    with_plugins(mine=SPEC.format(setting="own", help="", name="mine"))
+    argv = [*command(), "--method", "mine", "--num_training_steps", "1", "--warmup_steps", "0"]
+    assert helpers.run(argv) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("--method mine: there is no plugin_mine.method, which has the class")
+    )
+    two = "from peft_pretraining.methods.base import TrainingMethod\nclass A(TrainingMethod): ...\nclass B(A): ...\n"
+    (tmp_path / "plugin_mine" / "method.py").write_text(two)
+    importlib.invalidate_caches()
+    assert helpers.run(argv) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("has A, B")
+    sys.modules.pop("plugin_mine.method")
+    (tmp_path / "plugin_mine" / "method.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        load_method("mine")
+
+
+def test_a_folder_and_its_spec_have_one_name(monkeypatch):
+    galore = METHODS["galore"]
+    monkeypatch.setattr(registry, "_spec_of", lambda module: galore)
+    with pytest.raises(ConfigError, match=r"methods/\w+/settings.py: its SPEC calls itself 'galore'"):
+        list(registry._Methods())
 
 
 def test_specs_are_read_without_torch():

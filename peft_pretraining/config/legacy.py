@@ -62,8 +62,8 @@ def choose(given: Mapping[str, ParsedFlag], problems: list[str]) -> Selection:
     if method not in METHODS:
         problems.append(f"--method {method!r} is unknown; there is {', '.join(METHODS)}")
     elif rule not in METHODS[method].update_rules and rule in (*_PLAIN_RULES, *_PROJECTED_RULES):
-        built = ", ".join(METHODS[method].update_rules)
-        problems.append(f"--optimizer {optimizer}: update rule {rule} is not built yet for {method}; there is {built}")
+        rules = ", ".join(METHODS[method].update_rules)
+        problems.append(f"--optimizer {optimizer}: {method} goes with {rules} alone")
     return Selection(method, rule, per_layer)
 
 

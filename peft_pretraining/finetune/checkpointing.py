@@ -18,12 +18,12 @@ from peft_pretraining.data.json_rows import one_line
 from peft_pretraining.finetune.checkpoints import (
     PREFIX,
     CheckpointUnusable,
-    RunFailed,
     is_sealed,
     keep_newest,
     numbered,
     seal,
 )
+from peft_pretraining.finetune.entry import RunFailed
 from peft_pretraining.finetune.identity import settings_of, write_settings
 from peft_pretraining.finetune.loading import not_finite
 from peft_pretraining.finetune.settings import FineTuning

@@ -41,10 +41,6 @@ class CheckpointUnusable(RuntimeError):
     """A checkpoint whose files are as they were written, or so it seemed, cannot be loaded all the same."""
 
 
-class RunFailed(RuntimeError):
-    """A run that cannot go on; the message is one line that says why, and what to do."""
-
-
 def numbered(folder: Path) -> list[tuple[int, Path]]:
     """(update, folder) of every checkpoint in a run's folder, newest first; they may be damaged or incomplete."""
     found = []

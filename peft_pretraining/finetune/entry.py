@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft_pretraining.finetune.checkpoints import RunFailed
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.runtime.launcher import bad_input, check_launcher
 from peft_pretraining.runtime.signals import EXIT_REQUEUE, Stopped
 
 EXIT_FAILED = 1
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on; the message is one line that says why, and what to do."""
 
 
 def run_entry(run: Callable[[Sequence[str]], Any], argv: Sequence[str] | None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.checkpoint.plain_files import regular
-from peft_pretraining.finetune.checkpoints import RunFailed
+from peft_pretraining.finetune.entry import RunFailed
 from peft_pretraining.flags import ConfigError
 
 RESULTS_FILE = "all_results.json"

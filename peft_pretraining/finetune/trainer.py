@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 
 from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.finetune.checkpointing import reading
-from peft_pretraining.finetune.checkpoints import TRAINER_STATE, RunFailed
+from peft_pretraining.finetune.checkpoints import TRAINER_STATE
+from peft_pretraining.finetune.entry import RunFailed
 from peft_pretraining.finetune.method_checkpointing import MethodCheckpointingTrainer
 from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.stopping import StopOnRequest, shielded

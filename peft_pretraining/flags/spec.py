@@ -44,7 +44,8 @@ class Allows:
     projected_gradient: bool = False
     """DDP may average R = PᵀG in place of G between refreshes; otherwise whole gradients are averaged."""
     per_layer: bool = False
-    """Weights may move inside the backward pass, one at a time; the settings then have a field `per_layer`."""
+    """Weights may move inside the backward pass, one at a time; the settings then have a field `per_layer`, and where
+    it is set, the method's `prepare` makes `optim.PerLayerUpdates` of the optimizer."""
     quantized_weights: bool = False
     """Frozen weights may be kept in 4 or 8 bits; the settings then have a field `quantize`."""
     fsdp: bool = False
@@ -110,6 +111,7 @@ class MethodSpec:
     refused: Mapping[str, str] = field(default_factory=dict)
     """Setting of another method -> why it is an error here, and not only without effect."""
     update_rules: tuple[str, ...] = ("adamw",)
+    """Values of `--optimizer`, the default first. A formula of its own names the rule whose settings it reads."""
     state: str = ""
     """Elements of optimizer state for an m x n matrix, m <= n, bases included, step counts not."""
     allows: Allows = Allows()

@@ -26,7 +26,7 @@ def by_role(
     """A group of named parameters, split where the run's settings give some of them a rate or decay of their own.
 
     `matrices`: names of the weights that have the base rate; None for all that are neither the head's nor a table.
-    Settings of a role that nothing in the group has are named in a warning.
+    Settings of a role that no trained weight of the model has are named in a warning.
     """
     given = {name: value for name, value in dataclasses.asdict(config.roles).items() if value is not None}
     if not given:
@@ -34,10 +34,9 @@ def by_role(
     roles = roles_of(model, matrices or ())
     if matrices is None:
         roles = {name: role.replace("others", "matrices") for name, role in roles.items()}
-    there = {roles[name] for name, _ in group["params"]}
-    settings = {role: own for role, own in role_settings(**given).items() if role in there}
+    there = {roles[name] for name, param in model.named_parameters() if param.requires_grad}
     absent = tuple(start for start, role in _ROLES.items() if role not in there)
     if unused := [f"--{name}" for name in given if name.startswith(absent)]:
         why = "the model trains no such weights apart (a tied embedding is the head)"
         log.warning("without effect, for %s: %s", why, ", ".join(unused))
-    return split_by_role(group, roles, settings)
+    return split_by_role(group, roles, role_settings(**given))

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.flags import Flag, MethodSettings, MethodSpec, section_flags
+from peft_pretraining.flags import ConfigError, Flag, MethodSettings, MethodSpec, section_flags
 
 if TYPE_CHECKING:
     from peft_pretraining.methods.base import TrainingMethod
@@ -39,7 +39,8 @@ class _Methods(Mapping[str, MethodSpec]):
             folders = (path.parent.name for path in Path(__file__).parent.glob("[!_]*/settings.py"))
             own = {name: _spec_of(f"{__package__}.{name}.settings") for name in folders}
             for name, spec in sorted(own.items(), key=lambda item: (item[1].paper or "", item[0])):
-                assert spec.name == name, f"methods/{name}/settings.py calls itself {spec.name}"
+                if spec.name != name:
+                    raise ConfigError([f"methods/{name}/settings.py: its SPEC calls itself {spec.name!r}"])
                 self._add(spec, f"{__package__}.{name}")
             for point in sorted(metadata.entry_points(group=GROUP)):
                 self._add_plugin(point)
@@ -124,10 +125,19 @@ def method_flags() -> list[Flag]:
 
 
 def load_method(name: str) -> type[TrainingMethod[Any]]:
-    """The class of the method called `name`: the one subclass of `TrainingMethod` that its `method.py` defines."""
+    """The class of the method called `name`: the one subclass of `TrainingMethod` that its `method.py` defines.
+
+    Raises `ConfigError` without a `method.py`, or where it defines none or several.
+    """
     from peft_pretraining.methods.base import TrainingMethod
 
-    module = importlib.import_module(METHODS.module_of(name))
+    place = METHODS.module_of(name)
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name != place:
+            raise
+        raise ConfigError([f"--method {name}: there is no {place}, which has the class"]) from None
     found = [
         item
         for item in vars(module).values()
@@ -136,5 +146,5 @@ def load_method(name: str) -> type[TrainingMethod[Any]]:
     public = [item for item in found if not item.__name__.startswith("_")]
     if len(public) != 1:
         names = ", ".join(item.__name__ for item in public) or "none"
-        raise TypeError(f"{module.__name__} must define one public subclass of TrainingMethod, and has {names}")
+        raise ConfigError([f"--method {name}: {place} must define one public subclass of TrainingMethod, has {names}"])
     return public[0]

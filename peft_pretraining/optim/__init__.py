@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
     from peft_pretraining.optim.low_rank import LowRankOptimizer
     from peft_pretraining.optim.low_rank_gradients import LowRankGradients
+    from peft_pretraining.optim.model_groups import roles_of
     from peft_pretraining.optim.per_layer import PerLayerUpdates
     from peft_pretraining.optim.rules.lifts import Lift
     from peft_pretraining.optim.rules.update_rule import UpdateRule
-    from peft_pretraining.optim.tensors.collectives import Collective
+    from peft_pretraining.optim.tensors.collectives import Collective, Phases
     from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
     from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
@@ -30,15 +31,18 @@ __all__ = [
     "LowRankOptimizer",
     "ParamUpdate",
     "PerLayerUpdates",
+    "Phases",
     "Refresh",
     "StateTensor",
     "UpdateRule",
+    "roles_of",
 ]
 
 _MODULES = {
     "BasisRule": "basis.basis_rule",
     "Refresh": "basis.basis_rule",
     "Collective": "tensors.collectives",
+    "Phases": "tensors.collectives",
     "Lift": "rules.lifts",
     "LowRankOptimizer": "low_rank",
     "LowRankGradients": "low_rank_gradients",
@@ -47,6 +51,7 @@ _MODULES = {
     "PerLayerUpdates": "per_layer",
     "StateTensor": "tensors.state_tensor",
     "UpdateRule": "rules.update_rule",
+    "roles_of": "model_groups",
 }
 
 
