@@ -29,7 +29,7 @@ from peft_pretraining.distributed import ProcessGroup  # noqa: E402
 from peft_pretraining.distributed.sharding import local  # noqa: E402
 from peft_pretraining.methods import METHODS  # noqa: E402
 from peft_pretraining.models.model_config import read_model_json  # noqa: E402
-from peft_pretraining.optim.projection import LEFT, RIGHT  # noqa: E402
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT  # noqa: E402
 
 COLUMNS = ("weights", "candidates", "gradients", "bases", "states")
 

@@ -27,8 +27,8 @@ from real_gradients import LayerSet, Training, gaussian_layer
 from torch import Tensor, nn
 
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.bases import Refresh
-from peft_pretraining.optim.projection import LEFT, Bases
+from peft_pretraining.optim.basis.bases import Refresh
+from peft_pretraining.optim.tensors.projection import LEFT, Bases
 from peft_pretraining.training.profiling import peak_memory_bytes
 
 PRODUCTS, PLAIN, OSD, FUSED = "two products per layer", "plain update", "OSD's update", "torch's fused AdamW"

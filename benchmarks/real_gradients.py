@@ -20,8 +20,8 @@ from peft_pretraining.data.blocks import TokenBlocks  # noqa: E402
 from peft_pretraining.data.tokenizer import load_tokenizer  # noqa: E402
 from peft_pretraining.models.targets import target_linears  # noqa: E402
 from peft_pretraining.optim import LowRankOptimizer  # noqa: E402
-from peft_pretraining.optim.projection import LEFT, Bases, Projection  # noqa: E402
-from peft_pretraining.optim.svd import random_stiefel  # noqa: E402
+from peft_pretraining.optim.basis.svd import random_stiefel  # noqa: E402
+from peft_pretraining.optim.tensors.projection import LEFT, Bases, Projection  # noqa: E402
 
 QUICKSTART = PROJECT / "quickstart" / "data" / "wiki_intros_bpe4096_128"
 

@@ -15,7 +15,7 @@ from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import token_loss_sum
-from peft_pretraining.optim.gradient_owner import GradientOwner, gradient_owner
+from peft_pretraining.optim.state.gradient_owner import GradientOwner, gradient_owner
 from peft_pretraining.training.build_model import distributed_model, reduced_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {

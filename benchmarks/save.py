@@ -60,7 +60,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def launch(arguments: argparse.Namespace, flags: list[str], scratch: Path) -> cli.Launch:
+def launch(arguments: argparse.Namespace, flags: list[str], scratch: Path) -> cli.ParsedArgs:
     settings = {
         **{"model_config": arguments.model_config, "dataset_path": scratch / "data", "save_dir": scratch / "run"},
         **{"batch_size": 1, "dtype": "float32", "lr": 1e-3, "workers": 0, "keep_checkpoints": 1},

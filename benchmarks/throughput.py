@@ -106,7 +106,7 @@ def looped_update(run: Run) -> Callable[[], None]:
     return update
 
 
-def bare_update(launch: cli.Launch, group: ProcessGroup) -> Callable[[], None]:
+def bare_update(launch: cli.ParsedArgs, group: ProcessGroup) -> Callable[[], None]:
     """One update of transformers' model with its own loss and torch's fused AdamW, batches in memory."""
     config = launch.config
     model = build_model(config.model, launch.facts.model, None, group.device, config.run.seed)

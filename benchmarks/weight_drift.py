@@ -23,7 +23,7 @@ from peft_pretraining.config import Config  # noqa: E402
 from peft_pretraining.methods import load_method  # noqa: E402
 from peft_pretraining.methods.base import TrainingMethod  # noqa: E402
 from peft_pretraining.nn import LowRankLinear  # noqa: E402
-from peft_pretraining.optim.gradient_owner import gradient_owner  # noqa: E402
+from peft_pretraining.optim.state.gradient_owner import gradient_owner  # noqa: E402
 
 SCALE = {"lora_alpha": 1.0, "init_lora_type": "switchlora"}
 METHODS = {

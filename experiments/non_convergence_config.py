@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peft_pretraining.flags import (
     ConfigError,
-    Given,
+    ParsedFlag,
     comma_separated,
     non_negative_float,
     non_negative_int,
@@ -164,7 +164,7 @@ def load(argv: Sequence[str], *, description: str) -> tuple[Settings, list[str]]
     return settings, _without_effect(settings, given)
 
 
-def _with_older_meaning(settings: Settings, given: dict[str, Given]) -> Settings:
+def _with_older_meaning(settings: Settings, given: dict[str, ParsedFlag]) -> Settings:
     """`--type 0 --grad_accumulation 1000` is GaLore with a large batch, which has a name of its own here."""
     many = settings.grad_accumulation is not None and settings.grad_accumulation > 1
     if not (many and "method" in given and "galore" in settings.method) or "large_batch" in settings.method:
@@ -173,7 +173,7 @@ def _with_older_meaning(settings: Settings, given: dict[str, Given]) -> Settings
     return dataclasses.replace(settings, method=methods)
 
 
-def _without_effect(settings: Settings, given: dict[str, Given]) -> list[str]:
+def _without_effect(settings: Settings, given: dict[str, ParsedFlag]) -> list[str]:
     methods = set(settings.method)
     read_by = {
         "update_proj_gap": {"galore", "golore", "large_batch"},

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from peft_pretraining.distributed import mean_over_processes
 from peft_pretraining.nn import LowRankLinear, merged_state_dict, wrap_linears
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
-from peft_pretraining.optim.bases import SVDThenRandom
-from peft_pretraining.optim.subspace import Subspace
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.basis.bases import SVDThenRandom
+from peft_pretraining.optim.basis.subspace import Subspace
+from peft_pretraining.optim.rules.update_rule import UpdateRule
 
 
 class ReLoRaLinear(LowRankLinear):

@@ -40,11 +40,9 @@ def methods_table() -> str:
 
 
 def page_head(spec: MethodSpec) -> str:
-    """What a method's page begins with: the paper, what it goes with, and its settings."""
+    """What a method's page has after its title: the paper, what it goes with, and its settings."""
     paper = f" Paper: [arXiv {spec.paper}]({paper_link(spec.paper)}), {spec.year}." if spec.paper else ""
     lines = [
-        f"# {spec.title}",
-        "",
         f"`--method {spec.name}`: {spec.summary}.{paper}",
         "",
         "| | |",
@@ -93,9 +91,9 @@ def with_generated(text: str, generated: str) -> str:
 
 
 def new_page(spec: MethodSpec) -> str:
-    """A page to begin with: the class and what its docstrings say."""
+    """A page to begin with: the title, the class and what its docstrings say."""
     module = METHODS.module_of(spec.name)
-    return f"{BEGIN}\n{END}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+    return f"# {spec.title}\n\n{BEGIN}\n{END}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
 
 
 def wanted(docs: Path, readme: Path) -> dict[Path, str]:

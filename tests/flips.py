@@ -120,7 +120,7 @@ class Runner:
         return Outcome(hashlib.sha256(json.dumps(metrics).encode()).hexdigest(), launch.warnings)
 
 
-def _train(launch: cli.Launch, save_dir: Path) -> list[Any]:
+def _train(launch: cli.ParsedArgs, save_dir: Path) -> list[Any]:
     """The records and the digest of the last weights; nothing is saved."""
     import torch
 

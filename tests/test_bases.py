@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from projection_helpers import RULES, build, matrix, parameter, train
 
-from peft_pretraining.optim.bases import GaussianBasis, RandomBasis, Refresh, SVDBasis, reconstruction_gradient
-from peft_pretraining.optim.projection import LEFT, RIGHT, SIDES, Projection
-from peft_pretraining.optim.svd import SVD_METHODS, with_signs
+from peft_pretraining.optim.basis.bases import GaussianBasis, RandomBasis, Refresh, SVDBasis, reconstruction_gradient
+from peft_pretraining.optim.basis.svd import SVD_METHODS, with_signs
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, SIDES, Projection
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 DTYPES = st.sampled_from([torch.float32, torch.float64])

@@ -7,7 +7,7 @@ from torch import nn
 from peft_pretraining.config import Config
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods._factors.rank_sync import assert_equal_on_all_ranks, checksum
-from peft_pretraining.optim import state_reset
+from peft_pretraining.optim.state import state_reset
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 
 

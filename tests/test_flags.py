@@ -52,7 +52,7 @@ def test_a_flag_that_is_not_given_is_absent():
 def test_aliases_set_the_same_value_and_are_remembered(spelling):
     problems = []
     given = flags.parse_command_line(FLAGS, [f"--{spelling}", "8"], prog="", description="", problems=problems)
-    assert given == {"rank": flags.Given(8, spelling, "command line")}
+    assert given == {"rank": flags.ParsedFlag(8, spelling, "command line")}
     assert parse(f"--{spelling}", "0")[1] == [f"--{spelling} must be a positive integer, got '0'"]
 
 

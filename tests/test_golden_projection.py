@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.bases import SVDBasis
-from peft_pretraining.optim.projection import LEFT, RIGHT
+from peft_pretraining.optim.basis.bases import SVDBasis
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "projected.safetensors")
 GAP, RANK, BASE_RATE, TOLERANCE = 5, 4, 0.01, 2e-6

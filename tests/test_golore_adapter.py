@@ -11,8 +11,8 @@ from peft_pretraining.config import Config
 from peft_pretraining.methods.golore.method import GoLore
 from peft_pretraining.methods.golore_adapter.method import GoLoreAdapter
 from peft_pretraining.models.loss import token_loss_sum
-from peft_pretraining.optim.bases import RandomBasis
-from peft_pretraining.optim.projection import LEFT
+from peft_pretraining.optim.basis.bases import RandomBasis
+from peft_pretraining.optim.tensors.projection import LEFT
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "projected.safetensors")
 

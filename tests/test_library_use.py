@@ -11,8 +11,8 @@ import torch
 from projection_helpers import RULES, build, matrix, parameter, set_gradients, through_a_file, train
 
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.bases import PROJECTION_TYPES
-from peft_pretraining.optim.projection import RIGHT
+from peft_pretraining.optim.basis.bases import PROJECTION_TYPES
+from peft_pretraining.optim.tensors.projection import RIGHT
 
 GOLORE = {"rand_ratio": 0.5, "num_training_steps": 10}
 PROJECTIONS = [

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from projection_helpers import RULES, build, matrix, parameter, set_gradients, train
 
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.bases import PROJECTION_TYPES
-from peft_pretraining.optim.projection import LEFT, RIGHT, SIDES, Projection, overlap, projected_sides
-from peft_pretraining.optim.svd import SVD_METHODS, random_stiefel
+from peft_pretraining.optim.basis.bases import PROJECTION_TYPES
+from peft_pretraining.optim.basis.svd import SVD_METHODS, random_stiefel
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, SIDES, Projection, overlap, projected_sides
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 ONE_SIDED = ["std", "left", "right", "reverse_std"]

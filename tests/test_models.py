@@ -15,7 +15,7 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.loss import IGNORED, count_targets, token_loss_sum
 from peft_pretraining.models.targets import target_linears
-from peft_pretraining.optim.gradient_owner import gradient_owner
+from peft_pretraining.optim.state.gradient_owner import gradient_owner
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_pretraining.config import Config
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.model_groups import TARGET_MODULES
-from peft_pretraining.optim.projection import LEFT, RIGHT
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT
 
 
 def llama(**changes):

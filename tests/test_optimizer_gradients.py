@@ -12,17 +12,17 @@ from torch import nn
 
 from peft_pretraining import optim
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.projection import RIGHT
+from peft_pretraining.optim.tensors.projection import RIGHT
 
 WITH_EXAMPLES = (
-    "basis_rule",
-    "collectives",
-    "lifts",
+    "basis.basis_rule",
     "low_rank",
     "low_rank_gradients",
     "model_groups",
     "per_layer",
-    "update_rule",
+    "rules.lifts",
+    "rules.update_rule",
+    "tensors.collectives",
     "vector_adamw",
 )
 

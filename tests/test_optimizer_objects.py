@@ -10,11 +10,11 @@ from projection_helpers import RULES, build, matrix, parameter, set_gradients, t
 from torch import nn
 
 from peft_pretraining.optim import LowRankOptimizer, StateTensor, UpdateRule, moving
-from peft_pretraining.optim.bases import RandomBasis, SVDBasis
-from peft_pretraining.optim.lifts import Lift, ProjectBack
+from peft_pretraining.optim.basis.bases import RandomBasis, SVDBasis
 from peft_pretraining.optim.model_groups import role_settings, roles_of, split_by_role
-from peft_pretraining.optim.projection import RIGHT
-from peft_pretraining.optim.update_rules import AdamW8bit
+from peft_pretraining.optim.rules.lifts import Lift, ProjectBack
+from peft_pretraining.optim.rules.update_rules import AdamW8bit
+from peft_pretraining.optim.tensors.projection import RIGHT
 
 
 def copies(weights):

@@ -10,8 +10,8 @@ from projection_helpers import build, parameter, train
 from torch import nn
 
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.projection import RIGHT
-from peft_pretraining.optim.update_rules import AdamW8bit, TorchAdamW
+from peft_pretraining.optim.rules.update_rules import AdamW8bit, TorchAdamW
+from peft_pretraining.optim.tensors.projection import RIGHT
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 
 # Saved states.

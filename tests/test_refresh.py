@@ -10,8 +10,8 @@ import torch
 from projection_helpers import build, matrix, parameter, set_gradients, train
 
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.projection import LEFT, RIGHT, SIDES
-from peft_pretraining.optim.svd import SVD_METHODS
+from peft_pretraining.optim.basis.svd import SVD_METHODS
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, SIDES
 
 bad_numbers = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 

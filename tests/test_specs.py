@@ -16,7 +16,7 @@ from peft_pretraining.flags import MethodSettings, MethodSpec, setting, string
 from peft_pretraining.methods import METHODS, load_method, registry
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.optim.rule_settings import RULES
-from peft_pretraining.optim.update_rules import UPDATE_RULES
+from peft_pretraining.optim.rules.update_rules import UPDATE_RULES
 from scripts import generate_docs
 
 PACKAGE = Path(registry.__file__).parents[1]

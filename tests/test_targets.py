@@ -16,7 +16,7 @@ from peft_pretraining.models import targets as targets_module
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.targets import TargetError, target_linears
 from peft_pretraining.nn import low_rank_layers
-from peft_pretraining.optim.gradient_owner import gradient_owner
+from peft_pretraining.optim.state.gradient_owner import gradient_owner
 
 LOW_RANK = [name for name, entry in METHODS.items() if "target_modules" in entry.own]
 

@@ -9,9 +9,9 @@ from projection_helpers import RULES, build, matrix, parameter, set_gradients, t
 from transformers.optimization import Adafactor
 
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.bases import PROJECTION_TYPES
-from peft_pretraining.optim.projection import LEFT, RIGHT, SIDES
-from peft_pretraining.optim.update_rules import AdamW, AdamW8bit
+from peft_pretraining.optim.basis.bases import PROJECTION_TYPES
+from peft_pretraining.optim.rules.update_rules import AdamW, AdamW8bit
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, SIDES
 
 CONTINUOUS = ["continuous", "continuous_adam8bit", "continuous_adafactor"]
 PROJECTIONS = [None, "std", "reverse_std", "full", "random", *CONTINUOUS]

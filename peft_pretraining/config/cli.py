@@ -22,7 +22,7 @@ from peft_pretraining.config import (
     validate_folders,
 )
 from peft_pretraining.config.effects import warn_without_effect, warn_without_effect_in_pretraining
-from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, one_line, read_flags
+from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, ParsedFlag, one_line, read_flags
 from peft_pretraining.methods import METHODS
 from peft_pretraining.runtime import launcher
 
@@ -34,7 +34,7 @@ DESCRIPTION = f"Pre-train a LLaMA. Run under torchrun, or as a plain script for 
 
 
 @dataclass(frozen=True)
-class Launch:
+class ParsedArgs:
     """A configuration that passed every check, and what was learnt on the way."""
 
     config: Config
@@ -50,7 +50,7 @@ def all_flags() -> list[Flag]:
     return [*own, *legacy.unsupported_flags()]
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launch:
+def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ParsedArgs:
     """Parse and check everything. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
     warnings: list[str] = []
@@ -92,12 +92,12 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Launc
         problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     if problems:
         raise ConfigError(problems)
-    return Launch(config, facts, identity, tuple(map(one_line, warnings)))
+    return ParsedArgs(config, facts, identity, tuple(map(one_line, warnings)))
 
 
 def _derive(
     config: Config,
-    given: dict[str, Given],
+    given: dict[str, ParsedFlag],
     facts: validate.FileFacts,
     environ: Mapping[str, str],
     problems: list[str],

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft_pretraining.config import Config, method_settings
-from peft_pretraining.flags import Condition, Given
+from peft_pretraining.flags import Condition, ParsedFlag
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
 
@@ -82,7 +82,7 @@ def _of_rules() -> set[str]:
 
 
 def warn_without_effect(
-    given: Mapping[str, Given], config: Config, read_otherwise: Iterable[str], warnings: list[str]
+    given: Mapping[str, ParsedFlag], config: Config, read_otherwise: Iterable[str], warnings: list[str]
 ) -> None:
     """One warning for all settings that the chosen method does not read, and one for each other reason.
 
@@ -102,7 +102,7 @@ def warn_without_effect(
     _warn(spec.conditions, named, given, config, warnings)
 
 
-def warn_without_effect_in_pretraining(given: Mapping[str, Given], config: Config, warnings: list[str]) -> None:
+def warn_without_effect_in_pretraining(given: Mapping[str, ParsedFlag], config: Config, warnings: list[str]) -> None:
     """Warnings about the settings that belong to no method."""
     asked_for = [name for name in given if not _states_the_default(name, given[name].value)]
     _warn(CONDITIONS, asked_for, given, config, warnings)
@@ -115,7 +115,7 @@ def warn_without_effect_in_pretraining(given: Mapping[str, Given], config: Confi
 def _warn(
     conditions: tuple[Condition, ...],
     names: list[str],
-    given: Mapping[str, Given],
+    given: Mapping[str, ParsedFlag],
     config: Config,
     warnings: list[str],
 ) -> None:
@@ -130,7 +130,7 @@ def _warn(
     warnings += [_without_effect(reason, found, given) for reason, found in reasons.items()]
 
 
-def _without_effect(reason: str, names: list[str], given: Mapping[str, Given]) -> str:
+def _without_effect(reason: str, names: list[str], given: Mapping[str, ParsedFlag]) -> str:
     return f"without effect {reason}: {', '.join(sorted(f'--{given[name].spelling}' for name in names))}"
 
 

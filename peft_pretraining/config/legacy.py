@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining.flags import Flag, Given, boolean, unsupported
+from peft_pretraining.flags import Flag, ParsedFlag, boolean, unsupported
 from peft_pretraining.methods import METHODS
 
 GROUP = "older code bases"
@@ -47,7 +47,7 @@ class Selection:
     """`--optimizer` asks for updates in the backward pass."""
 
 
-def choose(given: Mapping[str, Given], problems: list[str]) -> Selection:
+def choose(given: Mapping[str, ParsedFlag], problems: list[str]) -> Selection:
     """Method and update rule. Contradicting selectors are a problem that names both."""
     optimizer = given["optimizer"].value.lower() if "optimizer" in given else "adamw"  # `Adam` in any capitals
     family, rule, per_layer = _split_optimizer(optimizer, problems)
@@ -89,12 +89,12 @@ def _split_optimizer(optimizer: str, problems: list[str]) -> tuple[str, str, boo
     return "", {"adam": "adamw", "adam8bit": "adamw8bit"}.get(stem, stem), False
 
 
-def _is_set(given: Mapping[str, Given], name: str) -> bool:
+def _is_set(given: Mapping[str, ParsedFlag], name: str) -> bool:
     return name in given and bool(given[name].value)
 
 
 def _claims(
-    given: Mapping[str, Given], family: str, optimizer: str, proj_type: str, problems: list[str]
+    given: Mapping[str, ParsedFlag], family: str, optimizer: str, proj_type: str, problems: list[str]
 ) -> list[tuple[str, str]]:
     """Every (method, flag that asks for it), in the order in which messages name them."""
     claims = []
@@ -131,7 +131,7 @@ def _claims(
 
 
 def translate(
-    given: Mapping[str, Given], chosen: Selection, defaults: Mapping[str, Any], problems: list[str]
+    given: Mapping[str, ParsedFlag], chosen: Selection, defaults: Mapping[str, Any], problems: list[str]
 ) -> tuple[dict[str, Any], set[str]]:
     """What older spellings say of settings that have another name here.
 
@@ -156,7 +156,7 @@ def translate(
 
 
 def _relora(
-    given: Mapping[str, Given], defaults: Mapping[str, Any], problems: list[str]
+    given: Mapping[str, ParsedFlag], defaults: Mapping[str, Any], problems: list[str]
 ) -> tuple[dict[str, Any], set[str]]:
     """ReLoRA merges every `--update_proj_gap`, where nothing else says when; GoLore's spelling has its scale, too."""
 
@@ -202,7 +202,7 @@ def unsupported_flags() -> list[Flag]:
     return [dataclasses.replace(flag, group=GROUP) for flag in (*unsupported.refused_flags(REFUSED), *only)]
 
 
-def check_unsupported(given: Mapping[str, Given], problems: list[str]) -> None:
+def check_unsupported(given: Mapping[str, ParsedFlag], problems: list[str]) -> None:
     """Refuse what cannot be done."""
     unsupported.check_refused(given, REFUSED, problems)
     for name, (only, why) in ONE_VALUE.items():

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft_pretraining.config import Config, legacy
-from peft_pretraining.flags import Given
+from peft_pretraining.flags import ParsedFlag
 from peft_pretraining.methods import METHODS
 
 
 def settle(
-    given: Mapping[str, Given], chosen: legacy.Selection, defaults: Mapping[str, Any], problems: list[str]
+    given: Mapping[str, ParsedFlag], chosen: legacy.Selection, defaults: Mapping[str, Any], problems: list[str]
 ) -> tuple[dict[str, Any], set[str]]:
     """Every setting that is not at its dataclass's default: what was given, over what the method, the spelling and
     `defaults`, in this order, have for it.
@@ -33,13 +33,13 @@ def settle(
     return {**settings, "method": chosen.method, "optimizer": chosen.rule}, read
 
 
-def resolve(config: Config, given: Mapping[str, Given]) -> Config:
+def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
     """Settle what follows from other settings of the method."""
     spec = METHODS.get(config.method.method)
     return spec.resolve(config, given) if spec and spec.resolve else config
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """Settings of the method against each other, its values, and settings of others that it refuses."""
     spec = METHODS.get(config.method.method)
     if spec is None:
@@ -55,7 +55,7 @@ def check(config: Config, given: Mapping[str, Given], problems: list[str], warni
         spec.check(config, given, problems, warnings)
 
 
-def refused(config: Config, given: Mapping[str, Given]) -> list[str]:
+def refused(config: Config, given: Mapping[str, ParsedFlag]) -> list[str]:
     """Settings of other methods that are given, ask for something, and are an error beside this method."""
     spec = METHODS[config.method.method]
     return [name for name in spec.refused if name in given and given[name].value != _default(name)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_pretraining.finetune.glue_tasks import GLUE_TASKS
 from peft_pretraining.finetune.settings import EntryPoint
-from peft_pretraining.flags import Given, boolean, comma_separated, positive_int, setting, string
+from peft_pretraining.flags import ParsedFlag, boolean, comma_separated, positive_int, setting, string
 
 DEFAULTS: dict[str, Any] = {"rank": 4}
 """Of the papers' GLUE runs; everything else has the defaults of the method or of transformers."""
@@ -68,7 +68,7 @@ class GlueSettings:
 
 
 def check_settings(
-    settings: GlueSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]
+    settings: GlueSettings, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]
 ) -> None:
     """Settings against each other."""
 

@@ -20,7 +20,15 @@ from peft_pretraining.config.effects import warn_without_effect
 from peft_pretraining.config.sections import RoleConfig
 from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
-from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, Given, read_flags, section_flags, unsupported
+from peft_pretraining.flags import (
+    TRAINING_CONFIG,
+    ConfigError,
+    Flag,
+    ParsedFlag,
+    read_flags,
+    section_flags,
+    unsupported,
+)
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
 from peft_pretraining.runtime import launcher
@@ -45,7 +53,7 @@ class FineTuning(RunSettings, Generic[T]):
     task: T
     target_modules_given: bool = False
     warnings: tuple[str, ...] = ()
-    given: Mapping[str, Given] = dataclasses.field(default_factory=dict)
+    given: Mapping[str, ParsedFlag] = dataclasses.field(default_factory=dict)
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Every field of `TrainingArguments` as it was asked for, whatever this machine makes of it."""
 
@@ -120,7 +128,7 @@ class EntryPoint(Generic[T]):
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of any kind, by their flags' names, that the entry point sets differently; a value that a method has as
     its own default wins over them."""
-    check_task: Callable[[T, Mapping[str, Given], list[str], list[str]], None] | None = None
+    check_task: Callable[[T, Mapping[str, ParsedFlag], list[str], list[str]], None] | None = None
     """Is given the task's settings, what was given, and the lists of problems and warnings to add to."""
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Flags of older scripts -> why they are refused."""
@@ -136,7 +144,7 @@ class Checked(Generic[T]):
     task: T
     values: dict[str, Any]
     """The keyword arguments of `TrainingArguments`."""
-    given: Mapping[str, Given]
+    given: Mapping[str, ParsedFlag]
     warnings: tuple[str, ...]
 
 
@@ -231,7 +239,7 @@ def _training_arguments(values: dict[str, Any], problems: list[str], warnings: l
 
 
 def _config(
-    given: dict[str, Given],
+    given: dict[str, ParsedFlag],
     defaults: Mapping[str, Any],
     values: Mapping[str, Any],
     problems: list[str],
@@ -263,7 +271,7 @@ def _world_size(problems: list[str]) -> int:
     return launcher.world_size(os.environ, [])
 
 
-def _shared_settings(given: Mapping[str, Given], values: Mapping[str, Any]) -> dict[str, Any]:
+def _shared_settings(given: Mapping[str, ParsedFlag], values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that `TrainingArguments` has under a name of its own."""
     shared = {
         **{"lr": values["learning_rate"], "weight_decay": values["weight_decay"], "seed": values["seed"]},

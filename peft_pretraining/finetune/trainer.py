@@ -27,8 +27,8 @@ from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
-from peft_pretraining.optim.gradient_owner import GradientOwner, gradient_owner
 from peft_pretraining.optim.model_groups import describe_groups
+from peft_pretraining.optim.state.gradient_owner import GradientOwner, gradient_owner
 from peft_pretraining.training.loop import state_bytes
 from peft_pretraining.training.tracking import log
 

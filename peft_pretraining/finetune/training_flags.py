@@ -28,7 +28,7 @@ from peft_pretraining.finetune.training_table import (
     UP_TO_1,
     WITHOUT_EFFECT,
 )
-from peft_pretraining.flags import Flag, Given, boolean, choice, integer, number, unsupported
+from peft_pretraining.flags import Flag, ParsedFlag, boolean, choice, integer, number, unsupported
 
 _OPTIM_OF_DEFAULT = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 _UNKNOWN = "this version of transformers is newer than what has been tried here"
@@ -154,7 +154,7 @@ def _bounded(name: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return checked
 
 
-def training_values(given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> dict[str, Any]:
+def training_values(given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> dict[str, Any]:
     """The keyword arguments of `TrainingArguments` that were given, translated from older spellings."""
     fields = training_fields()
     values: dict[str, Any] = {name: item.value for name, item in given.items() if name in OBEYED}
@@ -189,7 +189,9 @@ def _is_default(field: Field, text: str) -> bool:
     return text.lower() == str(field.default).lower()
 
 
-def _tracking(given: Mapping[str, Given], values: dict[str, Any], problems: list[str], warnings: list[str]) -> None:
+def _tracking(
+    given: Mapping[str, ParsedFlag], values: dict[str, Any], problems: list[str], warnings: list[str]
+) -> None:
     if "with_tracking" in given and given["with_tracking"].value:
         if values.get("report_to", ["wandb"]) not in (["wandb"], ["all"]):
             problems.append(f"--with_tracking logs to wandb, but --report_to is {','.join(values['report_to'])}")

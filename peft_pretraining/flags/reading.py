@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from peft_pretraining.flags.converters import string
-from peft_pretraining.flags.settings import Flag, Given, parse_command_line, parse_yaml
+from peft_pretraining.flags.settings import Flag, ParsedFlag, parse_command_line, parse_yaml
 
 TRAINING_CONFIG = Flag("training_config", string, "YAML file with any of these settings; the command line wins")
 
@@ -19,7 +19,7 @@ def read_flags(
     problems: list[str],
     warnings: list[str],
     hints: Mapping[str, str] | None = None,
-) -> dict[str, Given]:
+) -> dict[str, ParsedFlag]:
     """Returns what was given, by the flags' names. Problems and warnings are appended to the lists.
 
     flags: with `TRAINING_CONFIG` among them. hints: what to say of flags that do not exist, by name.

@@ -78,7 +78,7 @@ def setting(
 
 
 @dataclass(frozen=True)
-class Given:
+class ParsedFlag:
     """A setting that the user gave: its converted value and the spelling that was used."""
 
     value: Any
@@ -101,7 +101,7 @@ def parse_command_line(
     description: str,
     problems: list[str],
     hints: Mapping[str, str] | None = None,
-) -> dict[str, Given]:
+) -> dict[str, ParsedFlag]:
     """Split and convert `argv`; problems are appended to `problems`. `--help` prints and exits, as usual.
 
     The last occurrence of a flag wins, as argparse has it, so that a script's flags can be overridden.
@@ -111,7 +111,7 @@ def parse_command_line(
     namespace, extra = parser.parse_known_args(_join_negative_numbers(argv), argparse.Namespace(_given={}))
     by_name = {flag.name: flag for flag in flags}
     _report_unknown(extra, flags, problems, hints or {})
-    given: dict[str, Given] = {}
+    given: dict[str, ParsedFlag] = {}
     for name, occurrences in namespace._given.items():
         spelling, raw = occurrences[-1]
         _convert(by_name[name], spelling, raw, "command line", given, problems)
@@ -175,7 +175,7 @@ def _join_negative_numbers(argv: Sequence[str]) -> list[str]:
 
 def parse_yaml(
     flags: Sequence[Flag], path: str, problems: list[str], hints: Mapping[str, str] | None = None
-) -> dict[str, Given]:
+) -> dict[str, ParsedFlag]:
     """Settings of a YAML file, each through its flag's own converter (YAML reads `4e-4` as a string)."""
     from peft_pretraining.flags import yaml_file  # most commands have no such file
 
@@ -193,7 +193,7 @@ def parse_yaml(
         return {}
     # One file cannot name another: it would never be read.
     by_spelling = {spelling: flag for flag in flags if flag.name != "training_config" for spelling in flag.accepted}
-    given: dict[str, Given] = {}
+    given: dict[str, ParsedFlag] = {}
     keys: dict[str, str] = {}
     for key, value in settings.items():
         if not isinstance(key, str) or key not in by_spelling:
@@ -218,14 +218,16 @@ def parse_yaml(
     return given
 
 
-def _convert(flag: Flag, spelling: str, raw: Any, source: str, given: dict[str, Given], problems: list[str]) -> None:
+def _convert(
+    flag: Flag, spelling: str, raw: Any, source: str, given: dict[str, ParsedFlag], problems: list[str]
+) -> None:
     if raw is _NO_VALUE:
         if not getattr(flag.convert, "value_is_optional", False):
             problems.append(f"--{spelling} needs a value")
             return
         raw = ""
     try:
-        given[flag.name] = Given(flag.convert(raw), spelling, source)
+        given[flag.name] = ParsedFlag(flag.convert(raw), spelling, source)
     except ValueError as error:
         where = "" if source == "command line" else f" (in {source})"
         problems.append(f"--{spelling} {error}, got {shortened(repr(raw))}{where}")

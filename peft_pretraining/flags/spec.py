@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.flags.converters import string
-from peft_pretraining.flags.settings import Flag, Given, setting
+from peft_pretraining.flags.settings import Flag, ParsedFlag, setting
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
@@ -121,9 +121,9 @@ class MethodSpec:
     """Settings of other sections that it gives a meaning of its own."""
     conditions: tuple[Condition, ...] = ()
     """When its settings act."""
-    resolve: Callable[[Config, Mapping[str, Given]], Config] | None = None
+    resolve: Callable[[Config, Mapping[str, ParsedFlag]], Config] | None = None
     """Settles what follows from other settings."""
-    check: Callable[[Config, Mapping[str, Given], list[str], list[str]], None] | None = None
+    check: Callable[[Config, Mapping[str, ParsedFlag], list[str], list[str]], None] | None = None
     """Adds to problems and warnings: settings against each other."""
     check_schedule: Callable[[Config, list[str]], None] | None = None
     """Adds to warnings, for a schedule that is right; of pre-training alone."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peft_pretraining.flags.settings import Flag, Given
+from peft_pretraining.flags.settings import Flag, ParsedFlag
 
 _OFF = ("False", "false", "None", "none")
 
@@ -25,7 +25,7 @@ def refused_flags(reasons: Mapping[str, str]) -> list[Flag]:
     return [Flag(name, anything, f"refused: {why}", refused=True) for name, why in reasons.items()]
 
 
-def check_refused(given: Mapping[str, Given], reasons: Mapping[str, str], problems: list[str]) -> None:
+def check_refused(given: Mapping[str, ParsedFlag], reasons: Mapping[str, str], problems: list[str]) -> None:
     """Adds a problem for each that was given, unless it was turned off."""
     for name, why in reasons.items():
         if name in given and given[name].value not in _OFF:
@@ -37,7 +37,7 @@ def passed_over_flags(reasons: Mapping[str, str]) -> list[Flag]:
     return [Flag(name, anything, f"without effect: {why}", refused=True) for name, why in reasons.items()]
 
 
-def warn_passed_over(given: Mapping[str, Given], reasons: Mapping[str, str], warnings: list[str]) -> None:
+def warn_passed_over(given: Mapping[str, ParsedFlag], reasons: Mapping[str, str], warnings: list[str]) -> None:
     """Adds a warning for each that was given."""
     for name, why in reasons.items():
         if name in given:

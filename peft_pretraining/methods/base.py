@@ -1,8 +1,8 @@
 """What a training method may do, and when. The train loop knows methods only through this protocol.
 
-What concerns gradients, their norm, their scaling, further batches, is the optimizer's (optim/gradient_owner.py). State
-lies in three places: tensors of the model, tensors in `optimizer.state`, and small numbers in the method. All of it is
-restored without pickled objects. Every default below is the identity or does nothing.
+What concerns gradients, their norm, their scaling, further batches, is the optimizer's (optim/state/gradient_owner.py).
+State lies in three places: tensors of the model, tensors in `optimizer.state`, and small numbers in the method. All
+of it is restored without pickled objects. Every default below is the identity or does nothing.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from peft_pretraining.distributed.gathering import copy_to_shard, mean_part
 from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
-from peft_pretraining.optim.bases import basis_rule
-from peft_pretraining.optim.projection import RIGHT
-from peft_pretraining.optim.state_tensor import counter
-from peft_pretraining.optim.subspace import Projected, Subspace
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.basis.bases import basis_rule
+from peft_pretraining.optim.basis.subspace import Projected, Subspace
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.tensors.projection import RIGHT
+from peft_pretraining.optim.tensors.state_tensor import counter
 
 
 class AdapterSubspace:

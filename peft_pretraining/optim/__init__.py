@@ -1,7 +1,8 @@
 """Optimizers: one that is put together from basis rules, update rules, lifts and state formats.
 
-Imports of the package: `distributed`, `flags`, `models`, `rng`. This module is free of torch, as `rule_settings` is:
-the classes are imported when they are asked for.
+Here are the optimizers themselves; their parts lie in `state`, `basis`, `rules` and `tensors`, each of which imports
+only what follows it. Imports of the package: `distributed`, `flags`, `models`, `rng`. This module is free of torch, as
+`rule_settings` is: the classes are imported when they are asked for.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_pretraining.optim.basis_rule import BasisRule, Refresh
-    from peft_pretraining.optim.collectives import Collective
-    from peft_pretraining.optim.lifts import Lift
+    from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
     from peft_pretraining.optim.low_rank import LowRankOptimizer
     from peft_pretraining.optim.low_rank_gradients import LowRankGradients
-    from peft_pretraining.optim.param_update import Direction, ParamUpdate
     from peft_pretraining.optim.per_layer import PerLayerUpdates
-    from peft_pretraining.optim.state_tensor import StateTensor
-    from peft_pretraining.optim.update_rule import UpdateRule
+    from peft_pretraining.optim.rules.lifts import Lift
+    from peft_pretraining.optim.rules.update_rule import UpdateRule
+    from peft_pretraining.optim.tensors.collectives import Collective
+    from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+    from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
 __all__ = [
     "BasisRule",
@@ -35,17 +36,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BasisRule": "basis_rule",
-    "Refresh": "basis_rule",
-    "Collective": "collectives",
-    "Lift": "lifts",
+    "BasisRule": "basis.basis_rule",
+    "Refresh": "basis.basis_rule",
+    "Collective": "tensors.collectives",
+    "Lift": "rules.lifts",
     "LowRankOptimizer": "low_rank",
     "LowRankGradients": "low_rank_gradients",
-    "Direction": "param_update",
-    "ParamUpdate": "param_update",
+    "Direction": "tensors.param_update",
+    "ParamUpdate": "tensors.param_update",
     "PerLayerUpdates": "per_layer",
-    "StateTensor": "state_tensor",
-    "UpdateRule": "update_rule",
+    "StateTensor": "tensors.state_tensor",
+    "UpdateRule": "rules.update_rule",
 }
 
 

@@ -13,17 +13,17 @@ from torch._compile import _disable_dynamo
 
 from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.optim.base import gradient_of
+from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
 from peft_pretraining.optim.moving import Member, move
-from peft_pretraining.optim.param_update import ParamUpdate
 from peft_pretraining.optim.projected_gradients import ProjectedGradients, not_finite, wide_norm
-from peft_pretraining.optim.settings import check_numbers, check_whole
-from peft_pretraining.optim.slots import update_rule
-from peft_pretraining.optim.state_tensor import is_counter
-from peft_pretraining.optim.subspace import Projected
-from peft_pretraining.optim.subspace_state import GROUP_DEFAULTS
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.state.base import gradient_of
+from peft_pretraining.optim.state.settings import check_numbers, check_whole
+from peft_pretraining.optim.state.slots import update_rule
+from peft_pretraining.optim.state.subspace_state import GROUP_DEFAULTS
+from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.state_tensor import is_counter
 
 log = logging.getLogger("peft_pretraining")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.low_rank import LowRankOptimizer
-from peft_pretraining.optim.subspace import Projected
 
 
 class LowRankGradients:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_pretraining.optim.collectives import Phases, in_lots, phases, run, together
-from peft_pretraining.optim.param_update import ParamUpdate
-from peft_pretraining.optim.slots import Objects, Slot, keep_changes
-from peft_pretraining.optim.subspace import Projected
+from peft_pretraining.optim.basis.subspace import Projected
+from peft_pretraining.optim.state.slots import Objects, Slot, keep_changes
+from peft_pretraining.optim.tensors.collectives import Phases, in_lots, phases, run, together
+from peft_pretraining.optim.tensors.param_update import ParamUpdate
 
 _NUMBERS_AT_ONCE = 2**26
 """Numbers of the matrices that are moved at a time, over all devices: directions, and gradients in another dtype, exist

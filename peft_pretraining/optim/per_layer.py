@@ -22,11 +22,11 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
 from peft_pretraining.optim import scaled_losses
-from peft_pretraining.optim.base import check_dense, gradient_of
+from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.low_rank import LowRankOptimizer
-from peft_pretraining.optim.projection import Bases
-from peft_pretraining.optim.settings import check_number
-from peft_pretraining.optim.subspace import Projected
+from peft_pretraining.optim.state.base import check_dense, gradient_of
+from peft_pretraining.optim.state.settings import check_number
+from peft_pretraining.optim.tensors.projection import Bases
 
 
 class PerLayerUpdates:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
-from peft_pretraining.optim.base import grad_of, gradient_of
-from peft_pretraining.optim.collectives import Collective, Phases, run
-from peft_pretraining.optim.subspace import Arrival, project_gradients
-from peft_pretraining.optim.subspace_state import SubspaceOptimizer
+from peft_pretraining.optim.basis.subspace import Arrival, project_gradients
+from peft_pretraining.optim.state.base import grad_of, gradient_of
+from peft_pretraining.optim.state.subspace_state import SubspaceOptimizer
+from peft_pretraining.optim.tensors.collectives import Collective, Phases, run
 
 
 class ProjectedGradients(SubspaceOptimizer):

@@ -1,4 +1,4 @@
-"""The update rules by name, and the settings of each. No torch; `update_rules.py` has the formulas."""
+"""The update rules by name, and the settings of each. No torch; `rules/` has the formulas."""
 
 from __future__ import annotations
 

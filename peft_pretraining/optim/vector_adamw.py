@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from peft_pretraining.distributed.sharding import ShardInfo, local
-from peft_pretraining.optim.base import InPlaceOptimizer, gradient_of
-from peft_pretraining.optim.settings import check_betas, check_keys, check_numbers
+from peft_pretraining.optim.state.base import InPlaceOptimizer, gradient_of
+from peft_pretraining.optim.state.settings import check_betas, check_keys, check_numbers
 
 
 class VectorAdamW(InPlaceOptimizer):

@@ -23,7 +23,7 @@ from peft_pretraining.checkpoint.folder_lock import FolderLock
 from peft_pretraining.checkpoint.resume import RunRecord
 from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
-from peft_pretraining.config.cli import Launch
+from peft_pretraining.config.cli import ParsedArgs
 from peft_pretraining.config.validate import FileFacts
 from peft_pretraining.data.blocks import end_workers
 from peft_pretraining.data.data import Data
@@ -35,8 +35,8 @@ from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
-from peft_pretraining.optim.gradient_owner import gradient_owner
 from peft_pretraining.optim.model_groups import describe_groups
+from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import distributed_model, reduced_model
 from peft_pretraining.training.loop import Run, train
@@ -55,7 +55,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def run(launch: Launch) -> int:
+def run(launch: ParsedArgs) -> int:
     """Build and train; returns the exit code. Raises `ConfigError` for problems only the device or the data show."""
     group = ProcessGroup.start(launch.config.run.single_gpu)
     start_logging(group.is_main)
@@ -79,7 +79,7 @@ def run(launch: Launch) -> int:
     return exit_code
 
 
-def build(launch: Launch, group: ProcessGroup, stack: ExitStack) -> Run:
+def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     """Put the run together; `stack` gives its folder back at the end.
 
     Nothing is written before everything that can fail on bad input has succeeded, but for the mark of who holds a
@@ -186,7 +186,9 @@ class Parts:
     checkpointer: Checkpointer
 
 
-def assemble(launch: Launch, group: ProcessGroup, save_dir: Path, record: RunRecord, weights_from: str | None) -> Parts:
+def assemble(
+    launch: ParsedArgs, group: ProcessGroup, save_dir: Path, record: RunRecord, weights_from: str | None
+) -> Parts:
     """The parts of a run as they are before its first update."""
     config = launch.config
     method = load_method(config.method.method)(config)

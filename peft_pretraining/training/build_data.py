@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peft_pretraining.config import Config
-from peft_pretraining.config.cli import Launch
+from peft_pretraining.config.cli import ParsedArgs
 from peft_pretraining.data import blocks
 from peft_pretraining.data.data import Data
 from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationSet, largest_id, training_batches
@@ -28,7 +28,7 @@ _TOKENS_SCANNED = 2**30
 """Tokens whose ids are checked when the data folder does not say how large they are."""
 
 
-def open_data(launch: Launch, group: ProcessGroup) -> Data:
+def open_data(launch: ParsedArgs, group: ProcessGroup) -> Data:
     """ConfigError for what only reading the data, or the tokenizer, shows."""
     if launch.facts.shards is not None:
         return StreamedData(launch, group)
@@ -93,7 +93,7 @@ class _BlockEvaluation:
         )
 
 
-def _open_blocks(launch: Launch) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:
+def _open_blocks(launch: ParsedArgs) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:
     config, facts = launch.config, launch.facts
     where = f"--dataset_path {config.data.dataset_path}"
     try:
@@ -116,7 +116,7 @@ def _open_blocks(launch: Launch) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks
 class StreamedData:
     """Documents of shards, tokenised as they are needed."""
 
-    def __init__(self, launch: Launch, group: ProcessGroup):
+    def __init__(self, launch: ParsedArgs, group: ProcessGroup):
         config, shards = launch.config, _given(launch.facts.shards)
         self._config, self._shards, self._group = config, shards, group
         self._stream: DocumentStream | None = None
@@ -151,7 +151,7 @@ class StreamedData:
         return _given(self._stream).state_at(position)
 
 
-def _checked_tokenizer(launch: Launch) -> PreTrainedTokenizerBase:
+def _checked_tokenizer(launch: ParsedArgs) -> PreTrainedTokenizerBase:
     """The tokenizer that was asked for, whose ids the model knows."""
     name, model = _given(launch.facts.tokenizer), launch.facts.model
     tokenizer = load_tokenizer(name)

@@ -15,7 +15,7 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import build_model, materialize, materialize_layer
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, replace_linear
-from peft_pretraining.optim.gradient_owner import GradientOwner
+from peft_pretraining.optim.state.gradient_owner import GradientOwner
 
 
 def distributed_model(

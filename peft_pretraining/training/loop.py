@@ -27,7 +27,7 @@ from peft_pretraining.distributed import ProcessGroup, synchronised_backward
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import Batch, count_targets, token_loss_sum
-from peft_pretraining.optim.gradient_owner import GradientOwner
+from peft_pretraining.optim.state.gradient_owner import GradientOwner
 from peft_pretraining.runtime.signals import EXIT_REQUEUE, StopRequest
 from peft_pretraining.runtime.watchdog import Watchdog
 from peft_pretraining.training import spikes

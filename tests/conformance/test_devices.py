@@ -1,8 +1,9 @@
-"""Two processes end where one does: with DDP, and with FSDP2 where a method declares it."""
+"""Two processes end where one does, with DDP, and with FSDP2 where a method declares it; and one goes on from there."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,20 @@ from typing import Any
 import helpers
 import pytest
 
-from conformance.runs import CASES, TOTAL_BATCH, Case, Runs, allowing, assert_same_weights, inside_backward, rounding
+from conformance.runs import (
+    CASES,
+    TOTAL_BATCH,
+    UPDATES,
+    Case,
+    Runs,
+    allowing,
+    assert_same_weights,
+    inside_backward,
+    rounding,
+)
+
+HALF_WAY = UPDATES // 2
+"""A checkpoint of the runs that are divided over devices."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class Layout:
 
 LAYOUTS = {
     "ddp": Layout(CASES, {"distributed_type": "ddp"}),
-    "fsdp": Layout(allowing("fsdp"), {"distributed_type": "fsdp"}),
+    "fsdp": Layout(allowing("fsdp"), {"distributed_type": "fsdp", "save_every": HALF_WAY}),
     "ddp, whole gradients": Layout(allowing("projected_gradient"), {"reduce_low_rank": False}, quick=False),
     "ddp, per layer": Layout(allowing("per_layer"), {"per_layer": True}, inside_backward, quick=False),
 }
@@ -39,7 +53,8 @@ def launched(request, runs) -> Callable[[str, Case], Path]:
     """A function that gives the folder of a run by two processes. One launch makes those of all tests that were asked
     for: starting processes costs more than training."""
     asked_for = [item.callspec.params for item in request.session.items if "launched" in item.fixturenames]
-    return _launch([(params["layout"], params["case"]) for params in asked_for], runs)
+    pairs = dict.fromkeys((params["layout"], params["case"]) for params in asked_for)
+    return _launch(list(pairs), runs)
 
 
 def _launch(asked_for: list[tuple[str, Case]], runs: Runs) -> Callable[[str, Case], Path]:
@@ -64,15 +79,29 @@ def _launch(asked_for: list[tuple[str, Case]], runs: Runs) -> Callable[[str, Cas
     return lambda layout, case: folder / f"{layout} {case}"
 
 
-@pytest.mark.timeout(1000)  # the first one waits for all runs
-@pytest.mark.parametrize(
-    ("layout", "case"),
-    [
+def each_layout(*names: str):
+    """Runs a test for every case of these layouts. The first test waits for the runs of all."""
+    params = [
         pytest.param(name, case, id=f"{name}-{case}", marks=[pytest.mark.slow] * (not (case.is_first and layout.quick)))
         for name, layout in LAYOUTS.items()
+        if name in names
         for case in layout.cases
-    ],
-)
+    ]
+    return lambda test: pytest.mark.timeout(1000)(pytest.mark.parametrize(("layout", "case"), params)(test))
+
+
+@each_layout(*LAYOUTS)
 def test_two_processes_are_one(runs, launched, layout, case):
     one = runs(case, **LAYOUTS[layout].shared(case))
     assert_same_weights(launched(layout, case) / one.checkpoint.name, one.checkpoint, rounding(one.optimizer))
+
+
+@each_layout("fsdp")
+def test_one_process_goes_on_where_two_were_stopped(runs, launched, layout, case, tmp_path):
+    """State is put together again by how it says that it is divided."""
+    checkpoint = f"model_{HALF_WAY}"
+    shutil.copytree(launched(layout, case) / checkpoint, tmp_path / checkpoint)
+    assert helpers.run([*runs.command(case, tmp_path), *helpers.RESUME]) == 0
+    one = runs(case)
+    assert helpers.updates(tmp_path)[0][0] == HALF_WAY + 1, "it began anew"
+    assert_same_weights(tmp_path / one.checkpoint.name, one.checkpoint, rounding(one.optimizer))

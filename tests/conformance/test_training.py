@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conformance.runs import (
+    CASES,
     TOTAL_BATCH,
     UPDATES,
     allowing,
@@ -22,6 +23,7 @@ from conformance.runs import (
     rounding,
     snapshot,
 )
+from peft_pretraining.config import cli
 
 STOP = 3
 POISONED = {0: helpers.poisoned_loss, 3: helpers.poisoned_gradient}
@@ -114,6 +116,17 @@ def test_a_non_finite_gradient_leaves_no_trace(runs, case, tmp_path, monkeypatch
     assert undisturbed.keys() <= rows[2].keys()
 
 
+@each_case(case for case in CASES if case.is_first)
+def test_a_rate_of_the_heads_own(runs, case):
+    """`--head_lr` changes how far the head moves in the first update, or is said to have no effect."""
+    one_update = {"num_training_steps": 1, "warmup_steps": 0, "eval_every": 1, "save_every": 1}
+    argv = runs.command(case, runs.folder / "unused", **one_update, head_lr=0.003)
+    warnings = " ".join(cli.load(argv, environ={}).warnings)
+    ordinary, own = (runs(case, **one_update, **changes) for changes in ({}, {"head_lr": 0.003}))
+    heads = [outcome.model.get_output_embeddings().weight for outcome in (ordinary, own)]
+    assert torch.equal(*heads) == ("--head_lr" in warnings), warnings
+
+
 @each_case(allowing("per_layer"))
 def test_per_layer_updates_are_ordinary_ones(runs, case):
     shared = inside_backward(case)
@@ -135,8 +148,6 @@ def test_quantised_weights_learn_and_resume(runs, case, tmp_path):
 
 def test_the_suite_sees_runs(runs):
     """What it compares is there: a run's weights move, and the snapshots see it."""
-    from conformance.runs import CASES
-
     with observed() as seen:
         assert helpers.run(runs.command(CASES[0], runs.folder / "seen")) == 0
     after = snapshot(seen[0])

@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from peft_pretraining.optim.basis_rule import BasisRule
-from peft_pretraining.optim.collectives import Collective
-from peft_pretraining.optim.lifts import Lift
-from peft_pretraining.optim.projection import LEFT
-from peft_pretraining.optim.state_tensor import StateTensor
+from peft_pretraining.optim.basis.basis_rule import BasisRule
+from peft_pretraining.optim.rules.lifts import Lift
+from peft_pretraining.optim.tensors.collectives import Collective
+from peft_pretraining.optim.tensors.projection import LEFT
+from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
 
 class ScaledGradient(Lift):

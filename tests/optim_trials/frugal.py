@@ -3,9 +3,9 @@
 import torch
 
 from peft_pretraining import rng
-from peft_pretraining.optim.param_update import Direction
-from peft_pretraining.optim.state_tensor import StateTensor, counter
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.tensors.param_update import Direction
+from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter
 
 
 class Frugal(UpdateRule):

@@ -2,10 +2,10 @@
 
 import torch
 
-from peft_pretraining.optim.collectives import Collective
-from peft_pretraining.optim.param_update import Direction
-from peft_pretraining.optim.state_tensor import StateTensor
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.tensors.collectives import Collective
+from peft_pretraining.optim.tensors.param_update import Direction
+from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
 
 class LDAdam(UpdateRule):

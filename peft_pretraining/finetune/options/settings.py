@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_pretraining.finetune.options.tasks import TASKS, OptionTask, find_task
 from peft_pretraining.finetune.settings import EntryPoint
-from peft_pretraining.flags import Given, boolean, integer, non_negative_int, positive_int, setting, string
+from peft_pretraining.flags import ParsedFlag, boolean, integer, non_negative_int, positive_int, setting, string
 
 CONSECUTIVE = "twins"
 """The value of `--split_by` that keeps each two consecutive rows together."""
@@ -111,7 +111,7 @@ class OptionSettings:
         return TASKS[self.task_name]
 
 
-def check(settings: OptionSettings, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(settings: OptionSettings, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What is wrong with the settings, or has no effect, before anything is read."""
     for flag in ("task_name", "model_name"):
         if getattr(settings, flag) is None and flag not in given and not _failed(flag, problems):

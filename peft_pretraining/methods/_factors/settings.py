@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from peft_pretraining.flags import (
     Allows,
     Condition,
-    Given,
     MethodSettings,
+    ParsedFlag,
     boolean,
     choice,
     fraction_below_one,
@@ -99,7 +99,7 @@ CONDITIONS = (
 )
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     if config.method.use_double_quant and config.method.quantize != "4bit":
         problems.append("--use_double_quant needs --quantize 4bit")
 

@@ -15,7 +15,7 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
-from peft_pretraining.optim.projection import LEFT, SIDES, projected_sides
+from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sides
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from peft_pretraining.flags import (
     Allows,
     Condition,
-    Given,
     MethodSettings,
+    ParsedFlag,
     boolean,
     choice,
     non_negative_float,
@@ -108,12 +108,12 @@ RANDOM_CONDITIONS = (
 )
 
 
-def resolve(config: Config, given: Mapping[str, Given]) -> Config:
+def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
     """Refreshes are spread where gradients are freed one by one: otherwise all are kept for the refresh."""
     return config.replace(stagger_refresh=config.per_layer) if config.method.stagger_refresh is None else config
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What updates in the backward pass cannot do."""
     method = config.method
     if not method.per_layer:

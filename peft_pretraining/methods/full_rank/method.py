@@ -10,7 +10,7 @@ from peft_pretraining.distributed import own_share, sharded_optimizer
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role
 from peft_pretraining.optim import LowRankOptimizer, UpdateRule
-from peft_pretraining.optim.update_rules import AdamW8bit
+from peft_pretraining.optim.rules.update_rules import AdamW8bit
 
 
 class FullRank(TrainingMethod[Optimizer]):

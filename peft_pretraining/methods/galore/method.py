@@ -2,10 +2,10 @@
 
 For a weight W (m, n) with m <= n, at update t (algorithm 2):
 
-    if t % update_proj_gap == 0:  P = first r left singular vectors of G        (m, r)   optim/bases.py: SVDBasis
-    R = Pᵀ G                                                                    (r, n)   optim/projection.py
-    D = AdamW's direction for R, with moments of R's shape                      (r, n)   optim/update_rules.py
-    W <- W - lr * scale * P D                                                   (m, n)   optim/low_rank.py
+    if t % update_proj_gap == 0:  P = first r left singular vectors of G      (m, r)   optim/basis/svd_basis.py
+    R = Pᵀ G                                                                  (r, n)   optim/tensors/projection.py
+    D = AdamW's direction for R, with moments of R's shape                    (r, n)   optim/rules/adamw.py
+    W <- W - lr * scale * P D                                                 (m, n)   optim/moving.py
 
 and from the right, R = G Qᵀ, if m > n. The moments are kept as they are when the basis changes.
 """

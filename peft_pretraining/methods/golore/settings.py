@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import Given, MethodSpec
+from peft_pretraining.flags import MethodSpec, ParsedFlag
 from peft_pretraining.methods._projection import settings as projection
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class GoLoreSettings(projection.ProjectionSettings, projection.RandomBasisSettin
     pass
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     projection.check(config, given, problems, warnings)
     projection.check_random(config, warnings)
 

@@ -18,8 +18,8 @@ from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.nn import LowRankLinear
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.projection import LEFT
-from peft_pretraining.optim.subspace import Subspace
+from peft_pretraining.optim.basis.subspace import Subspace
+from peft_pretraining.optim.tensors.projection import LEFT
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import Given, MethodSpec
+from peft_pretraining.flags import MethodSpec, ParsedFlag
 from peft_pretraining.methods._factors import settings as factors
 from peft_pretraining.methods._projection import settings as projection
 
@@ -17,7 +17,7 @@ class GoLoreAdapterSettings(factors.FactorSettings, projection.BasisSettings, pr
     pass
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     projection.check_random(config, warnings)
     if config.method.clip_norm == "full":
         problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import Condition, Given, MethodSpec, boolean, setting
+from peft_pretraining.flags import Condition, MethodSpec, ParsedFlag, boolean, setting
 from peft_pretraining.methods._factors import settings as factors
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class LoRASettings(factors.FrozenSettings, factors.CandidateSettings):
     lora_only: bool = setting(False, boolean, "drop W: a network of products of low rank", identity=True)
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     method = config.method
     factors.check(config, given, problems, warnings)
     if method.lora_only and method.force_keep_original:

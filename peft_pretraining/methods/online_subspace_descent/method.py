@@ -3,7 +3,7 @@
 At every update, with Ĝ = G / ‖G‖ and the basis Q (r, n) of a weight with m >= n (algorithm 1):
 
     R = G Qᵀ, direction D from R, W <- W - lr * scale * D Q       as in GaLore, in the current basis
-    Q <- Q - (lr_t / lr / update_proj_gap) * direction of ∇‖Ĝ QᵀQ - Ĝ‖²       optim/bases.py: OnlinePCA
+    Q <- Q - (lr_t / lr / update_proj_gap) * direction of ∇‖Ĝ QᵀQ - Ĝ‖²       optim/basis/online_pca.py
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import Condition, Given, MethodSpec
+from peft_pretraining.flags import Condition, MethodSpec, ParsedFlag
 from peft_pretraining.methods._projection import settings as projection
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def _learns(config: Config) -> bool:
     return config.method.proj_type in projection.ONLINE_TYPES
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     projection.check(config, given, problems, warnings)
     method = config.method
     if _learns(config) and method.update_proj_gap == 0:

@@ -15,7 +15,7 @@ from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.nn import LowRankLinear, low_rank_layers
 from peft_pretraining.nn.initialization import draw_kaiming_a
-from peft_pretraining.optim import state_reset
+from peft_pretraining.optim.state import state_reset
 
 
 class ReLoRA(FactorMethod):

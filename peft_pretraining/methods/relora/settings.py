@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import Given, MethodSpec, boolean, fraction_below_one, non_negative_int, setting
+from peft_pretraining.flags import MethodSpec, ParsedFlag, boolean, fraction_below_one, non_negative_int, setting
 from peft_pretraining.methods._factors import settings as factors
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class ReLoRASettings(factors.FrozenSettings):
     )
 
 
-def resolve(config: Config, given: Mapping[str, Given]) -> Config:
+def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
     """Pruning takes the place of the reset, and a schedule with restarts begins anew at every merge."""
     method = config.method
     prunes = method.optimizer_random_pruning or method.optimizer_magnitude_pruning
@@ -37,7 +37,7 @@ def resolve(config: Config, given: Mapping[str, Given]) -> Config:
     return config
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     method = config.method
     factors.check(config, given, problems, warnings)
     if not method.relora:

@@ -20,7 +20,7 @@ from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed
 from peft_pretraining.nn import low_rank_layers
 from peft_pretraining.nn.exchange import exchange, to_device
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
-from peft_pretraining.optim.state_reset import MOMENTS
+from peft_pretraining.optim.state.state_reset import MOMENTS
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from peft_pretraining.flags import (
     Condition,
-    Given,
     MethodSpec,
+    ParsedFlag,
     boolean,
     choice,
     fraction_below_one,
@@ -51,7 +51,7 @@ class SwitchLoRASettings(factors.TwoFactorSettings):
     cal_delta_norm: bool = setting(False, boolean, "log the norm of what switching adds to the frozen weights")
 
 
-def check(config: Config, given: Mapping[str, Given], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     method = config.method
     for remain, zero in (
         ("remain_switch_state", "zero_switch_state"),

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.optim.basis_rule import BasisRule, Refresh
-from peft_pretraining.optim.collectives import Collective, Phases, phases, run, together
-from peft_pretraining.optim.projection import Bases, Projection, overlap
-from peft_pretraining.optim.state_tensor import StateTensor, counter
-from peft_pretraining.optim.svd import LinAlgError
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
+from peft_pretraining.optim.basis.svd import LinAlgError
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.tensors.collectives import Collective, Phases, phases, run, together
+from peft_pretraining.optim.tensors.projection import Bases, Projection, overlap
+from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter
 
 log = logging.getLogger("peft_pretraining")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
-from peft_pretraining.optim.collectives import Collective, Phased
-from peft_pretraining.optim.param_update import Direction, ParamUpdate
-from peft_pretraining.optim.state_tensor import StateTensor, counter
+from peft_pretraining.optim.tensors.collectives import Collective, Phased
+from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter
 
 
 class UpdateRule:

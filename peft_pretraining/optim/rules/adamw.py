@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
-from peft_pretraining.optim.param_update import Direction, ParamUpdate
-from peft_pretraining.optim.state_tensor import StateTensor, zeros
-from peft_pretraining.optim.update_rule import UpdateRule, places_by_step, scalar, upright
+from peft_pretraining.optim.rules.update_rule import UpdateRule, places_by_step, scalar, upright
+from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros
 
 
 class AdamW(UpdateRule):

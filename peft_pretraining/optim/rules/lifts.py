@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
-from peft_pretraining.optim.collectives import Phased
-from peft_pretraining.optim.param_update import ParamUpdate
-from peft_pretraining.optim.projection import Projection
-from peft_pretraining.optim.state_tensor import StateTensor
+from peft_pretraining.optim.tensors.collectives import Phased
+from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.projection import Projection
+from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
 
 class Lift:

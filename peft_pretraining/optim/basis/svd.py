@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peft_pretraining.optim.projection import LEFT, RIGHT, Bases
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Bases
 
 if TYPE_CHECKING:  # torch does not export it for type checkers
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.optim.gradient_owner import GradientOwner
-from peft_pretraining.optim.saved_state import Loading
-from peft_pretraining.optim.state_tensor import is_counter
+from peft_pretraining.optim.state.gradient_owner import GradientOwner
+from peft_pretraining.optim.state.saved_state import Loading
+from peft_pretraining.optim.tensors.state_tensor import is_counter
 
 
 class InPlaceOptimizer(GradientOwner, torch.optim.Optimizer):

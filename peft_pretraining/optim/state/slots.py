@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
-from peft_pretraining.optim.base import name_of
-from peft_pretraining.optim.bases import basis_rule, check_names
-from peft_pretraining.optim.basis_rule import BasisRule
-from peft_pretraining.optim.lifts import LIFTS, Lift
-from peft_pretraining.optim.projection import Projection
-from peft_pretraining.optim.state_tensor import STATE_FORMATS, StateTensor, working_dtype
-from peft_pretraining.optim.subspace import Subspace
-from peft_pretraining.optim.update_rule import UpdateRule
-from peft_pretraining.optim.update_rules import UPDATE_RULES
+from peft_pretraining.optim.basis.bases import basis_rule, check_names
+from peft_pretraining.optim.basis.basis_rule import BasisRule
+from peft_pretraining.optim.basis.subspace import Subspace
+from peft_pretraining.optim.rules.lifts import LIFTS, Lift
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.rules.update_rules import UPDATE_RULES
+from peft_pretraining.optim.state.base import name_of
+from peft_pretraining.optim.tensors.projection import Projection
+from peft_pretraining.optim.tensors.state_tensor import STATE_FORMATS, StateTensor, working_dtype
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
-from peft_pretraining.optim.basis_rule import own_state
-from peft_pretraining.optim.collectives import Collective, Phases, in_lots, phases
-from peft_pretraining.optim.lifts import LIFTS
-from peft_pretraining.optim.param_update import ParamUpdate
-from peft_pretraining.optim.projection import RIGHT, Bases, Projection
-from peft_pretraining.optim.state_tensor import StateTensor, counter
-from peft_pretraining.optim.svd_basis import SVDBasis
-from peft_pretraining.optim.update_rules import SGD, Adafactor, AdamW, AdamW8bit, Lion, UpdateRule
+from peft_pretraining.optim.basis.basis_rule import own_state
+from peft_pretraining.optim.basis.svd_basis import SVDBasis
+from peft_pretraining.optim.rules.lifts import LIFTS
+from peft_pretraining.optim.rules.update_rules import SGD, Adafactor, AdamW, AdamW8bit, Lion, UpdateRule
+from peft_pretraining.optim.tensors.collectives import Collective, Phases, in_lots, phases
+from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.projection import RIGHT, Bases, Projection
+from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter
 
 BASIS_OPTIMIZERS: dict[str, tuple[Callable[[], UpdateRule], dict[str, Any]]] = {
     "continuous": (

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
-from peft_pretraining.optim.basis_rule import BasisRule, NewBases, Refresh, attempt
-from peft_pretraining.optim.collectives import Collective, Phases, in_lots
-from peft_pretraining.optim.projection import LEFT, RIGHT, Bases
-from peft_pretraining.optim.svd import (
+from peft_pretraining.optim.basis.basis_rule import BasisRule, NewBases, Refresh, attempt
+from peft_pretraining.optim.basis.svd import (
     SVD_METHODS,
     gram_eigenvectors,
     random_stiefel,
@@ -21,6 +19,8 @@ from peft_pretraining.optim.svd import (
     top_singular_vectors,
     with_signs,
 )
+from peft_pretraining.optim.tensors.collectives import Collective, Phases, in_lots
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Bases
 
 _NUMBERS_AT_ONCE = 2**22
 """Of the Gram matrices that devices add up by one call: 32 MB in float64."""

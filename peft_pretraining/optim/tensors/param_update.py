@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
-from peft_pretraining.optim.projection import Bases, Projection
+from peft_pretraining.optim.tensors.projection import Bases, Projection
 
 
 class Direction(NamedTuple):

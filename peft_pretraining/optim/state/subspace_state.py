@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
-from peft_pretraining.optim.base import InPlaceOptimizer
-from peft_pretraining.optim.bases import basis_rule
-from peft_pretraining.optim.saved_state import other_state
-from peft_pretraining.optim.settings import check_keys, check_numbers, check_projection
-from peft_pretraining.optim.slots import Objects, Slot, as_saved, new_slots, objects_of
-from peft_pretraining.optim.subspace import Projected, Subspace
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.basis.bases import basis_rule
+from peft_pretraining.optim.basis.subspace import Projected, Subspace
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.state.base import InPlaceOptimizer
+from peft_pretraining.optim.state.saved_state import other_state
+from peft_pretraining.optim.state.settings import check_keys, check_numbers, check_projection
+from peft_pretraining.optim.state.slots import Objects, Slot, as_saved, new_slots, objects_of
 
 _ATTRIBUTES = (
     "rule",

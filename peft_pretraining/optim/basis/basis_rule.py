@@ -12,12 +12,12 @@ from torch import Tensor
 
 from peft_pretraining import rng
 from peft_pretraining.distributed.sharding import ShardInfo
-from peft_pretraining.optim.collectives import Phased
-from peft_pretraining.optim.param_update import ParamUpdate
-from peft_pretraining.optim.projection import SIDES, Bases, Projection
-from peft_pretraining.optim.state_tensor import StateTensor
-from peft_pretraining.optim.svd import LinAlgError
-from peft_pretraining.optim.update_rule import UpdateRule
+from peft_pretraining.optim.basis.svd import LinAlgError
+from peft_pretraining.optim.rules.update_rule import UpdateRule
+from peft_pretraining.optim.tensors.collectives import Phased
+from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.projection import SIDES, Bases, Projection
+from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import local
 
 if TYPE_CHECKING:
-    from peft_pretraining.optim.base import InPlaceOptimizer
+    from peft_pretraining.optim.state.base import InPlaceOptimizer
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of a parameter's name that come from what is around the model, and not from the model."""

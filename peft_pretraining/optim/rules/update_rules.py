@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
-from peft_pretraining.optim.adamw import AdamW, AdamW8bit, TorchAdamW
-from peft_pretraining.optim.collectives import Collective, Phases
-from peft_pretraining.optim.param_update import Direction, ParamUpdate
-from peft_pretraining.optim.state_tensor import StateTensor, zeros
-from peft_pretraining.optim.update_rule import UpdateRule, mean_from, mean_over
+from peft_pretraining.optim.rules.adamw import AdamW, AdamW8bit, TorchAdamW
+from peft_pretraining.optim.rules.update_rule import UpdateRule, mean_from, mean_over
+from peft_pretraining.optim.tensors.collectives import Collective, Phases
+from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros
 
 __all__ = ["SGD", "UPDATE_RULES", "Adafactor", "AdamW", "AdamW8bit", "Lion", "TorchAdamW", "UpdateRule"]
 
