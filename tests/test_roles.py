@@ -136,6 +136,13 @@ def test_a_ratio_is_of_what_has_no_rate_of_its_own(trained, case):
     assert_moved(ours, plain, expected)
 
 
+def test_a_ratio_of_nothing_is_said(trained, capsys):
+    trained(Case("lora", "adamw"), **ONE_UPDATE, **OWN, dense_lr_ratio=0.4)
+    assert "for all that has no factors has a rate of its own: --dense_lr_ratio" in capsys.readouterr().err
+    trained(Case("lora", "adamw"), **ONE_UPDATE, head_lr=0.003, norm_lr=0.003, dense_lr_ratio=0.5)
+    assert "without effect" not in capsys.readouterr().err
+
+
 def test_a_trained_scale_is_no_norm(trained):
     changes = {**ONE_UPDATE, "train_scaling": True}
     plain, ours = (trained(Case("lora", "adamw"), **changes, **own) for own in ({}, OWN))

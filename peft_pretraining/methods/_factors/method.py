@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from peft_pretraining.models.targets import target_linears
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict
 from peft_pretraining.nn.initialization import draw_factors
 from peft_pretraining.optim import LowRankOptimizer
+
+log = logging.getLogger("peft_pretraining")
 
 
 class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
@@ -84,8 +87,10 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
             if params:
                 groups.append({"params": params, "lr": lr * ratio, "initial_lr": lr * ratio})
         rate = lr * self.config.method.dense_lr_ratio
-        for group in by_role(self.config, model, {"params": others, "lr": rate, "initial_lr": rate}, ()):
-            groups.append({**group, "params": [param for _, param in group["params"]]})
+        dense = by_role(self.config, model, {"params": others, "lr": rate, "initial_lr": rate}, ())
+        if rate != lr and self.config.roles.adam_lr is None and all(group["lr"] != rate for group in dense):
+            log.warning("without effect, for all that has no factors has a rate of its own: --dense_lr_ratio")
+        groups += [{**group, "params": [param for _, param in group["params"]]} for group in dense]
         return [group for group in groups if group["params"]]
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
