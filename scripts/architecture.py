@@ -4,7 +4,8 @@
     python scripts/architecture.py --list         # every arrow between two parts, with the files it comes from
 
 A part is a folder of the package, or a module in its root. An arrow points from the part that imports to the one that
-is imported; parts stand above whatever they import, so that an arrow that runs up again belongs to a circle.
+is imported; parts stand above whatever they import, so that an arrow that runs up again belongs to a circle. Arrows
+that a way over other parts says already are left out of the picture.
 """
 
 from __future__ import annotations
@@ -86,6 +87,16 @@ def layers(pairs: Sequence[tuple[str, str]]) -> tuple[list[list[str]], list[list
     return found, circles
 
 
+def drawn(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The arrows that no way over other parts says already, and those of circles."""
+    import networkx
+
+    graph = networkx.DiGraph(pairs)
+    if not networkx.is_directed_acyclic_graph(graph):
+        return sorted(pairs)
+    return sorted(networkx.transitive_reduction(graph).edges)
+
+
 def draw(found: Arrows, path: Path) -> None:
     """Writes the picture. Same code, same bytes."""
     import matplotlib
@@ -100,8 +111,8 @@ def draw(found: Arrows, path: Path) -> None:
     for level, row in enumerate(rows):
         for index, name in enumerate(row):
             place[name] = ((index + 0.5) * width / len(row), level)
-    figure, axes = pyplot.subplots(figsize=(1.6 * width + 1, 1.05 * len(rows) + 0.5))
-    for above, below in sorted(found):
+    figure, axes = pyplot.subplots(figsize=(2.0 * width + 1, 0.8 * len(rows) + 0.5))
+    for above, below in drawn(list(found)):
         start, end = place[above], place[below]
         up = end[1] >= start[1]
         style = {"arrowstyle": "-|>", "lw": 0.7, "color": "tab:red" if up else "0.6", "shrinkA": 11, "shrinkB": 11}

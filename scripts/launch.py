@@ -76,10 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nnodes", metavar="N", default="1", help="nodes (default: 1)")
     parser.add_argument("--rdzv_endpoint", metavar="HOST:PORT", help="where the nodes meet; unused with one node")
     parser.add_argument(
-        "--max_restarts", metavar="N", default="0",
+        "--max_restarts",
+        metavar="N",
+        default="0",
         help="start all processes again up to N times when one was lost or failed; they go on from the last checkpoint "
         "(default: 0)",
-    )  # fmt: skip
+    )
     return parser
 
 

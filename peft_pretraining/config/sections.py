@@ -123,9 +123,11 @@ class OptimizerConfig:
         1.0, non_negative_float, "largest global gradient norm; 0 turns clipping off", ("grad_clipping",)
     )
     skip_spikes: float = setting(
-        0.0, non_negative_float, "skip updates whose loss or gradient norm is so many standard deviations above its "
-        "running mean; 0 only logs them, above 6"
-    )  # fmt: skip
+        0.0,
+        non_negative_float,
+        "skip updates whose loss or gradient norm is so many standard deviations above its "
+        "running mean; 0 only logs them, above 6",
+    )
 
 
 @dataclass(frozen=True)

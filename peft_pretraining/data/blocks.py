@@ -178,9 +178,16 @@ def useful_workers(requested: int, group: ProcessGroup) -> int:
 
 
 def training_batches(
-    blocks: TokenBlocks, *, seed: int, start: int, batch_size: int, accumulation: int, workers: int,
-    group: ProcessGroup, vocabulary: int | None = None,
-) -> Iterator[Batch]:  # fmt: skip
+    blocks: TokenBlocks,
+    *,
+    seed: int,
+    start: int,
+    batch_size: int,
+    accumulation: int,
+    workers: int,
+    group: ProcessGroup,
+    vocabulary: int | None = None,
+) -> Iterator[Batch]:
     """Endless micro-batches of this rank, from position `start` of the stream, read ahead by worker processes.
 
     `DataError` at a token id that is not below `vocabulary`, where that is given.

@@ -181,9 +181,15 @@ def made_by_workers(
 
 
 def training_batches(
-    stream: DocumentStream, maker: SampleMaker, complaints: Complaints, *, start: int, batch_size: int, workers: int,
+    stream: DocumentStream,
+    maker: SampleMaker,
+    complaints: Complaints,
+    *,
+    start: int,
+    batch_size: int,
+    workers: int,
     group: ProcessGroup,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Batch]:
     """Endless micro-batches of this rank, from position `start` of the stream."""
     for made in made_by_workers(maker, DocumentSampler(stream, start, batch_size, group), workers, group):
         complaints.add(made.pop("complaints"), batch_size)
@@ -198,9 +204,15 @@ class ValidationSet:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], maker: SampleMaker, *, tokens: int, batch_size: int, workers: int,
+        self,
+        shards: Sequence[Shard],
+        maker: SampleMaker,
+        *,
+        tokens: int,
+        batch_size: int,
+        workers: int,
         group: ProcessGroup,
-    ):  # fmt: skip
+    ):
         self._shards, self._maker, self._tokens = shards, maker, tokens
         self._batch_size, self._workers, self._group = batch_size, workers, group
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []

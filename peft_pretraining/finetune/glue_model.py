@@ -107,9 +107,11 @@ def encoder(
         largest = max((max(ids, default=0) for ids in encoded["input_ids"]), default=0)
         if largest >= vocabulary:
             raise ConfigError(
-                [f"the tokenizer gives the token {largest}, but the model's table has {vocabulary} rows: it is "
-                 "another model's (--tokenizer_name)"]
-            )  # fmt: skip
+                [
+                    f"the tokenizer gives the token {largest}, but the model's table has {vocabulary} rows: it is "
+                    "another model's (--tokenizer_name)"
+                ]
+            )
         return {**encoded, "labels": rows["label"]}
 
     return encode

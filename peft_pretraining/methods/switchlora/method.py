@@ -52,8 +52,12 @@ class SwitchLoRA(FactorMethod):
     def build_optimizer(self, model: nn.Module) -> VectorAdamW:
         for name, layer in low_rank_layers(model).items():
             if ShardInfo.of(layer.lora_A).dim == 0:  # FSDP2 divides columns evenly only
-                raise ConfigError([f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
-                                   f"of {name} evenly: use another number of devices, --replicas, or ddp"])  # fmt: skip
+                raise ConfigError(
+                    [
+                        f"--distributed_type fsdp: switchlora cannot divide the {layer.in_features} inputs "
+                        f"of {name} evenly: use another number of devices, --replicas, or ddp"
+                    ]
+                )
         groups = self.parameter_groups(model)
         groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
         return VectorAdamW(groups, **self.config.rule.arguments(), weight_decay=self.config.optimizer.weight_decay)
