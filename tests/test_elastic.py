@@ -6,7 +6,8 @@ import helpers
 import pytest
 from conftest import write_blocks, write_model
 from helpers import RESUME, stop_after
-from test_layouts import FSDP, command, launch
+from launching import launch
+from test_layouts import FSDP, command
 
 EXACT = 1e-5
 METHODS = {

@@ -149,6 +149,11 @@ def test_settings_of_a_method(run, method, name):
     check(run, method, "", name)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if "dense_lr_ratio" in methods.METHODS[name].own])
+def test_a_ratio_beside_the_rate_that_takes_its_place(run, method):
+    check(run, method, "--adam_lr 0.004", "dense_lr_ratio")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_of_every_method(run, method):

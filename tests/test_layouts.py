@@ -6,14 +6,13 @@ One launch per layout makes all runs: starting processes costs more than trainin
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import helpers
 import pytest
 import torch
 from conftest import write_blocks, write_model
+from launching import launch
 from safetensors.torch import load_file
 
 from peft_pretraining.export import merged_model
@@ -109,18 +108,6 @@ def command(folder: Path, name: str, model: str = "llama.json", **changes) -> li
         **{"eval_every": 12, "save_every": 12, "dtype": "float64", **changes},
     }
     return [str(part) for flag, value in settings.items() for part in (f"--{flag}", value)]
-
-
-def launch(folder: Path, processes: int, cases: list[dict]) -> None:
-    folder.mkdir()
-    (folder / "cases.json").write_text(json.dumps(cases))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launched = subprocess.run(
-        [*torchrun, helpers.__file__, str(folder / "cases.json")],
-        **{"env": helpers.child_environment(), "cwd": helpers.PROJECT, "capture_output": True, "text": True},
-        timeout=500,
-    )
-    assert launched.returncode == 0, helpers.last_words(launched.stderr)
 
 
 @pytest.fixture(scope="module")

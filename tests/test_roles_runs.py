@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import helpers
 import pytest
 from conformance.runs import CASES, TOTAL_BATCH, Runs, assert_resumes, assert_same_weights, rounding
+from launching import launch
 from role_helpers import EACH_METHOD, OWN, RATE, quick, train
 
 
@@ -59,18 +56,8 @@ def test_two_processes_are_one(runs, tmp_path):
         runs.command(case, tmp_path / f"{layout} {case}", batch_size=TOTAL_BATCH // 2, **_LAYOUTS[layout][0], **OWN)
         for layout, case in names
     ]
-    (tmp_path / "cases.json").write_text(json.dumps([{"argv": argv} for argv in commands]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, helpers.__file__, str(tmp_path / "cases.json")],
-        env=helpers.child_environment(),
-        cwd=helpers.PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-30000:]
-    assert done.stderr.count("head 512: ") == len(names)
+    said = launch(tmp_path / "launch", 2, [{"argv": argv} for argv in commands])
+    assert said.count("head 512: ") == len(names)
     for layout, case in names:
         one = runs(case, **OWN)
         checkpoint = tmp_path / f"{layout} {case}" / one.checkpoint.name

@@ -35,11 +35,9 @@ def test_nothing_outside_knows_a_method_by_name():
         for path in sorted(PACKAGE.rglob("*.py"))
         if "methods" not in path.parts and path != PACKAGE / "config" / "legacy.py"
         for line in path.read_text().splitlines()
-        if quoted.search(line) and not line.lstrip().startswith(">>>")  # an example in a docstring
+        if quoted.search(line)
     ]
     assert found == [
-        # A flag of that name, not the method.
-        'finetune/options/settings.py: "use --method lora, with --rank and --lora_alpha": ("lora",),',
         # The method of a run that names none.
         'flags/spec.py: method: str = setting("full_rank", string, "training method")',
     ]
@@ -193,12 +191,36 @@ def test_a_plugin_is_a_method_among_others(with_plugins, command):
         ("SPEC = 3", "must be a MethodSpec"),
         (SPEC.format(setting="own", help="", name="other"), "calls itself 'other'"),
         (SPEC.format(setting="rank", help="another meaning", name="bad"), "rank means something else"),
+        (SPEC.format(setting="momentum", help="another meaning", name="bad"), "momentum means something else"),
+        (
+            SPEC.format(setting="own", help="", name="bad").replace("settings=", 'update_rules=("mine",), settings='),
+            "there is no update rule mine",
+        ),
     ],
 )
 def test_a_plugin_that_does_not_work_is_left_out(with_plugins, text, why):
     with pytest.warns(UserWarning, match=why):
         assert "bad" not in with_plugins(bad=text)
     assert "galore" in METHODS
+
+
+def test_a_plugins_setting_cannot_be_one_of_every_run(with_plugins, command):
+    with_plugins(mine=SPEC.format(setting="seed", help="another meaning", name="mine"))
+    with pytest.raises(cli.ConfigError, match="--seed has two meanings: .* of run and checkpoints, and of mine"):
+        cli.load(command(), environ={})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "why"),
+    [("per_layer", "True", "move in the backward pass"), ("quantize", "8bit", "may be quantised")],
+)
+def test_what_a_plugin_does_not_declare_is_refused(with_plugins, command, setting, value, why):
+    own = next(flag for flag in config_flags() if flag.name == setting)
+    text = SPEC.format(setting=setting, help=own.help, name="mine")
+    kind = "boolean" if setting == "per_layer" else "string"
+    with_plugins(mine=text.replace("int = setting(3, positive_int", f"object = setting(None, {kind}"))
+    with pytest.raises(cli.ConfigError, match=why):
+        cli.load([*command(), "--method", "mine", f"--{setting}", value], environ={})
 
 
 def test_a_plugin_cannot_take_the_place_of_a_method(with_plugins):

@@ -281,9 +281,9 @@ def test_bad_command_lines_of_a_study(run_study, trainings, text, words, inputs,
 
 def known_flags(script):
     from peft_pretraining.config import cli
+    from peft_pretraining.finetune.command_line import finetuning_flags
     from peft_pretraining.finetune.glue_settings import ENTRY as GLUE_ENTRY
     from peft_pretraining.finetune.options.settings import ENTRY as OPTION_ENTRY
-    from peft_pretraining.finetune.settings import finetuning_flags
 
     if script == "torchrun_main.py":
         return cli.all_flags()

@@ -208,3 +208,34 @@ def check_unsupported(given: Mapping[str, ParsedFlag], problems: list[str]) -> N
     for name, (only, why) in ONE_VALUE.items():
         if name in given and given[name].value.lower() not in ("", only.lower()):
             problems.append(f"--{given[name].spelling} {given[name].value}: must be {only}; {why}")
+
+
+ZEROTH_ORDER = "zeroth-order training is out of scope"
+FORWARD_GRADIENTS = "training with forward-mode gradients is out of scope"
+_OPTION_TASKS_REASONS: dict[str, tuple[str, ...]] = {
+    "prefix tuning is out of scope": ("prefix_tuning", "num_prefix", "no_reparam", "prefix_init_by_real_act"),
+    "prompt tuning is out of scope": ("prompt_tuning", "num_virtual_tokens", "prompt_init_by_real_tokens"),
+    "training a part of the model is out of scope": ("linear_probing", "lp_early_stopping", "head_tuning", "untie_emb"),
+    ZEROTH_ORDER: (
+        *("zo_eps", "perturbation_mode", "q", "gradient_sparsity", "sparse_gradient_resample_steps"),
+        *("sparse_gradient_group", "module_wise_perturbation", "perturbed_module_level", "coordinate_perturbation"),
+    ),
+    "tasks whose answers are generated are out of scope": (
+        *("non_diff", "sampling", "temperature", "num_beams", "top_k", "top_p", "max_new_tokens", "eos_token"),
+    ),
+    "weights in 8 bits cannot be trained": ("load_int8",),
+    "use --method lora, with --rank and --lora_alpha": ("lora",),
+    "run once for each --train_set_seed": ("num_train_sets",),
+    "there is one template for each task": ("template_ver",),
+}
+OPTION_TASKS_REFUSED: dict[str, str] = {name: why for why, names in _OPTION_TASKS_REASONS.items() for name in names}
+"""Flag of the older script for option tasks -> why it is refused."""
+
+OPTION_TASKS_PASSED_OVER: dict[str, str] = {
+    "no_auto_device": "the model is on one device",
+    "verbose": "see --save_predictions",
+    "tag": "use --run_name",
+    "save_on_interrupt": "the same command goes on from the newest checkpoint",
+    "clean_model_at_end": "--save_total_limit says how many checkpoints are kept",
+}
+"""Flag of that script -> why it is passed over, with a warning."""

@@ -52,7 +52,7 @@ def permissions(spec: MethodSpec) -> list[str]:
 def _flags_of(spec: MethodSpec, flags: Sequence[Flag]) -> list[Flag]:
     """The flags of the method and of its update rules, and those elsewhere whose default it changes."""
     own = {"method", *spec.own}
-    of_rules = {name for rule in spec.update_rules for name in RULES[rule].reads if rule in RULES}
+    of_rules = {name for rule in spec.update_rules for name in RULES[rule].reads}
     changed = set(spec.defaults) - own - of_rules
     defaults = {**spec.defaults, "method": spec.name}
     shown = [(f"settings of {spec.name}", own), ("settings of its update rules", of_rules), ("others", changed)]

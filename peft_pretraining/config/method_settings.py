@@ -51,6 +51,10 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
         value = given[name].value
         shown = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
         problems.append(f"--{name}{shown}: {spec.refused[name].format(name=spec.name)}")
+    if config.per_layer and not spec.allows.per_layer:
+        problems.append(f"--per_layer: method {spec.name} does not declare that weights may move in the backward pass")
+    if getattr(config.method, "quantize", None) and not spec.allows.quantized_weights:
+        problems.append(f"--quantize: method {spec.name} does not declare that its frozen weights may be quantised")
     if spec.check:
         spec.check(config, given, problems, warnings)
 

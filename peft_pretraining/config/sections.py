@@ -16,6 +16,7 @@ from peft_pretraining.config.distributed_config import DistributedConfig
 from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.flags import (
+    ConfigError,
     Flag,
     MethodSettings,
     boolean,
@@ -289,5 +290,7 @@ def config_flags() -> list[Flag]:
             flags.setdefault(flag.name, dataclasses.replace(flag, group=_GROUPS[OptimizerConfig]))
     for flag in method_flags():
         group = f"method: {flag.group}" if flag.group else "method"
-        flags.setdefault(flag.name, dataclasses.replace(flag, group=group))
+        known = flags.setdefault(flag.name, dataclasses.replace(flag, group=group))
+        if known.help != flag.help:  # one value would go to both
+            raise ConfigError([f"--{flag.name} has two meanings: as a setting of {known.group}, and of {flag.group}"])
     return list(flags.values())

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.finetune.command_line import EntryPoint
 from peft_pretraining.finetune.glue_tasks import GLUE_TASKS
-from peft_pretraining.finetune.settings import EntryPoint
 from peft_pretraining.flags import ParsedFlag, boolean, comma_separated, positive_int, setting, string
 
 DEFAULTS: dict[str, Any] = {"rank": 4}

@@ -17,7 +17,8 @@ from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.checkpoint.plain_files import regular
-from peft_pretraining.finetune.settings import FineTuning, method_setting_names
+from peft_pretraining.finetune.command_line import method_setting_names
+from peft_pretraining.finetune.settings import FineTuning
 from peft_pretraining.finetune.training_table import MAY_CHANGE, OBEYED
 from peft_pretraining.flags import ConfigError
 

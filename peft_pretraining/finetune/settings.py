@@ -1,32 +1,27 @@
 """From a fine-tuning command line to checked settings: the method's, transformers' and the task's own.
 
-One flat set of flags: the settings of all methods and update rules with the selectors of legacy.py, those of
-`TrainingArguments` (training_flags.py), those here, and the fields of the task's dataclass, which the entry point
-passes. Every problem is reported at once, before torch and transformers are imported; what transformers itself finds
-wrong with the values comes after that.
+The flags are those of command_line.py. Every problem is reported at once, before torch and transformers are imported;
+what transformers itself finds wrong with the values comes after that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from peft_pretraining.config import Config, config_flags, legacy, method_help, method_settings
+from peft_pretraining.config import Config, legacy, method_help, method_settings
 from peft_pretraining.config.effects import warn_without_effect
-from peft_pretraining.config.sections import RoleConfig
+from peft_pretraining.finetune.command_line import EntryPoint, finetuning_flags, method_setting_names, selector_names
 from peft_pretraining.finetune.run_settings import RunSettings
-from peft_pretraining.finetune.training_flags import training_defaults, training_flags, training_values
+from peft_pretraining.finetune.training_flags import training_defaults, training_values
 from peft_pretraining.flags import (
-    TRAINING_CONFIG,
     ConfigError,
-    Flag,
     ParsedFlag,
     read_flags,
-    section_flags,
     unsupported,
 )
 from peft_pretraining.methods import METHODS
@@ -38,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 T = TypeVar("T", bound="DataclassInstance")
-
-_SHARED_RULE_SETTINGS = ("adam_beta1", "adam_beta2", "adam_eps")
-"""Settings of update rules that are fields of `TrainingArguments`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,73 +59,6 @@ class FineTuning(RunSettings, Generic[T]):
         """The run of one of the seeds."""
         training = dataclasses.replace(self.training, seed=seed, output_dir=output_dir)
         return dataclasses.replace(self, config=self.config.replace(seed=seed), training=training, seeds=())
-
-
-def method_setting_names() -> set[str]:
-    """Settings of methods, update rules and roles that fine-tuning has under the same name as pre-training."""
-    of_methods = {name for spec in METHODS.values() for name in (*spec.own, "method")}
-    of_rules = {name for rule in RULES.values() for name in rule.reads}
-    of_roles = {item.name for item in dataclasses.fields(RoleConfig)}
-    return (of_methods | of_rules | of_roles | {"optimizer"}) - set(_SHARED_RULE_SETTINGS)
-
-
-def finetuning_flags(entry: EntryPoint[Any]) -> list[Flag]:
-    """All flags of an entry point. A task's own flag takes the place of one of `TrainingArguments` with its name."""
-    own = [
-        TRAINING_CONFIG,
-        *_grouped("model and task", section_flags(entry.task_type)),
-        *_grouped("run", section_flags(RunSettings)),
-        *(flag for flag in config_flags() if flag.name in method_setting_names()),
-    ]
-    others = [
-        *_grouped(legacy.GROUP, (*legacy.SELECTORS, *legacy.FINETUNING_SELECTORS)),
-        *_grouped(legacy.GROUP, unsupported.refused_flags(entry.refused)),
-        *_grouped(legacy.GROUP, unsupported.passed_over_flags(entry.passed_over)),
-    ]
-    taken = {spelling for flag in (*own, *others) for spelling in flag.spellings}
-    trainer = [
-        dataclasses.replace(flag, aliases=tuple(alias for alias in flag.aliases if alias not in taken))
-        for flag in training_flags()
-        if flag.name not in taken
-    ]
-    return [
-        dataclasses.replace(
-            flag, default=entry.defaults.get(flag.name, flag.default), help=_HELP.get(flag.name, flag.help)
-        )
-        for flag in (*own, *trainer, *others)
-    ]
-
-
-_HELP = {
-    "target_modules": "linear layers whose dotted name contains one of these (default: as --lora_all_modules says)",
-    "adam_lr": "peak rate of embeddings, head, norms and what else the method leaves as it is (default: "
-    "--learning_rate)",
-    "head_lr": "peak rate of the head, a classifier's too, but for biases (default: --adam_lr)",
-    "norm_weight_decay": "decay of norms and biases (default: none, whatever --weight_decay is)",
-}
-
-
-def _grouped(group: str, flags: Iterable[Flag]) -> list[Flag]:
-    return [dataclasses.replace(flag, group=group) for flag in flags]
-
-
-@dataclass(frozen=True)
-class EntryPoint(Generic[T]):
-    """What sets one entry point's command line apart."""
-
-    task_type: type[T]
-    """A dataclass of `flags.setting` fields: the task's own settings."""
-    prog: str
-    description: str
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of any kind, by their flags' names, that the entry point sets differently; a value that a method has as
-    its own default wins over them."""
-    check_task: Callable[[T, Mapping[str, ParsedFlag], list[str], list[str]], None] | None = None
-    """Is given the task's settings, what was given, and the lists of problems and warnings to add to."""
-    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Flags of older scripts -> why they are refused."""
-    passed_over: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Flags of older scripts -> why they have no effect."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +98,10 @@ def check(argv: Sequence[str], entry: EntryPoint[T]) -> Checked[T]:
     values = training_values(given, problems, warnings)
     fields = training_defaults()
     values = {**{name: value for name, value in entry.defaults.items() if name in fields}, **values}
-    if "output_dir" not in values:
+    if (output_dir := values.get("output_dir")) is None:
         problems.append("--output_dir is required")
-    elif "output_dir" in values and os.path.exists(values["output_dir"]) and not os.path.isdir(values["output_dir"]):
-        problems.append(f"--output_dir {values['output_dir']} is not a folder")
+    elif os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        problems.append(f"--output_dir {output_dir} is not a folder")
     if not values.get("do_train") and not values.get("do_eval") and not values.get("do_predict"):
         values["do_train"] = values["do_eval"] = True
     if "seeds" in given and "seed" in given:
@@ -248,7 +173,7 @@ def _config(
     """The method's settings; what `TrainingArguments` has, too, is copied from its `values`."""
     chosen = legacy.choose(given, problems)
     names = method_setting_names()
-    of_methods = {name: item for name, item in given.items() if name in names | _selectors()}
+    of_methods = {name: item for name, item in given.items() if name in names | selector_names()}
     own = {name: value for name, value in defaults.items() if name in names}
     settings, read = method_settings.settle(of_methods, chosen, own, problems)
     settings = {name: value for name, value in settings.items() if name in names | {"adam_eps"}}
@@ -261,10 +186,6 @@ def _config(
     return config
 
 
-def _selectors() -> set[str]:
-    return {flag.name for flag in (*legacy.SELECTORS, *legacy.FINETUNING_SELECTORS)}
-
-
 def _world_size(problems: list[str]) -> int:
     """How many processes torchrun started; 1 without it."""
     problems += launcher.launcher_problems(os.environ)
@@ -273,15 +194,15 @@ def _world_size(problems: list[str]) -> int:
 
 def _shared_settings(given: Mapping[str, ParsedFlag], values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that `TrainingArguments` has under a name of its own."""
-    shared = {
-        **{"lr": values["learning_rate"], "weight_decay": values["weight_decay"], "seed": values["seed"]},
-        **{"adam_beta1": values["adam_beta1"], "adam_beta2": values["adam_beta2"]},
+    same = {name: values[name] for name in ("weight_decay", "seed", "adam_beta1", "adam_beta2")}
+    own_epsilon = {"adam_eps": values["adam_epsilon"]} if "adam_epsilon" in given else {}  # or the method's default
+    return {
+        **same,
+        **own_epsilon,
+        "lr": values["learning_rate"],
         "clip_grad_norm": values["max_grad_norm"],
         "gradient_accumulation": values["gradient_accumulation_steps"],
     }
-    if "adam_epsilon" in given:  # otherwise the method's default
-        shared["adam_eps"] = values["adam_epsilon"]
-    return shared
 
 
 def _check_possible(config: Config, problems: list[str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.flags import ConfigError, Flag, MethodSettings, MethodSpec, section_flags
+from peft_pretraining.optim.rule_settings import RULES
 
 if TYPE_CHECKING:
     from peft_pretraining.methods.base import TrainingMethod
@@ -96,16 +97,19 @@ def _spec_of(module: str) -> MethodSpec:
         raise TypeError(f"{module}.SPEC is a {type(spec).__name__}, and must be a MethodSpec")
     if not issubclass(spec.settings, MethodSettings):
         raise TypeError(f"{module}: {spec.settings.__name__} must be a MethodSettings")
+    if unknown := [name for name in spec.update_rules if name not in RULES]:
+        raise ValueError(f"{module}: there is no update rule {', '.join(unknown)}; there is {', '.join(RULES)}")
     return spec
 
 
 def _clashes(spec: MethodSpec, others: Iterable[MethodSpec]) -> str | None:
     """A flag has one meaning: which of a plug-in's is another one's by name and not by meaning."""
-    known = {item.name: item for other in others for item in dataclasses.fields(other.settings)}
+    known = {item.name: item for rule in RULES.values() for item in dataclasses.fields(rule.settings)}
+    known |= {item.name: item for other in others for item in dataclasses.fields(other.settings)}
     for item in dataclasses.fields(spec.settings):
         other = known.get(item.name)
         if other is not None and item.metadata["help"] != other.metadata["help"]:
-            return f"its setting {item.name} means something else than that of another method"
+            return f"its setting {item.name} means something else than that of another method or update rule"
     return None
 
 

@@ -197,7 +197,7 @@ class LowRankOptimizer(ProjectedGradients):
         step = self.step_of(param) if counted or self.update_step is not None else -1
         if projected is None:
             assert grad is not None
-            low_rank_grad = grad.to(slot.dtype)
+            low_rank_grad = grad if grad.dtype == slot.dtype else grad.to(slot.dtype)
         else:
             low_rank_grad = projected.low_rank_grad
         rate = float(group["lr"]) if counted else math.nan

@@ -63,6 +63,8 @@ class ProjectedGradients(SubspaceOptimizer):
     def project_gradients(self) -> None:
         """Project every gradient that is not projected yet or has changed since, refreshing bases that are due. Nothing
         is stored."""
+        if not self.subspaces:
+            return
         params, arrivals = [], []
         for param, group in self._with_gradients():
             waiting, subspace = self.projected.get(param), self.subspaces.get(param)

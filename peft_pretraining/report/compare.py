@@ -34,12 +34,12 @@ class RunRecord:
 
     >>> updates = [{"loss": 4.0, "tokens_seen": 100, "step_time": 0.5, "throughput_tokens": 200.0}]
     >>> evaluations = [{"final_eval_loss": 3.9, "final_eval_perplexity": 49.4, "optimizer_state_bytes": 8e6}]
-    >>> runs = [RunRecord(name, {"method": "galore"}, updates, evaluations, "galore") for name in ("first", "second")]
+    >>> runs = [RunRecord(name, {"method": "mine"}, updates, evaluations, "mine") for name in ("first", "second")]
     >>> print(table([run.row() for run in labelled(runs)]))
-    | method          | validation perplexity | optimizer-state MB | tokens/s | seconds |
-    | :-------------- | --------------------: | -----------------: | -------: | ------: |
-    | galore (first)  |                 49.40 |               8.00 |      200 |       0 |
-    | galore (second) |                 49.40 |               8.00 |      200 |       0 |
+    | method        | validation perplexity | optimizer-state MB | tokens/s | seconds |
+    | :------------ | --------------------: | -----------------: | -------: | ------: |
+    | mine (first)  |                 49.40 |               8.00 |      200 |       0 |
+    | mine (second) |                 49.40 |               8.00 |      200 |       0 |
     """
 
     name: str

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 import helpers
 import pytest
+from launching import launch
 
 from conformance.runs import (
     CASES,
@@ -65,17 +63,7 @@ def _launch(asked_for: list[tuple[str, Case]], runs: Runs) -> Callable[[str, Cas
         layout = LAYOUTS[name]
         flags = {**layout.shared(case), **layout.flags, "batch_size": TOTAL_BATCH // 2}
         argvs.append(runs.command(case, folder / f"{name} {case}", **flags))
-    (folder / "cases.json").write_text(json.dumps([{"argv": argv} for argv in argvs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, helpers.__file__, str(folder / "cases.json")],
-        env=helpers.child_environment(),
-        cwd=helpers.PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-30000:]
+    launch(folder / "launch", 2, [{"argv": argv} for argv in argvs], timeout=900)
     return lambda layout, case: folder / f"{layout} {case}"
 
 

@@ -1,4 +1,4 @@
-"""The settings of option tasks: what is trained and tested on, and flags of the older script that are refused."""
+"""The settings of option tasks: what is trained and tested on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.config import legacy
+from peft_pretraining.finetune.command_line import EntryPoint
 from peft_pretraining.finetune.options.tasks import TASKS, OptionTask, find_task
-from peft_pretraining.finetune.settings import EntryPoint
 from peft_pretraining.flags import ParsedFlag, boolean, integer, non_negative_int, positive_int, setting, string
 
 CONSECUTIVE = "twins"
@@ -17,36 +18,6 @@ CONSECUTIVE = "twins"
 DEFAULTS: dict[str, Any] = {"rand_ratio": 0.8, "lora_all_modules": True}
 """What differs from the methods' defaults, and from GLUE's: layers are those of pre-training."""
 
-_ZEROTH_ORDER = "zeroth-order training is out of scope"
-_FORWARD_GRADIENTS = "training with forward-mode gradients is out of scope"
-_REASONS: dict[str, tuple[str, ...]] = {
-    "prefix tuning is out of scope": ("prefix_tuning", "num_prefix", "no_reparam", "prefix_init_by_real_act"),
-    "prompt tuning is out of scope": ("prompt_tuning", "num_virtual_tokens", "prompt_init_by_real_tokens"),
-    "training a part of the model is out of scope": ("linear_probing", "lp_early_stopping", "head_tuning", "untie_emb"),
-    _ZEROTH_ORDER: (
-        *("zo_eps", "perturbation_mode", "q", "gradient_sparsity", "sparse_gradient_resample_steps"),
-        *("sparse_gradient_group", "module_wise_perturbation", "perturbed_module_level", "coordinate_perturbation"),
-    ),
-    "tasks whose answers are generated are out of scope": (
-        *("non_diff", "sampling", "temperature", "num_beams", "top_k", "top_p", "max_new_tokens", "eos_token"),
-    ),
-    "weights in 8 bits cannot be trained": ("load_int8",),
-    "use --method lora, with --rank and --lora_alpha": ("lora",),
-    "run once for each --train_set_seed": ("num_train_sets",),
-    "there is one template for each task": ("template_ver",),
-}
-REFUSED: dict[str, str] = {name: why for why, names in _REASONS.items() for name in names}
-"""Flags of the older script -> why they are refused."""
-
-WITHOUT_EFFECT: dict[str, str] = {
-    "no_auto_device": "the model is on one device",
-    "verbose": "see --save_predictions",
-    "tag": "use --run_name",
-    "save_on_interrupt": "the same command goes on from the newest checkpoint",
-    "clean_model_at_end": "--save_total_limit says how many checkpoints are kept",
-}
-"""Flags of the older script that are passed over, with a warning that says why."""
-
 
 def _task_name(text: str) -> str:
     return find_task(text).name
@@ -54,7 +25,7 @@ def _task_name(text: str) -> str:
 
 def _trainer(text: str) -> str:
     if text.startswith("zo_") or text == "forward_grad":
-        raise ValueError(_ZEROTH_ORDER if text.startswith("zo_") else _FORWARD_GRADIENTS)
+        raise ValueError(legacy.ZEROTH_ORDER if text.startswith("zo_") else legacy.FORWARD_GRADIENTS)
     if text not in ("none", "regular"):
         raise ValueError("must be none or regular")
     return text
@@ -174,8 +145,8 @@ ENTRY = EntryPoint(
     description="Fine-tune a causal language model on an option task with any of the methods, or test it in context.",
     defaults=DEFAULTS,
     check_task=check,
-    refused=REFUSED,
-    passed_over=WITHOUT_EFFECT,
+    refused=legacy.OPTION_TASKS_REFUSED,
+    passed_over=legacy.OPTION_TASKS_PASSED_OVER,
 )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peft_pretraining.flags import (
     Allows,
     Condition,
     MethodSettings,
+    MethodSpec,
     ParsedFlag,
     boolean,
     choice,
@@ -22,11 +23,6 @@ from peft_pretraining.methods._low_rank.settings import LowRankSettings
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
-
-FAMILY = "low-rank factors"
-STATE = "2mr + 2nr"
-TINY = {"rank": 4}
-ALLOWS = Allows(quantized_weights=True, fsdp=True, fine_tuning=True, fp16=True)
 
 CHANGES_FROZEN = "method {name} changes the frozen weights, which --lora_only drops"
 QUANTISED_AGAIN = (
@@ -76,7 +72,7 @@ class FrozenSettings(TwoFactorSettings):
     use_double_quant: bool = setting(False, boolean, "quantise the constants of 4-bit weights, too", identity=True)
 
 
-RATE_CONDITIONS = (
+_RATE_CONDITIONS = (
     Condition(
         ("dense_lr_ratio",),
         lambda c: c.roles.adam_lr is None or getattr(c.method, "train_scaling", False),
@@ -84,13 +80,13 @@ RATE_CONDITIONS = (
     ),
 )
 
-CONDITIONS = (
+_FROZEN_CONDITIONS = (
+    *_RATE_CONDITIONS,
     Condition(
         ("zero_init_B",),
         lambda c: c.method.init_lora_type != "origin_lora",
         "with --init_lora_type origin_lora, whose B is zero",
     ),
-    *RATE_CONDITIONS,
     Condition(
         ("lora_alpha", "scale"),
         lambda c: not c.method.train_scaling,
@@ -114,3 +110,27 @@ def check_sharding(config: Config, inputs: Mapping[str, int], devices: int) -> l
     if config.method.train_scaling:
         problems.append("--train_scaling: --distributed_type fsdp cannot divide a single number over devices: use ddp")
     return problems
+
+
+FAMILY = MethodSpec(
+    name="",
+    title="",
+    summary="",
+    family="low-rank factors",
+    settings=FactorSettings,
+    state="2mr + 2nr",
+    allows=Allows(fsdp=True, fine_tuning=True, fp16=True),
+    tiny={"rank": 4},
+    conditions=_RATE_CONDITIONS,
+)
+"""What is so for each of them, unless it says otherwise."""
+
+FROZEN = replace(
+    FAMILY,
+    settings=FrozenSettings,
+    allows=replace(FAMILY.allows, quantized_weights=True),
+    conditions=_FROZEN_CONDITIONS,
+    check=check,
+    check_sharding=check_sharding,
+)
+"""The same for those whose frozen weights change seldom or never."""

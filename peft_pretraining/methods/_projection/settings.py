@@ -10,6 +10,7 @@ from peft_pretraining.flags import (
     Allows,
     Condition,
     MethodSettings,
+    MethodSpec,
     ParsedFlag,
     boolean,
     choice,
@@ -71,13 +72,6 @@ class ProjectionSettings(LowRankSettings, BasisSettings):
         identity=True,
     )
     per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
-
-
-FAMILY = "projected gradients"
-UPDATE_RULES = ("adamw", "adamw8bit", "adafactor", "lion", "sgd")
-DEFAULTS = {"adam_eps": 1e-6}
-TINY = {"rank": 4, "update_proj_gap": 2}
-ALLOWS = Allows(projected_gradient=True, per_layer=True, fsdp=True, fine_tuning=True, fp16=True)
 
 
 def _reads_gradients(config: Config) -> bool:
@@ -144,3 +138,23 @@ def check_fine_tuning(config: Config, problems: list[str]) -> None:
             f"--refresh_accumulation {config.method.refresh_accumulation}: fine-tuning has no further batches for a "
             "refresh"
         )
+
+
+FAMILY = MethodSpec(
+    name="",
+    title="",
+    summary="",
+    family="projected gradients",
+    settings=ProjectionSettings,
+    defaults={"adam_eps": 1e-6},
+    values={"proj_type": PROJECTION_TYPES},
+    update_rules=("adamw", "adamw8bit", "adafactor", "lion", "sgd"),
+    state="mr + 2nr",
+    allows=Allows(projected_gradient=True, per_layer=True, fsdp=True, fine_tuning=True, fp16=True),
+    tiny={"rank": 4, "update_proj_gap": 2},
+    conditions=CONDITIONS,
+    resolve=resolve,
+    check=check,
+    check_fine_tuning=check_fine_tuning,
+)
+"""What is so for each of them, unless it says otherwise."""

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import MethodSpec, ParsedFlag
+from peft_pretraining.flags import ParsedFlag
 from peft_pretraining.methods._projection import settings as projection
 
 if TYPE_CHECKING:
@@ -21,22 +21,15 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
     projection.check_random(config, warnings)
 
 
-SPEC = MethodSpec(
+SPEC = replace(
+    projection.FAMILY,
     name="golore",
     title="GoLore",
     paper="2410.11289",
     year=2024,
     summary="GaLore, with random projections from `--rand_ratio` of the run on",
-    family=projection.FAMILY,
     settings=GoLoreSettings,
-    defaults=projection.DEFAULTS,
-    values={"proj_type": projection.PROJECTION_TYPES},
-    update_rules=projection.UPDATE_RULES,
-    state="mr + 2nr",
-    allows=projection.ALLOWS,
-    tiny={**projection.TINY, "rand_ratio": 0.5},
-    conditions=(*projection.CONDITIONS, *projection.RANDOM_CONDITIONS),
-    resolve=projection.resolve,
+    tiny={**projection.FAMILY.tiny, "rand_ratio": 0.5},
+    conditions=(*projection.FAMILY.conditions, *projection.RANDOM_CONDITIONS),
     check=check,
-    check_fine_tuning=projection.check_fine_tuning,
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import MethodSpec, ParsedFlag
+from peft_pretraining.flags import ParsedFlag
 from peft_pretraining.methods._factors import settings as factors
 from peft_pretraining.methods._projection import settings as projection
 
@@ -23,15 +23,15 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
         problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")
 
 
-SPEC = MethodSpec(
+SPEC = replace(
+    factors.FAMILY,
     name="golore_adapter",
     title="GoLore, adapter form",
     paper="2410.11289",
     year=2024,
     summary="GoLore as factors: no full gradients between refreshes",
-    family=factors.FAMILY,
     settings=GoLoreAdapterSettings,
-    defaults=projection.DEFAULTS,
+    defaults=projection.FAMILY.defaults,
     refused={
         "lora_only": factors.CHANGES_FROZEN,
         "quantize": factors.QUANTISED_AGAIN,
@@ -40,10 +40,10 @@ SPEC = MethodSpec(
     },
     update_rules=("adamw", "sgd"),
     state="2nr",  # the basis is the factor that is not trained
-    allows=replace(factors.ALLOWS, quantized_weights=False, fp16=False),
-    tiny={**projection.TINY, "rand_ratio": 0.5},
+    allows=replace(factors.FAMILY.allows, fp16=False),
+    tiny={**projection.FAMILY.tiny, "rand_ratio": 0.5},
     identity=("scale",),
-    conditions=(*projection.CONDITIONS, *projection.RANDOM_CONDITIONS, *factors.RATE_CONDITIONS),
+    conditions=(*factors.FAMILY.conditions, *projection.FAMILY.conditions, *projection.RANDOM_CONDITIONS),
     resolve=projection.resolve,
     check=check,
     check_fine_tuning=projection.check_fine_tuning,

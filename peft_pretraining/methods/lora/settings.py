@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import Condition, MethodSpec, ParsedFlag, boolean, setting
+from peft_pretraining.flags import Condition, ParsedFlag, boolean, setting
 from peft_pretraining.methods._factors import settings as factors
 
 if TYPE_CHECKING:
@@ -30,22 +30,18 @@ def check_fine_tuning(config: Config, problems: list[str]) -> None:
         problems.append("--lora_only drops the weights that fine-tuning starts from")
 
 
-SPEC = MethodSpec(
+SPEC = replace(
+    factors.FROZEN,
     name="lora",
     title="LoRA",
     paper="2106.09685",
     year=2021,
     summary="frozen weights with trained low-rank factors beside them",
-    family=factors.FAMILY,
     settings=LoRASettings,
-    state=factors.STATE,
-    allows=factors.ALLOWS,
-    tiny=factors.TINY,
     conditions=(
         Condition(("init_lora_type", "zero_init_B"), lambda c: not c.method.lora_only, "with --lora_only"),
-        *factors.CONDITIONS,
+        *factors.FROZEN.conditions,
     ),
     check=check,
-    check_sharding=factors.check_sharding,
     check_fine_tuning=check_fine_tuning,
 )

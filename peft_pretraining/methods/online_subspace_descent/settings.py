@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import Condition, MethodSpec, ParsedFlag
+from peft_pretraining.flags import Condition, ParsedFlag
 from peft_pretraining.methods._projection import settings as projection
 
 if TYPE_CHECKING:
@@ -37,22 +37,17 @@ _CONDITIONS = (
     ),
 )
 
-SPEC = MethodSpec(
+SPEC = replace(
+    projection.FAMILY,
     name="online_subspace_descent",
     title="Online Subspace Descent",
     paper="2408.12857",
     year=2024,
     summary="the projection is learnt by online PCA, without SVDs",
-    family=projection.FAMILY,
     settings=SubspaceDescentSettings,
-    defaults={**projection.DEFAULTS, "proj_type": "continuous"},
+    defaults={**projection.FAMILY.defaults, "proj_type": "continuous"},
     values={"proj_type": projection.SUBSPACE_DESCENT_TYPES},
-    update_rules=projection.UPDATE_RULES,
     state="3mr + 2nr",
-    allows=projection.ALLOWS,
-    tiny=projection.TINY,
-    conditions=(*_CONDITIONS, *projection.CONDITIONS),
-    resolve=projection.resolve,
+    conditions=(*_CONDITIONS, *projection.FAMILY.conditions),
     check=check,
-    check_fine_tuning=projection.check_fine_tuning,
 )

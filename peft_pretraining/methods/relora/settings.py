@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peft_pretraining.flags import MethodSpec, ParsedFlag, boolean, fraction_below_one, non_negative_int, setting
+from peft_pretraining.flags import ParsedFlag, boolean, fraction_below_one, non_negative_int, setting
 from peft_pretraining.methods._factors import settings as factors
 
 if TYPE_CHECKING:
@@ -62,22 +62,18 @@ def check_schedule(config: Config, warnings: list[str]) -> None:
         )
 
 
-SPEC = MethodSpec(
+SPEC = replace(
+    factors.FROZEN,
     name="relora",
     title="ReLoRA",
     paper="2307.05695",
     year=2023,
     summary="LoRA, merged and started anew every N updates",
-    family=factors.FAMILY,
     settings=ReLoRASettings,
     refused={"lora_only": factors.CHANGES_FROZEN},
-    state=factors.STATE,
-    allows=factors.ALLOWS,
-    tiny={**factors.TINY, "relora": 2},
+    tiny={**factors.FROZEN.tiny, "relora": 2},
     reads=("cycle_length",),
-    conditions=factors.CONDITIONS,
     resolve=resolve,
     check=check,
     check_schedule=check_schedule,
-    check_sharding=factors.check_sharding,
 )

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from peft_pretraining.flags import (
     Condition,
-    MethodSpec,
     ParsedFlag,
     boolean,
     choice,
@@ -83,13 +82,13 @@ def check_sharding(config: Config, inputs: Mapping[str, int], devices: int) -> l
     ]
 
 
-SPEC = MethodSpec(
+SPEC = replace(
+    factors.FAMILY,
     name="switchlora",
     title="SwitchLoRA",
     paper="2406.06564",
     year=2024,
     summary="LoRA whose vectors are exchanged against candidates, some in every update",
-    family=factors.FAMILY,
     settings=SwitchLoRASettings,
     defaults={"lora_alpha": 1.0, "init_lora_type": "switchlora"},
     refused={
@@ -97,10 +96,9 @@ SPEC = MethodSpec(
         "quantize": factors.QUANTISED_AGAIN,
         "force_disable_candidates": "leaves method {name} nothing to switch",
     },
-    state=factors.STATE,
-    allows=replace(factors.ALLOWS, quantized_weights=False),
-    tiny={**factors.TINY, "switch_lora_interval": 2.0, "adam_warm_step": 1},
+    tiny={**factors.FAMILY.tiny, "switch_lora_interval": 2.0, "adam_warm_step": 1},
     conditions=(
+        *factors.FAMILY.conditions,
         Condition(
             ("switch_lora_descent_rate", "switch_descend_type"),
             lambda c: not c.method.fix_switch_lora_interval,

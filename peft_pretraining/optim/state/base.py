@@ -64,9 +64,10 @@ class InPlaceOptimizer(GradientOwner, torch.optim.Optimizer):
     def _follow(self, param: Tensor) -> dict[str, Any]:
         """A parameter's state, on the parameter's device: `model.to` may have moved it since."""
         state: dict[str, Any] = self.state[param]
+        device = param.device
         for key, value in state.items():
-            if not is_counter(value) and value.device != param.device and not isinstance(value, DTensor):
-                state[key] = value.to(param.device)
+            if value.device != device and not is_counter(value) and not isinstance(value, DTensor):
+                state[key] = value.to(device)
         return state
 
     def local_state(self, param: Tensor) -> dict[str, Any]:

@@ -75,6 +75,9 @@ def update_rule(rule: Any) -> UpdateRule:
     return UPDATE_RULES[rule]()
 
 
+_NO_PROJECTION = Projection()
+
+
 class Slot:
     """One parameter's place in the optimizer."""
 
@@ -97,7 +100,7 @@ class Slot:
 
     @property
     def projection(self) -> Projection:
-        return self.subspace.projection if self.subspace else Projection()
+        return self.subspace.projection if self.subspace else _NO_PROJECTION
 
     def like_gradient(self, param: Tensor) -> Tensor:
         """A tensor like those that the update rule sees: this device's part, its values without meaning."""
