@@ -206,7 +206,7 @@ def test_a_plugin_that_does_not_work_is_left_out(with_plugins, text, why):
 
 def test_a_plugins_setting_cannot_be_one_of_every_run(with_plugins, command):
     with_plugins(mine=SPEC.format(setting="seed", help="another meaning", name="mine"))
-    with pytest.raises(cli.ConfigError, match="--seed has two meanings: .* of run and checkpoints, and of mine"):
+    with pytest.raises(cli.ConfigError, match=r"--seed has two meanings: .* of run and checkpoints, and of mine"):
         cli.load(command(), environ={})
 
 
