@@ -18,6 +18,7 @@ from conftest import write_blocks, write_model
 from peft_pretraining import methods
 from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.flags.settings import shown_default
 
 OPERATIONAL = {
     "where the input comes from": ("model_config", "model_name_or_path", "dataset_path", "base_dir", "from_json_data"),
@@ -69,7 +70,8 @@ FLIPS: dict[str, str] = {
 
 BASE = "--batch_size 2 --lr 0.01 --num_training_steps 6 --warmup_steps 1 --eval_every 6 --workers 0"
 METHODS: dict[str, str] = {
-    spec.name: " ".join(f"--{name} {value}" for name, value in spec.tiny.items()) for spec in methods.METHODS.values()
+    spec.name: " ".join(f"--{name} {shown_default(value)}" for name, value in spec.tiny.items())
+    for spec in methods.METHODS.values()
 }
 """Method -> flags with which it does all that it can within `BASE`'s six updates."""
 _RANDOM_EARLIER = {"rand_ratio": "0.3"}

@@ -155,7 +155,9 @@ def _default_note(flag: Flag) -> str:
 def shown_default(value: Any) -> str:
     """A default as one would write it on a command line."""
     items = value if isinstance(value, tuple) else (value,)
-    return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items)
+    return ",".join(
+        f"{item:g}" if isinstance(item, float) and float(f"{item:g}") == item else str(item) for item in items
+    )
 
 
 def _shown_raw(raw: Any) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import write_blocks, write_model
 
+from peft_pretraining.flags.settings import shown_default
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
 
@@ -105,7 +106,7 @@ class Runs:
             **{"model_config": self._model(hidden), "dataset_path": self._data, "save_dir": save_dir},
             **{**BASE, **case.settings, **changes},
         }
-        return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+        return [str(part) for name, value in settings.items() for part in (f"--{name}", shown_default(value))]
 
     def __call__(self, case: Case, again: int = 0, **changes: Any) -> Outcome:
         """`again` tells runs of the same settings apart."""
