@@ -1,6 +1,6 @@
 """What each precision costs in quality: the same small runs in float32, `mixed`, `bf16` and `bf16_sr`, side by side.
 
-    python benchmarks/precision.py quickstart/wiki_intros.jsonl --out DIR           # 16 runs; may be stopped and repeated
+    python benchmarks/precision.py quickstart/wiki_intros.jsonl --out DIR      # 16 runs; may be stopped and repeated
     python benchmarks/precision.py TEXT --out DIR --methods full_rank --seeds 0 --updates 2500
 
 A LLaMA of 0.5M weights learns the corpus byte by byte. Per run: the validation loss after the last update, how many of
@@ -114,7 +114,7 @@ def numbers_of(folder: Path) -> dict[str, Any]:
     norms = moved = size = 0
     for file in newest.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+            for name in tensors.keys():
                 tensor = tensors.get_tensor(name)
                 size += tensor.numel() * tensor.element_size()
                 if "norm" in name:
