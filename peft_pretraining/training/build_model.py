@@ -35,7 +35,9 @@ def distributed_model(
     sharded = distributed.distributed_type == "fsdp" and group.world_size > 1
     # Sharding a model moves it to the devices, layer by layer.
     made_on = torch.device("cpu") if sharded else group.device
-    model = build_model(config.model, shape, weights_from, group.device)
+    model = build_model(
+        config.model, shape, weights_from, group.device, precision=config.resolved_precision(group.device.type)
+    )
     if type(method).convert is not TrainingMethod.convert:  # which may read any of the weights
         materialize(model, made_on, seed)
         model = cast(PreTrainedModel, method.convert(model))
