@@ -73,6 +73,11 @@ class ModelConfig:
     dtype: str = setting(
         "auto", _dtype, "dtype of weights and activations: bfloat16, float32, float64 (default: bfloat16 on CUDA)"
     )
+    fused_loss: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "make head and loss together, some tokens at a time, without logits of the whole batch; auto: on CUDA",
+    )
     activation_checkpointing: bool = setting(
         False, boolean, "keep only each layer's input and recompute the rest in the backward pass"
     )
