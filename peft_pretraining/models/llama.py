@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_pretraining import rng
 from peft_pretraining.distributed.gathering import copy_to_shard
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.causal_lm import LlamaForCausalLM
 from peft_pretraining.models.compute_dtype import compute_in, norms
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
 from peft_pretraining.models.model_keys import KEYS
