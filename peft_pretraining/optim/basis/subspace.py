@@ -129,6 +129,21 @@ class Subspace:
         (low_rank_grad,) = run(_project([(self.projection, bases, grad)]))
         return low_rank_grad
 
+    def put_in_place(self, state: dict[str, Tensor], projected: Projected) -> None:
+        """Let the first bases take the place of the zeros before their update: they exist once. Until `apply` nothing
+        counts them, and `clear_first` takes them back."""
+        assert projected.new_bases is not None
+        bases = self.bases(state)
+        for side, basis in projected.new_bases.items():
+            bases[side].copy_(basis)
+        projected.new_bases = bases
+
+    def clear_first(self, state: dict[str, Tensor]) -> None:
+        """Make zeros of first bases whose update did not take place."""
+        if not int(state["refreshes"]):
+            for basis in self.bases(state).values():
+                basis.zero_()
+
     def apply(
         self,
         state: dict[str, Tensor],
