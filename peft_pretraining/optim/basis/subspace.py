@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
-from peft_pretraining.optim.basis.svd import LinAlgError
+from peft_pretraining.optim.basis.svd import LinAlgError, squared_norm
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, phases, run, together
 from peft_pretraining.optim.tensors.projection import Bases, Projection, overlap
@@ -271,14 +271,12 @@ def _project(parts: Sequence[tuple[Projection, Bases, Tensor]]) -> Phases[list[T
 
 
 def _measure_energy(refreshed: Sequence[tuple[Arrival, Projected]]) -> Phases[None]:
-    """‖R‖² / ‖G‖² of those that tried a refresh. In float64: the squares of a small float32 gradient underflow."""
+    """‖R‖² / ‖G‖² of those that tried a refresh."""
     asked = []
     for each, projected in refreshed:
         projection = each.subspace.projection
         pairs = ((projected.low_rank_grad, projection.low_rank_shard), (each.grad, projection.shard))
-        asked += [
-            Collective(torch.linalg.vector_norm(part, dtype=torch.float64).square(), shard) for part, shard in pairs
-        ]
+        asked += [Collective(squared_norm(part), shard) for part, shard in pairs]
     sums = yield asked
     for place, (_, projected) in enumerate(refreshed):
         kept, whole = sums[2 * place], sums[2 * place + 1]
