@@ -15,7 +15,7 @@ from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
 from peft_pretraining.optim.basis.svd import LinAlgError, squared_norm
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, phases, run, together
-from peft_pretraining.optim.tensors.projection import Bases, Projection, overlap
+from peft_pretraining.optim.tensors.projection import SCALES, Bases, Projection, overlap
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter
 
 log = logging.getLogger("peft_pretraining")
@@ -28,6 +28,8 @@ class Projected:
     low_rank_grad: Tensor
     new_bases: Bases | None = None
     """The bases it was projected with, if they are new."""
+    in_place: bool = False
+    """They are new, and in the state already."""
     energy: Tensor | None = None
     """‖R‖² / ‖G‖², at a refresh."""
     failed: bool = False
@@ -42,7 +44,7 @@ class Projected:
     @property
     def changes_bases(self) -> bool:
         """Whether this update's refresh was made, or failed."""
-        return self.new_bases is not None or self.failed
+        return self.new_bases is not None or self.in_place or self.failed
 
     def look_at(self, grad: Tensor) -> None:
         """Remember what this was made of."""
@@ -84,7 +86,7 @@ class Subspace:
         return {
             "last_refresh": StateTensor(counter(-1)),
             "refreshes": StateTensor(counter(0)),
-            **{side: StateTensor(basis) for side, basis in bases.items()},
+            **{key: StateTensor(kept) for key, kept in self.projection.stored_bases(bases).items()},
             **self.rule.declare_state(bases, self.projection, group),
         }
 
@@ -133,16 +135,16 @@ class Subspace:
         """Let the first bases take the place of the zeros before their update: they exist once. Until `apply` nothing
         counts them, and `clear_first` takes them back."""
         assert projected.new_bases is not None
-        bases = self.bases(state)
-        for side, basis in projected.new_bases.items():
-            bases[side].copy_(basis)
-        projected.new_bases = bases
+        self.projection.store(state, projected.new_bases)
+        projected.new_bases, projected.in_place = None, True
 
     def clear_first(self, state: dict[str, Tensor]) -> None:
         """Make zeros of first bases whose update did not take place."""
         if not int(state["refreshes"]):
-            for basis in self.bases(state).values():
-                basis.zero_()
+            for side in self.projection.sides:
+                for key in (side, side + SCALES):
+                    if key in state:
+                        state[key].zero_()
 
     def apply(
         self,
@@ -158,17 +160,17 @@ class Subspace:
             metrics.setdefault("failed_refreshes", []).append(torch.ones(()))
             if not first:  # with a basis to go on with, the next attempt is a gap away
                 state["last_refresh"].fill_(step)
-        if projected.new_bases is None:
+        if projected.new_bases is None and not projected.in_place:
             return
-        old, new = self.bases(state), projected.new_bases
         metrics.setdefault("refreshed", []).append(torch.ones(()))
         if projected.energy is not None:
             metrics.setdefault("captured_energy", []).append(projected.energy)
-        if not first:
-            metrics.setdefault("basis_overlap", []).append(overlap(old, new))
-            self.rule.rotate_moments(state, self.projection, old, new, rule)
-        for side, basis in new.items():
-            old[side].copy_(basis)
+        if (new := projected.new_bases) is not None:
+            if not first:
+                old = self.bases(state)
+                metrics.setdefault("basis_overlap", []).append(overlap(old, new))
+                self.rule.rotate_moments(state, self.projection, old, new, rule)
+            self.projection.store(state, new)
         state["refreshes"] += 1
         state["last_refresh"].fill_(step)
 
@@ -232,7 +234,7 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
 
 
 def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[dict[int, Bases]]:
-    """New bases in the dtype of the old ones; none, with a warning, where no routine could decompose the gradient."""
+    """New bases as they will be read; none, with a warning, where no routine could decompose the gradient."""
     by_rule: dict[int, list[Arrival]] = {}
     for each in due:
         if id(each) in refreshes:
@@ -252,8 +254,7 @@ def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[
                 said = "the basis of %s could not be refreshed at update %d: %s%s"
                 log.warning(said, subspace.name, each.step, bases, subspace.note)
                 continue
-            old = subspace.bases(each.state)
-            new[id(each)] = {side: basis.to(old[side].dtype).contiguous() for side, basis in bases.items()}
+            new[id(each)] = subspace.projection.as_read(bases)
     return new
 
 
