@@ -85,7 +85,7 @@ def _gram(matrix: Tensor, rank: int, sides: tuple[str, ...]) -> Bases:
 
 def _row_blocks(a: Tensor) -> tuple[Tensor, ...]:
     """Consecutive rows of a matrix, `_NUMBERS_AT_ONCE` at a time; all of a smaller one."""
-    return a.split(max(1, _NUMBERS_AT_ONCE // max(1, a.shape[1])))
+    return torch.split(a, max(1, _NUMBERS_AT_ONCE // max(1, a.shape[1])))
 
 
 def _gram_of_columns(a: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ def quantize(values: Tensor, dim: int, noise: Tensor | None = None) -> tuple[Ten
     [0, 1) and in the same shape, stochastically: then the mean over the noise is `values`."""
     values = values.float()
     length = values.shape[dim]
-    blocks = F.pad(values.movedim(dim, -1), (0, -length % BLOCK)).unflatten(-1, (-1, BLOCK))  # (..., blocks, 256)
-    scales = blocks.abs().amax(-1) / _LARGEST
+    padded = F.pad(values.movedim(dim, -1), (0, -length % BLOCK))
+    scales = torch.unflatten(padded, -1, (-1, BLOCK)).abs().amax(-1) / _LARGEST
     steps = _times(values, (1 / scales).nan_to_num_(posinf=0.0).movedim(-1, dim), dim)
     rounded = steps.round_() if noise is None else steps.add_(noise).floor_()
     return rounded.clamp_(-_LARGEST, _LARGEST).to(torch.int8), scales.movedim(-1, dim).contiguous()
@@ -54,7 +54,7 @@ def _times_(values: Tensor, scales: Tensor, dim: int) -> Tensor:
     length = values.shape[dim]
     whole = length // BLOCK
     if whole:
-        body = values.narrow(dim, 0, whole * BLOCK).unflatten(dim, (whole, BLOCK))
+        body = torch.unflatten(values.narrow(dim, 0, whole * BLOCK), dim, (whole, BLOCK))
         body.mul_(scales.narrow(dim, 0, whole).unsqueeze(dim + 1))
     if length % BLOCK:
         values.narrow(dim, whole * BLOCK, length % BLOCK).mul_(scales.narrow(dim, whole, 1))
