@@ -153,6 +153,8 @@ class SubspaceOptimizer(InPlaceOptimizer):
         for name in ("rule", "basis", "lift", "state_format"):  # what older states do not name they got from `own`
             if saved[name] != own[name]:
                 raise other_state(name, saved[name], own[name])
+        if (saved["basis_dtype"] == "int8") != (own["basis_dtype"] == "int8"):
+            raise other_state("basis_dtype", saved["basis_dtype"], own["basis_dtype"])
         for param in own["params"]:
             subspace = self._slots[param].subspace
             if (saved["rank"] is None) != (subspace is None):
