@@ -50,9 +50,12 @@ class LowRankOptimizer(ProjectedGradients):
     for weights that are not projected), adamw8bit, adafactor, lion, sgd, and for groups that name none the
     constructor's; `basis`, one of `bases.BASES`, by default what `proj_type` and `rand_ratio` ask for; `lift`, one of
     identity, project_back, sign; `state_format`, one of `published` (everything in the weight's dtype), float32 (state
-    and arithmetic, the weight rounded once an update), `weight` (as float32, but bases and first moments in the weight's
-    dtype), 8bit; `rounding`, of bfloat16 weights: nearest or stochastic, by `seed` and the parameter's name. Classes of one's own derive from `UpdateRule`, `BasisRule` and
-    `Lift`, and an object goes into the group in place of a name.
+    and arithmetic, the weight rounded once an update), `weight` (as float32, but bases and first moments in the
+    weight's dtype), 8bit. Classes of one's own derive from `UpdateRule`, `BasisRule` and `Lift`, and an object goes
+    into the group in place of a name.
+
+    `rounding` is how bfloat16 weights are rounded: nearest or stochastic, which is a function of the group's `seed`,
+    the update and the parameter's name. `basis_dtype`, one of auto, float32, weight, int8, is how bases are kept.
 
     `betas` belong to AdamW (0.9, 0.999) and Lion (0.9, 0.99), `eps` to AdamW (added before the bias correction),
     `beta1` to Adafactor, `momentum` and `dampening` to SGD; a scheduler that cycles momentum cycles `betas` or

@@ -51,9 +51,9 @@ def zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 STATE_FORMATS = ("published", "weight", "float32", "8bit")
-"""How a group's state is kept. `published`: in the weight's dtype, in which all arithmetic is done. `float32`: state and
-arithmetic in float32 at least, the weight rounded once an update. `weight`: arithmetic as with `float32`; bases, and
-first moments that forget fast enough for it, in the weight's dtype. `8bit`: moments in blocks of 8 bits, where the
+"""How a group's state is kept. `published`: in the weight's dtype, in which all arithmetic is done. `float32`: state
+and arithmetic in float32 at least, the weight rounded once an update. `weight`: arithmetic as with `float32`; bases,
+and first moments that forget fast enough for it, in the weight's dtype. `8bit`: moments in blocks of 8 bits, where the
 update rule has such a form. For weights of 32 bits and more, all but `8bit` are the same."""
 
 FASTEST_FORGOTTEN = 0.95
