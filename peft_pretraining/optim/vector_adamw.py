@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.optim.state.base import InPlaceOptimizer, gradient_of
 from peft_pretraining.optim.state.settings import check_betas, check_keys, check_numbers
+from peft_pretraining.optim.state.state_reset import MOMENTS
 
 
 class VectorAdamW(InPlaceOptimizer):
@@ -62,10 +63,24 @@ class VectorAdamW(InPlaceOptimizer):
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} is divided within its vectors' counts")
             states[param] = {
                 "step": torch.zeros(count, dtype=torch.float32, device=param.device),
-                "exp_avg": torch.zeros_like(param),
-                "exp_avg_sq": torch.zeros_like(param),
+                **self._new_moments(param, vectors),
             }
         return states
+
+    def _new_moments(self, param: Tensor, vectors: int | None) -> dict[str, Tensor]:
+        return {key: torch.zeros_like(param) for key in MOMENTS}
+
+    @torch.no_grad()
+    def reset_vectors(self, param: Tensor, index: Tensor, counts: bool = True) -> None:
+        """Zero the moments of some of a parameter's vectors and, with `counts`, let them count updates from 0 again.
+
+        `index` (int64) says which, on the parameter's device.
+        """
+        state, dim = self.state[param], self.group_of(param)["vectors"]
+        for key in MOMENTS:
+            local(state[key]).index_fill_(dim, index, 0)
+        if counts:
+            state["step"].index_fill_(0, index, 0)
 
     @_disable_dynamo  # as torch's own: it may be called in code that is compiled
     @torch.no_grad()
