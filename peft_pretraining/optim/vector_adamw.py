@@ -11,8 +11,8 @@ from torch._compile import _disable_dynamo
 
 from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.optim.state.base import InPlaceOptimizer, gradient_of
-from peft_pretraining.optim.state.settings import check_betas, check_keys, check_numbers
 from peft_pretraining.optim.state.saved_state import other_state
+from peft_pretraining.optim.state.settings import check_betas, check_keys, check_numbers
 from peft_pretraining.optim.state.state_reset import MOMENTS
 from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically
 from peft_pretraining.optim.tensors.state_tensor import FASTEST_FORGOTTEN, ROUNDINGS, STATE_FORMATS, working_dtype
