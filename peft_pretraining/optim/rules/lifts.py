@@ -65,7 +65,8 @@ class Identity(Lift):
         for update in updates:
             assert update.direction is not None
             for rows, weight in update.moving_rows():
-                weight.add_(update.direction.tensor[rows], alpha=-update.direction.factor)
+                direction = update.direction.tensor
+                weight.add_(direction[rows] if direction.ndim else direction, alpha=-update.direction.factor)
 
 
 class ProjectBack(Lift):
