@@ -275,7 +275,6 @@ def test_a_whole_copy_of_the_weight_never_exists(rule, rank, monkeypatch):
     for step in range(2):
         optimizer.begin_update(step)
         set_gradients([param], step)
-        optimizer.project_gradients()
         with peak_bytes() as peak:
             optimizer.step()
     # Widened: weight, gradient and two moments, twice in passing, and the noise; beside a lift R, D and their kin.

@@ -263,7 +263,7 @@ def _project(parts: Sequence[tuple[Projection, Bases, Tensor]]) -> Phases[list[T
     return (
         yield [
             Collective(
-                projection.project(bases, grad.to(next(iter(bases.values())).dtype)),
+                projection.project(bases, grad),
                 projection.sum_shard,
             )
             for projection, bases, grad in parts
