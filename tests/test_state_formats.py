@@ -360,3 +360,23 @@ def test_states_of_before_are_as_published():
     assert fresh.param_groups[0]["state_format"] == "published"
     with pytest.raises(ValueError, match="state_format"):
         optimizer_of(weights(), "adamw", "SVD", state_format="weight").load_state_dict(saved)
+
+
+@pytest.mark.parametrize("state_format, how", [("8bit", "nearest"), ("8bit", "stochastic"), ("float32", "stochastic")])
+def test_8_bit_moments_of_bfloat16_weights_are_those_of_float32_ones(state_format, how):
+    """The kernel reads bfloat16 gradients and computes in float32; the direction is rounded, and so is the weight."""
+    start = torch.randn(80, 64, generator=torch.Generator().manual_seed(0)).to(HALF)
+    param, twin = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    own = {"state_format": state_format, "rounding": how}
+    optimizer = LowRankOptimizer([{"params": [param], **own}], rule="adamw8bit", lr=0.05, weight_decay=0.1)
+    reference = LowRankOptimizer([twin], rule="adamw8bit", lr=0.05, weight_decay=0.1)
+    for step in range(4):
+        set_gradients([param], step)
+        twin.grad = param.grad.float()
+        optimizer.step()
+        reference.step()
+        for key, value in reference.state[twin].items():
+            assert torch.equal(optimizer.state[param][key], value), key
+        distance = (param.float() - twin).abs()
+        assert (distance <= 2**-7 * twin.abs() + 0.05 * 2**-8 + 1e-6).all()
+        twin.data.copy_(param)
