@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.causal_lm import LlamaForCausalLM
+from peft_pretraining.models.compute_dtype import compute_in, norms
 from peft_pretraining.models.initial_weights import WORTH_A_THREAD, initialize
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
 from peft_pretraining.models.model_keys import KEYS
 
 if TYPE_CHECKING:
-    from peft_pretraining.config import ModelConfig
+    from peft_pretraining.config import ModelConfig, Precision
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -32,13 +34,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `ConfigError` where flash attention cannot run: it knows neither the CPU nor float32."""
+    """Raise `ConfigError` where flash attention cannot run: it knows neither the CPU nor float32.
+
+    `dtype` is that of activations.
+    """
     if name != "flash_attention_2":
         return
     if device.type != "cuda":
         raise ConfigError(["--attn_implementation flash_attention_2 needs CUDA; on the CPU use sdpa"])
     if dtype != torch.bfloat16:
-        raise ConfigError([f"--attn_implementation flash_attention_2 needs --dtype bfloat16, not {dtype}"])
+        raise ConfigError(
+            [f"--attn_implementation flash_attention_2 computes in bfloat16, not in {dtype}: see --precision"]
+        )
 
 
 def build_model(
@@ -47,15 +54,20 @@ def build_model(
     weights_from: str | None,
     device: torch.device,
     seed: int | None = None,
+    precision: Precision | None = None,
 ) -> PreTrainedModel:
     """A LLaMA in training mode.
+
+    `precision` says in which dtypes weights are kept and products computed; without it `config.dtype` is that of all.
 
     With `weights_from`, a folder or hub name, its weights are read; raises `ConfigError` unless they are a whole LLaMA.
     Otherwise `shape` is the model JSON's settings, and weights are drawn by `seed`; with a seed of None the model has
     no memory until `materialize` gives it some.
     """
-    dtype = resolve_dtype(config.dtype, device)
-    check_attention(config.attn_implementation, device, dtype)
+    dtype = resolve_dtype(precision.weight_dtype if precision else config.dtype, device)
+    norm_dtype = _DTYPES[precision.norm_dtype] if precision else dtype
+    compute_dtype = _DTYPES[precision.compute_dtype] if precision else dtype
+    check_attention(config.attn_implementation, device, compute_dtype)
     if weights_from is not None:
         flag = "--model_name_or_path" if weights_from == config.model_name_or_path else "--warmed_up_model"
         what = f"{flag} {weights_from}"
@@ -64,21 +76,25 @@ def build_model(
             LlamaForCausalLM,
             weights_from,
             what,
-            dtype=dtype,
+            dtype=torch.promote_types(dtype, norm_dtype),
             return_dict=True,
             output_attentions=False,
             output_hidden_states=False,
             attn_implementation=config.attn_implementation,
             revision=config.model_revision or "main",
         )
+        _cast(model, dtype, norm_dtype)
     else:
         model = _empty_model(config, shape, dtype)
+        _cast(model, dtype, norm_dtype)
         if seed is not None:
             materialize(model, device, seed)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     embeddings.padding_idx = None
     model.config.use_cache = True
+    if {dtype, norm_dtype} != {compute_dtype}:
+        compute_in(model, compute_dtype)
     if config.activation_checkpointing:
         # transformers renamed it in 5.2x; both take the arguments of torch.utils.checkpoint first.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -88,6 +104,14 @@ def build_model(
 
 def _moved(model: PreTrainedModel, to: torch.device | torch.dtype) -> PreTrainedModel:
     return model.to(to)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
+    """Norms' weights to one dtype, all others to another, one by one; buffers stay as they are."""
+    of_norms = {param for norm in norms(model) for param in norm.parameters()}
+    for param in model.parameters():
+        param.data = param.data.to(norm_dtype if param in of_norms else dtype)
+    model.config.dtype = dtype
 
 
 def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:

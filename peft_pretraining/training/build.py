@@ -33,7 +33,6 @@ from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.optim.model_groups import describe_groups
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
@@ -86,6 +85,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     Nothing is written before everything that can fail on bad input has succeeded, but for the mark of who holds a
     folder that is there already.
     """
+    launch = _for_device(launch, group.device.type)
     config = launch.config
     for warning in launch.warnings:
         log.warning(warning)
@@ -136,6 +136,11 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
         tracker=tracker,
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
+
+
+def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
+    """With the precision that an `auto` means on this device: it is recorded, and a run keeps it wherever it goes."""
+    return replace(launch, config=launch.config.replace(precision=launch.config.resolved_precision(device_type).name))
 
 
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:
@@ -252,11 +257,11 @@ def _describe(
     trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
     log.info("run folder %s", save_dir)
     log.info(
-        "%s on %d x %s, %s: %.2fM parameters, %.2fM trainable",
-        *(config.method.method, group.world_size, group.device.type, resolve_dtype(config.model.dtype, group.device)),
+        "%s on %d x %s: %.2fM parameters, %.2fM trainable",
+        *(config.method.method, group.world_size, group.device.type),
         *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
     )
-    for line in groups:
+    for line in (config.resolved_precision(), *groups):
         log.info("%s", line)
     log.info(
         "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %s",

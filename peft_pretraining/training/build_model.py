@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.models.causal_lm import LlamaForCausalLM, can_fuse_loss
 from peft_pretraining.models.llama import build_model, drawn_together, materialize, materialize_layers
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, replace_linear
 from peft_pretraining.optim.state.gradient_owner import GradientOwner
@@ -35,7 +37,9 @@ def distributed_model(
     sharded = distributed.distributed_type == "fsdp" and group.world_size > 1
     # Sharding a model moves it to the devices, layer by layer.
     made_on = torch.device("cpu") if sharded else group.device
-    model = build_model(config.model, shape, weights_from, group.device)
+    model = build_model(
+        config.model, shape, weights_from, group.device, precision=config.resolved_precision(group.device.type)
+    )
     if type(method).convert is not TrainingMethod.convert:  # which may read any of the weights
         materialize(model, made_on, seed)
         model = cast(PreTrainedModel, method.convert(model))
@@ -56,7 +60,17 @@ def distributed_model(
     else:
         replace_within("")
     materialize(model, group.device, seed)
+    choose_loss(model, config.model.fused_loss, group.device)
     return model
+
+
+def choose_loss(model: PreTrainedModel, fused: str, device: torch.device) -> None:
+    """Let the model make its loss as `--fused_loss` says. Raises `ConfigError` where it is asked for what it cannot."""
+    possible = can_fuse_loss(model)
+    if fused == "on" and not possible:
+        raise ConfigError(["--fused_loss on needs a head that is a matrix alone, without bias and without factors"])
+    if possible:
+        cast(LlamaForCausalLM, model).fused_loss = fused == "on" or (fused == "auto" and device.type == "cuda")
 
 
 def _follow_sharding(module: nn.Module) -> None:
