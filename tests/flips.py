@@ -24,7 +24,13 @@ OPERATIONAL = {
     "where the input comes from": ("model_config", "model_name_or_path", "dataset_path", "base_dir", "from_json_data"),
     "where results go, and what is kept of them": ("save_dir", "save_every", "keep_checkpoints", "async_save"),
     "which run is continued": ("autoresume", "resume_from", "warmed_up_model"),
-    "speed and memory alone": ("workers", "activation_checkpointing", "no_offload_candidates", "deterministic"),
+    "speed and memory alone": (
+        "workers",
+        "activation_checkpointing",
+        "fused_loss",
+        "no_offload_candidates",
+        "deterministic",
+    ),
     "acts on a GPU, or with several processes": (
         "matmul_precision",
         "single_gpu",

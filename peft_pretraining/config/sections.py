@@ -64,6 +64,11 @@ class ModelConfig:
     dtype: str = setting(
         "auto", _dtype, "older spelling of --precision: bfloat16 (bf16), float32 (fp32), float64 (fp64)"
     )
+    fused_loss: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "make head and loss together, some tokens at a time, without logits of the whole batch; auto: on CUDA",
+    )
     activation_checkpointing: bool = setting(
         False, boolean, "keep only each layer's input and recompute the rest in the backward pass"
     )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from peft_pretraining import rng
-from peft_pretraining.distributed.gathering import copy_to_shard
-from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.causal_lm import LlamaForCausalLM
 from peft_pretraining.models.compute_dtype import compute_in, norms
+from peft_pretraining.models.initial_weights import WORTH_A_THREAD, initialize
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
 from peft_pretraining.models.model_keys import KEYS
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from peft_pretraining.config import ModelConfig, Precision
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+_AT_ONCE = 2**27
+"""Numbers of the layers that are drawn together before they are replaced: a decoder layer of 7B has 1.5 times that."""
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -132,8 +135,7 @@ def materialize(model: PreTrainedModel, device: torch.device, seed: int) -> None
     """Give a model on the meta device memory on `device`, and its initial weights, in place.
 
     What has its weights is left alone. Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as
-    transformers does. Each weight is a function of (seed, its name), drawn in float32 on the CPU and then rounded, one
-    at a time: the same on every device and for every way to distribute the model, and the model never exists twice.
+    transformers does (`initial_weights`).
     """
     missing = {name for name, param in model.named_parameters() if param.is_meta}
     if not missing:
@@ -143,30 +145,33 @@ def materialize(model: PreTrainedModel, device: torch.device, seed: int) -> None
     # Its buffers are computed when it is built, and saved nowhere.
     assert isinstance(model.config, LlamaConfig)
     model.set_submodule("model.rotary_emb", LlamaRotaryEmbedding(model.config).to(device))
-    for name, param in model.named_parameters():
-        if name in missing:
-            _initialize(name, param, model.config.initializer_range, seed)
+    params = {name: param for name, param in model.named_parameters() if name in missing}
+    initialize(params, model.config.initializer_range, seed)
 
 
 @torch.no_grad()
-def materialize_layer(model: PreTrainedModel, name: str, device: torch.device, seed: int) -> None:
-    """Give one layer of a model on the meta device what `materialize` would, so that it can be replaced before the
-    others take any memory. One that has its weights is left alone."""
-    layer = model.get_submodule(name)
-    if not any(param.is_meta for param in layer.parameters()):
-        return
-    layer.to_empty(device=device)
-    for key, param in layer.named_parameters():
-        _initialize(f"{name}.{key}", param, model.config.initializer_range, seed)
+def materialize_layers(model: PreTrainedModel, names: Iterable[str], device: torch.device, seed: int) -> None:
+    """Give some layers of a model on the meta device what `materialize` would, so that they can be replaced before the
+    others take any memory. Those that have their weights are left alone."""
+    params = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if any(param.is_meta for param in layer.parameters()):
+            layer.to_empty(device=device)
+            params.update({f"{name}.{key}": param for key, param in layer.named_parameters()})
+    initialize(params, model.config.initializer_range, seed)
 
 
-def _initialize(name: str, param: nn.Parameter, std: float, seed: int) -> None:
-    if param.ndim < 2:
-        local(param).fill_(0.0 if name.endswith("bias") else 1.0)
-        return
-    generator = rng.generator(seed, f"initial weights of {name}")
-    in_place = local(param) is param and param.device.type == "cpu" and param.dtype == torch.float32
-    drawn = param.data if in_place else torch.empty(param.shape, dtype=torch.float32)
-    drawn.normal_(0.0, std, generator=generator)
-    if not in_place:
-        copy_to_shard(param, drawn)
+def drawn_together(model: PreTrainedModel, names: Iterable[str]) -> Iterator[list[str]]:
+    """Consecutive layers that are drawn together before each is replaced: large ones, as long as they are few."""
+    lot: list[str] = []
+    numbers = 0
+    for name in names:
+        size = sum(param.numel() for param in model.get_submodule(name).parameters() if param.is_meta)
+        if lot and (size < WORTH_A_THREAD or numbers + size > _AT_ONCE):
+            yield lot
+            lot, numbers = [], 0
+        lot.append(name)
+        numbers += size
+    if lot:
+        yield lot

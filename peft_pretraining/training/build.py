@@ -39,7 +39,7 @@ from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import distributed_model, reduced_model
 from peft_pretraining.training.loop import Run, train
-from peft_pretraining.training.profiling import Profiler
+from peft_pretraining.training.profiling import Profiler, describe_peak, reset_peak_memory
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.training.tracking import Tracker, log, start_logging
 
@@ -65,6 +65,7 @@ def run(launch: ParsedArgs) -> int:
         exit_code = 1
         try:
             exit_code = train(run)
+            log.info("%s", describe_peak(group.device))
         except DataError as error:
             log.error("%s", error)
         except TrainingFailed as error:
@@ -119,6 +120,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     groups = describe_groups(model, optimizer, config.optimizer.optimizer)
     _describe(config, save_dir, model, groups, data, group)
     tracker = Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock, groups)
+    reset_peak_memory(group.device)
     return Run(
         config=config,
         group=group,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,13 @@ from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.rules.update_rules import UPDATE_RULES
 from peft_pretraining.optim.state.base import name_of
 from peft_pretraining.optim.tensors.projection import Projection
-from peft_pretraining.optim.tensors.state_tensor import STATE_FORMATS, StateTensor, working_dtype
+from peft_pretraining.optim.tensors.state_tensor import (
+    BASIS_DTYPES,
+    STATE_FORMATS,
+    StateTensor,
+    basis_storage,
+    working_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Objects:
     basis: BasisRule | None
     lift: Lift
     state_format: str
+    basis_dtype: str = "auto"
     basis_is_given: bool = False
     """Whether the basis rule is an object that was given: then no setting of the group changes it."""
 
@@ -44,6 +51,8 @@ def objects_of(group: dict[str, Any]) -> Objects:
     state_format = group["state_format"]
     if state_format not in STATE_FORMATS:
         raise ValueError(f"state_format must be one of {', '.join(STATE_FORMATS)}, got {state_format!r}")
+    if group["basis_dtype"] not in BASIS_DTYPES:
+        raise ValueError(f"basis_dtype must be one of {', '.join(BASIS_DTYPES)}, got {group['basis_dtype']!r}")
     rule = update_rule(group["rule"]).in_format(state_format)
     basis, lift = group["basis"], group["lift"]
     given = isinstance(basis, BasisRule)
@@ -54,6 +63,11 @@ def objects_of(group: dict[str, Any]) -> Objects:
         basis = None if group["rank"] is None else basis_rule(group)
     if basis is not None and group["rank"] is None:
         raise ValueError(f"basis {basis.name!r} needs a rank in the same group")
+    if basis is not None and group["basis_dtype"] == "int8" and not basis.refreshes:
+        raise ValueError(
+            f"basis_dtype 'int8' does not go with basis {basis.name!r}, which moves by less than 8 bits can show in "
+            "every update"
+        )
     if not isinstance(lift, Lift):
         if lift is not None and lift not in LIFTS:
             raise ValueError(f"lift must be one of {', '.join(LIFTS)}, or an object, got {lift!r}")
@@ -63,7 +77,7 @@ def objects_of(group: dict[str, Any]) -> Objects:
     for name in ("rule", "basis", "lift"):
         if not isinstance(group[name], str | None):
             group[name] = group[name].name
-    return Objects(rule, basis, lift, state_format, given)
+    return Objects(rule, basis, lift, state_format, group["basis_dtype"], given)
 
 
 def update_rule(rule: Any) -> UpdateRule:
@@ -154,7 +168,11 @@ def new_slots(group: dict[str, Any], objects: Objects, place: int, peers: list[S
                 raise ValueError(
                     f"a projected parameter must be a matrix, {empty}got {name} of shape {tuple(param.shape)}{note}"
                 )
-            projection = objects.basis.projection(group, ShardInfo.of(param))
+            projection = replace(
+                objects.basis.projection(group, ShardInfo.of(param)),
+                stored=basis_storage(objects.basis_dtype, objects.state_format, param.dtype),
+                working=working_dtype(objects.state_format, param.dtype),
+            )
             subspace = Subspace(objects.basis, projection, name, peers, note)
         slots.append((param, Slot(param, index, name, objects, subspace)))
     return slots

@@ -16,7 +16,7 @@ from peft_pretraining.optim.basis.subspace import Projected, Subspace
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.state.base import InPlaceOptimizer
 from peft_pretraining.optim.state.saved_state import other_state
-from peft_pretraining.optim.state.settings import check_formats, check_keys, check_numbers, check_projection
+from peft_pretraining.optim.state.settings import check_keys, check_numbers, check_projection, check_rounding
 from peft_pretraining.optim.state.slots import Objects, Slot, as_saved, new_slots, objects_of
 
 _ATTRIBUTES = (
@@ -89,7 +89,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group)
         check_projection(group)
-        check_formats(group)
+        check_rounding(group)
 
     def _new_states(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         if group["rule"] == self.rule.name:
@@ -153,6 +153,8 @@ class SubspaceOptimizer(InPlaceOptimizer):
         for name in ("rule", "basis", "lift", "state_format"):  # what older states do not name they got from `own`
             if saved[name] != own[name]:
                 raise other_state(name, saved[name], own[name])
+        if (saved["basis_dtype"] == "int8") != (own["basis_dtype"] == "int8"):
+            raise other_state("basis_dtype", saved["basis_dtype"], own["basis_dtype"])
         for param in own["params"]:
             subspace = self._slots[param].subspace
             if (saved["rank"] is None) != (subspace is None):
