@@ -140,7 +140,11 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
 
 def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
     """With the precision that an `auto` means on this device: it is recorded, and a run keeps it wherever it goes."""
-    return replace(launch, config=launch.config.replace(precision=launch.config.resolved_precision(device_type).name))
+    precision = launch.config.resolved_precision(device_type)
+    settings = {"precision": precision.name}
+    if precision.weight_dtype == "bfloat16":
+        settings["state_dtype"] = precision.state_format
+    return replace(launch, config=launch.config.replace(**settings))
 
 
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:
