@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from live_bytes import peak_bytes
 from projection_helpers import RULES, build, matrix, parameter, train
 
-from peft_pretraining.optim.basis import svd
+from peft_pretraining.optim.basis import svd, svd_basis
 from peft_pretraining.optim.basis.bases import GaussianBasis, RandomBasis, Refresh, SVDBasis, reconstruction_gradient
 from peft_pretraining.optim.basis.svd import SVD_METHODS, squared_norm, top_singular_vectors, with_signs
 from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, SIDES, Projection
@@ -297,3 +297,22 @@ def test_galore_keeps_its_moments_at_a_refresh():
     optimizer.step()
     assert int(optimizer.state[weight]["refreshes"]) == 2
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"], 0.9 * before, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_random_bases_are_the_same_from_any_number_of_threads(side, monkeypatch):
+    monkeypatch.setattr(svd_basis, "_WORTH_THREADS", 0)
+    shapes = [torch.Size(shape) for shape in ((12, 5), (5, 12), (7, 7), (9, 3))]
+    refreshes = [
+        Refresh(9, 2, 4, f"layer.{index}", torch.zeros(shape), Projection.for_weight(side, 3, shape), {})
+        for index, shape in enumerate(shapes)
+    ]
+    rule, found = RandomBasis(), {}
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(svd_basis, "share_of_cores", lambda threads=threads: threads)
+        found[threads] = rule.compute_bases(refreshes)
+    for index, refresh in enumerate(refreshes):
+        expected = rule.compute_basis(refresh)
+        for threads in found:
+            assert found[threads][index].keys() == expected.keys()
+            assert all(torch.equal(found[threads][index][key], expected[key]) for key in expected)

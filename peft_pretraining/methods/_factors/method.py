@@ -15,7 +15,7 @@ from peft_pretraining import rng
 from peft_pretraining.methods._factors.rank_sync import assert_equal_on_all_ranks
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.methods.groups import by_role
+from peft_pretraining.methods.groups import by_role, state_settings
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict
 from peft_pretraining.nn.initialization import draw_factors
@@ -85,7 +85,8 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
         groups = []
         for params, ratio in ((all_a, 1.0), (all_b, self.b_ratio)):
             if params:
-                groups.append({"params": params, "lr": lr * ratio, "initial_lr": lr * ratio})
+                own = state_settings(self.config)
+                groups.append({**own, "params": params, "lr": lr * ratio, "initial_lr": lr * ratio})
         rate = lr * self.config.method.dense_lr_ratio
         dense = by_role(self.config, model, {"params": others, "lr": rate, "initial_lr": rate}, ())
         if rate != lr and self.config.roles.adam_lr is None and all(group["lr"] != rate for group in dense):

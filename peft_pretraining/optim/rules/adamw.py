@@ -78,6 +78,10 @@ class TorchAdamW(AdamW):
     def __init__(self) -> None:
         super().__init__(torch_epsilon=True)
 
+    def in_format(self, state_format: str) -> UpdateRule:
+        """torch's kernel wants states in the weight's dtype: where they are not, D is found in theirs."""
+        return AdamW(torch_epsilon=True) if state_format == "float32" else super().in_format(state_format)
+
     def new_step(self, param: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device=param.device)
 

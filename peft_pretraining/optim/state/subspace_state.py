@@ -16,7 +16,7 @@ from peft_pretraining.optim.basis.subspace import Projected, Subspace
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.state.base import InPlaceOptimizer
 from peft_pretraining.optim.state.saved_state import other_state
-from peft_pretraining.optim.state.settings import check_keys, check_numbers, check_projection
+from peft_pretraining.optim.state.settings import check_formats, check_keys, check_numbers, check_projection
 from peft_pretraining.optim.state.slots import Objects, Slot, as_saved, new_slots, objects_of
 
 _ATTRIBUTES = (
@@ -44,6 +44,7 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "lift": None,
     "state_format": "weight",
     "basis_dtype": "auto",
+    "rounding": "nearest",
 }
 
 
@@ -88,6 +89,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group)
         check_projection(group)
+        check_formats(group)
 
     def _new_states(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         if group["rule"] == self.rule.name:
