@@ -27,6 +27,16 @@ SUM_DTYPES = ("float32", "weight", "int8")
 """How sums are kept: in float32; in the weight's dtype; those of R in blocks of 8 bits with a float32 scale, whole
 gradients in the weight's dtype."""
 
+
+def sum_bytes(param: Tensor, numbers: int, kept: str, low_rank: bool = True) -> int:
+    """Of the sum of as many numbers, of a parameter's gradients or their R."""
+    if kept == "float32" or param.dtype != torch.bfloat16:
+        return max(4, param.element_size()) * numbers
+    if kept == "weight" or not low_rank:
+        return 2 * numbers
+    return numbers + 4 * -(-numbers // BLOCK)
+
+
 _NUMBERS_AT_ONCE = 2**22
 """That are added in float32: temporaries of 16 MB."""
 

@@ -17,7 +17,6 @@ from peft_pretraining.optim.rules.update_rules import UPDATE_RULES
 from peft_pretraining.optim.state.base import name_of
 from peft_pretraining.optim.tensors.projection import Projection
 from peft_pretraining.optim.tensors.state_tensor import (
-    BASIS_DTYPES,
     STATE_FORMATS,
     StateTensor,
     basis_storage,
@@ -51,8 +50,6 @@ def objects_of(group: dict[str, Any]) -> Objects:
     state_format = group["state_format"]
     if state_format not in STATE_FORMATS:
         raise ValueError(f"state_format must be one of {', '.join(STATE_FORMATS)}, got {state_format!r}")
-    if group["basis_dtype"] not in BASIS_DTYPES:
-        raise ValueError(f"basis_dtype must be one of {', '.join(BASIS_DTYPES)}, got {group['basis_dtype']!r}")
     rule = update_rule(group["rule"]).in_format(state_format)
     basis, lift = group["basis"], group["lift"]
     given = isinstance(basis, BasisRule)
