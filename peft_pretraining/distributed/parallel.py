@@ -89,11 +89,13 @@ def _shard_module(module: nn.Module, name: str, mesh: DeviceMesh, group: Process
 
 
 def parallelize(model: nn.Module, group: ProcessGroup, low_rank: LowRankReduction | None = None) -> nn.Module:
-    """The module whose forward pass trains `model` on all processes; `model` itself for one, or when it is sharded.
+    """The module whose forward pass trains `model` on all processes.
+
+    `model` itself where nothing is distributed, and when it is sharded.
 
     With `low_rank`, DDP reduces projected gradients.
     """
-    if group.world_size == 1 or isinstance(model, FSDPModule):
+    if not group.is_collective or isinstance(model, FSDPModule):
         return model
     device_ids = [group.device.index] if group.device.type == "cuda" else None
     parallel = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
