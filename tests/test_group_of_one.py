@@ -70,7 +70,9 @@ def undisturbed(tmp_path_factory):
     ids=["unasked", "ddp", "fsdp"],
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_one_process_with_a_group_trains_as_one_without(command, undisturbed, request, tmp_path, method, layout, kind):
+def test_one_process_with_a_group_trains_as_one_without(
+    command, undisturbed, request, tmp_path, device, method, layout, kind
+):
     flags = {"num_training_steps": 8, "eval_every": 8, **METHODS[method]}
     alone = undisturbed(command, **flags)
     request.getfixturevalue("torchrun")
@@ -80,7 +82,7 @@ def test_one_process_with_a_group_trains_as_one_without(command, undisturbed, re
     helpers.assert_same_run(tmp_path / "run", alone)
 
 
-def test_projected_gradients_are_reduced_and_weights_divided(command, torchrun, tmp_path, monkeypatch):
+def test_projected_gradients_are_reduced_and_weights_divided(command, torchrun, tmp_path, device, monkeypatch):
     """What several processes do is done by one: the hook reduces R, states are parts of a mesh's."""
     shapes, real = [], dist.all_reduce
 
@@ -111,7 +113,7 @@ def test_projected_gradients_are_reduced_and_weights_divided(command, torchrun, 
 
 @pytest.mark.parametrize("layout", [FSDP, {"distributed_type": "ddp"}], ids=["fsdp", "ddp"])
 @pytest.mark.parametrize("grouped_first", [True, False])
-def test_a_run_goes_on_with_a_group_or_without(command, undisturbed, request, tmp_path, layout, grouped_first):
+def test_a_run_goes_on_with_a_group_or_without(command, undisturbed, request, tmp_path, device, layout, grouped_first):
     whole = undisturbed(command, **GALORE)
     parts = [{**layout, "async_save": True}, {"single_gpu": True}]
     request.getfixturevalue("torchrun")
