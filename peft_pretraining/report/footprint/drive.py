@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
@@ -20,6 +22,7 @@ from peft_pretraining.models.loss import Batch
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.optim.tensors.projection import LEFT, RIGHT
 from peft_pretraining.report.footprint.counters import Counts
+from peft_pretraining.report.footprint.processes import PER_NODE, group_of
 from peft_pretraining.report.footprint.stand_ins import META, as_on_a_gpu
 from peft_pretraining.report.footprint.storages import Storage
 from peft_pretraining.report.footprint.tracker import Tracker
@@ -50,17 +53,19 @@ class Measured:
 class Simulation:
     """A run on a device of the imagination: use it as a context."""
 
-    def __init__(self, config: Config, shape: dict[str, Any]):
+    def __init__(self, config: Config, shape: dict[str, Any], devices: int = 1):
         self.config, self.shape = config, shape
         self.tracker = Tracker()
-        self.group = ProcessGroup(0, 1, 0, 1, META)
+        self.group = ProcessGroup(0, devices, 0, min(devices, PER_NODE), META)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Simulation:
         quantised = any(isinstance(each, str) and "bit" in each for each in self.config.settings().values())
-        self._stack.enter_context(as_on_a_gpu(quantised))
-        self._stack.enter_context(self.tracker)
         try:
+            self._stack.enter_context(as_on_a_gpu(quantised))
+            if self.group.world_size > 1:
+                self._stack.enter_context(group_of(self.group.world_size, self.tracker))
+            self._stack.enter_context(self.tracker)
             self.run = self._build()
         except BaseException:
             self._stack.close()
@@ -73,7 +78,8 @@ class Simulation:
 
     def _build(self) -> Run:
         """As `training.build.build` does, without data, folder and records."""
-        config, group, tracker = self.config, self.group, self.tracker
+        config, group = self.config, self.group
+        self._enter("building")
         method = load_method(config.method.method)(config)
         model = distributed_model(config, self.shape, method, group)
         optimizer = method.build_optimizer(model)
@@ -84,7 +90,10 @@ class Simulation:
         method.prepare(model, optimizer, group.all_reduce_mean)
         gradients = gradient_owner(optimizer, model)
         parallel_model = reduced_model(config, group, model, gradients)
-        optimizer.register_step_pre_hook(lambda *args: self._enter("step"))
+        if isinstance(parallel_model, DistributedDataParallel) and not parallel_model._comm_hooks:
+            parallel_model.register_comm_hook(None, allreduce_hook)  # what DDP does anyway, where it can be seen
+            self.tracker.storages.say_of_those("building", "gradients")  # DDP's buckets
+        optimizer.register_step_pre_hook(self._step_begins)
         return Run(
             config=config,
             group=group,
@@ -104,6 +113,11 @@ class Simulation:
     def _enter(self, phase: str) -> None:
         self.tracker.phase = phase
 
+    def _step_begins(self, *args: Any) -> None:
+        self._enter("step")
+        for param in self.run.model.parameters():  # views of DDP's buckets, too
+            self._gradient_arrived(param)
+
     def _gradient_arrived(self, param: torch.Tensor) -> None:
         if param.grad is not None:
             self.tracker.storages.say(local(param.grad), "gradients", override=True)
@@ -115,20 +129,18 @@ class Simulation:
             frozen_factor = "lora_" in name and not param.requires_grad
             if local(param).is_meta:
                 say(local(param), "bases" if frozen_factor else "weights")
-        for buffer in model.buffers():
-            if buffer.is_meta:
-                say(local(buffer), "weights")
         for state in optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and local(value).is_meta:
                     say(local(value), "bases" if key.startswith((LEFT, RIGHT)) else "states")
+        self.tracker.storages.say_of_those("building", "weights")  # buffers, and what a layer keeps beside its weight
 
     def update(self, step: int, batch_size: int | None = None) -> Measured:
         """Update `step`, with micro-batches of `batch_size` sequences."""
         tracker, config, run = self.tracker, self.config, self.run
         self.batch_size = batch_size or config.batch.batch_size or 1
         length = config.data.max_length or 256
-        tracker.numbers_of_logits = self.batch_size * length * self.run.model.config.vocab_size  # type: ignore
+        tracker.logits = (self.batch_size * length, self.shape["vocab_size"])
         run.state.update_step = step
         tracker.phase, tracker.counts = "before", Counts()
         self.parts: list[Counts] = [tracker.counts]

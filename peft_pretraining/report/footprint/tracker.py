@@ -6,7 +6,9 @@ dispatches are those of a real update, and storages are born and die when they w
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peft_pretraining.report.footprint import work
-from peft_pretraining.report.footprint.collectives import Done, exchange_of
+from peft_pretraining.report.footprint.collectives import done, exchange_of
 from peft_pretraining.report.footprint.counters import Counts
 from peft_pretraining.report.footprint.small_values import SmallValues
 from peft_pretraining.report.footprint.storages import Storages
@@ -51,11 +53,15 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.storages, self.values, self.counts = Storages(), SmallValues(), Counts()
         self.phase = "before"
-        self.numbers_of_logits: int | None = None
+        self.logits = (0, 0)
+        """Tokens of a micro-batch, and the vocabulary."""
         self.fused_head = False
         self._known: dict[Any, _Operator] = {}
+        self._paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
         if any(each is not Tensor and each is not nn.Parameter for each in types):
             return NotImplemented  # a tensor of tensors, whose operators come by one by one
         kwargs = kwargs or {}
@@ -72,6 +78,15 @@ class Tracker(TorchDispatchMode):
             self._copied_to_device(kwargs.get("non_blocking", False))
         return self._on_device(func, operator, inputs, args, kwargs)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile happens on no device."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def _look_at(self, func: Any) -> _Operator:
         schema, name = func._schema, func._opname
         aliases = [each.alias_info for each in schema.returns if each.alias_info is not None]
@@ -81,14 +96,14 @@ class Tracker(TorchDispatchMode):
         self._known[func] = found = _Operator(name, view, schema.is_mutable, collective, launches)
         return found
 
-    def _now(self) -> str:
+    def now(self) -> str:
         """The phase: a backward pass tells itself."""
         if self.phase == "forward" and torch._C._current_graph_task_id() != -1:
             return "backward"
         return self.phase
 
     def _on_device(self, func: Any, operator: _Operator, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
-        out, phase = func(*args, **kwargs), self._now()
+        out, phase = func(*args, **kwargs), self.now()
         outs = [out] if isinstance(out, Tensor) else [each for each in tree_leaves(out) if isinstance(each, Tensor)]
         if operator.is_view:
             return out
@@ -107,7 +122,8 @@ class Tracker(TorchDispatchMode):
 
     def _component(self, tensor: Tensor, phase: str) -> str | None:
         """What a new tensor is for, as far as it can be told at once."""
-        if self.numbers_of_logits and tensor.numel() >= self.numbers_of_logits and phase in ("forward", "backward"):
+        tokens, vocabulary = self.logits
+        if tensor.ndim > 1 and tensor.shape[-1] == vocabulary and tensor.numel() == tokens * vocabulary:
             return "logits"
         if phase == "backward" and torch.is_grad_enabled():
             return "activations"  # recomputed
@@ -117,7 +133,7 @@ class Tracker(TorchDispatchMode):
 
     def wait(self, why: str) -> None:
         """The host waits for the device."""
-        self.counts.waits[self._now(), f"{_place()}: {why}"] += 1
+        self.counts.waits[self.now(), f"{_place()}: {why}"] += 1
 
     def _copied_to_device(self, non_blocking: bool) -> None:
         if not non_blocking:
@@ -142,7 +158,7 @@ class Tracker(TorchDispatchMode):
         if name == "copy_" and not args[1].is_meta:
             self._copied_to_device((len(args) > 2 and args[2]) or kwargs.get("non_blocking", False))
             self.values.write(args[0], args[1])
-            self.counts.operators[self._now(), "copy_"] += 1
+            self.counts.operators[self.now(), "copy_"] += 1
             return args[0]
         return None
 
@@ -169,17 +185,22 @@ class Tracker(TorchDispatchMode):
         if func.namespace != "c10d":
             out = func(*args, **kwargs)
         leaves = [each for each in tree_leaves((args, out)) if isinstance(each, Tensor)]
-        found = exchange_of(operator.name, self._now(), args, leaves)
+        found = exchange_of(operator.name, self.now(), args, leaves)
         if found is not None and any(each.is_meta for each in leaves):
             self.counts.exchanges[found] += 1
         if func.namespace != "c10d":
             for each in leaves:
                 if each.is_meta:
-                    self.storages.born(each, operator.name, self._now())
+                    self.storages.born(each, operator.name, self.now())
             return out
         tensors = [each for each in tree_leaves(args[0]) if isinstance(each, Tensor)]
-        done = Done(tensors).boxed()
-        return (args[0], done) if len(func._schema.returns) > 1 else done
+        if found is not None and found.kind in ("all_gather", "reduce_scatter"):
+            for each in leaves:
+                if each.is_meta:
+                    what = "gathered weights" if found.kind == "all_gather" else "gradients"
+                    self.storages.say(each, what, override=each.ndim == 1)
+        handle = done(tensors)
+        return (args[0], handle) if len(func._schema.returns) > 1 else handle
 
 
 def _makes_on_device(kwargs: dict[str, Any]) -> bool:
