@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from throughput import PROJECT, synchronise, write_random_blocks  # which makes the package importable
@@ -35,9 +36,10 @@ def main() -> None:
         if group.is_main:
             write_random_blocks(scratch / "data", arguments.model_config, arguments.max_length)
         group.barrier()
-        run = build(launch(arguments, flags, scratch), group)
-        times = measure(run, arguments.rounds, arguments.updates)
-        run.tracker.close(0)
+        with ExitStack() as stack:
+            run = build(launch(arguments, flags, scratch), group, stack)
+            times = measure(run, arguments.rounds, arguments.updates)
+            run.tracker.close(0)
         result = summary(times, run, arguments)
         group.barrier()
     finally:

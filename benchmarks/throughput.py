@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -38,24 +39,18 @@ from peft_pretraining.training.profiling import peak_memory_bytes  # noqa: E402
 
 def main() -> None:
     arguments, flags = parse()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         data = write_random_blocks(Path(scratch) / "data", arguments.model_config, arguments.max_length)
         launch = cli.load(
             [
                 *("--model_config", arguments.model_config, "--dataset_path", str(data)),
-                *(
-                    "--batch_size",
-                    str(arguments.batch_size),
-                    "--save_dir",
-                    f"{scratch}/run",
-                    "--dtype",
-                    arguments.dtype,
-                ),
+                *("--batch_size", str(arguments.batch_size), "--save_dir", f"{scratch}/run"),
+                *("--dtype", arguments.dtype),
                 *("--method", arguments.method, "--lr", "1e-3", "--workers", "8", *flags),
             ]
         )
         group = ProcessGroup.start(single_device=True)
-        run = build(launch, group)
+        run = build(launch, group, stack)
         bare = bare_update(launch, group)
         tokens = run.config.batch.total_batch_size * arguments.max_length
         times = take_turns({"loop": looped_update(run), "bare": bare}, arguments.turns, arguments.updates, group)

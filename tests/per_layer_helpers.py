@@ -12,10 +12,13 @@ from peft_pretraining.optim import LowRankOptimizer
 RULES = {"sgd": {"rule": "sgd", "lr": 0.1}, "adamw": {"rule": "adamw", "lr": 0.01, "weight_decay": 0.1}}
 
 
-def setup(rule: str = "sgd", rank: int = 4, **changes: Any) -> tuple[nn.Sequential, LowRankOptimizer]:
+def setup(
+    rule: str = "sgd", rank: int = 4, basis_dtype: str = "auto", **changes: Any
+) -> tuple[nn.Sequential, LowRankOptimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Tanh(), nn.Linear(24, 8, bias=False))
-    groups = [{"params": [model[0].weight]}, {"params": [model[2].weight], "rank": rank, "update_proj_gap": 3}]
+    projected = {"rank": rank, "update_proj_gap": 3, "basis_dtype": basis_dtype}
+    groups = [{"params": [model[0].weight]}, {"params": [model[2].weight], **projected}]
     return model, LowRankOptimizer(groups, **{**RULES[rule], **changes})
 
 

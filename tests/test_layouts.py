@@ -57,6 +57,7 @@ UNEVEN = {
     },
 }
 VARIANTS = {
+    "full_rank fused loss": {"method": "full_rank", "fused_loss": "on"},
     "full_rank lion": {"optimizer": "lion"},
     "galore reverse": {"method": "galore", "proj_type": "reverse_std", **PROJECTED},
     "galore left, staggered": {"method": "galore", "proj_type": "left", "stagger_refresh": True, **PROJECTED},

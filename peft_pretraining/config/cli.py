@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_pretraining.config import (
     Config,
+    check_precision,
     check_sharding,
     config_flags,
     derive_batch,
@@ -68,7 +69,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Parse
     legacy.check_unsupported(given, problems)
     chosen = legacy.choose(given, problems)
     settings, read = method_settings.settle(given, chosen, {}, problems)
-    config = Config.from_settings(settings)
+    config = check_precision.settle(Config.from_settings(settings), problems)
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     warn_without_effect(given, config, read, warnings)
@@ -81,6 +82,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Parse
         validate.read_data(config, facts, problems, warnings)
         config = _derive(config, given, facts, environ, problems, warnings)
         method_settings.check(config, given, problems, warnings)
+        check_precision.check(config, given, problems, warnings)
         check_sharding.check(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
         validate.check_memory(config, facts, problems)

@@ -11,6 +11,7 @@ and the trained factor begins at zero with the gradient -s·G Qᵀ in the new ba
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,6 +100,8 @@ class AdapterSubspace:
     def project(self, state: dict[str, Tensor], step: int) -> None:
         """Choose the new basis for the full gradient, which is complete and reduced, and give the trained factor its
         gradient in it. Nothing is committed: the update may still be skipped."""
+        kept = self.basis.dtype
+        self.subspace.projection = replace(self.subspace.projection, stored=kept, working=kept)
         projected = self.subspace.project(self._with_basis(state), self.gathered_gradient, self.settings, step)
         self.projected, self.layer.full_gradient = projected, None
         gradient, trained = projected.low_rank_grad.mul(self.layer.scale), self.trained.grad

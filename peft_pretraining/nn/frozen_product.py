@@ -23,7 +23,7 @@ class FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, trained: Tensor, layer: LowRankLinear) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(*([x] if layer.full_gradient is not None else []))
-        return F.linear(x, layer.dense_weight())  # (..., n) @ (n, m) -> (..., m)
+        return F.linear(x, layer.dense_weight().to(x.dtype))  # (..., n) @ (n, m) -> (..., m)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:

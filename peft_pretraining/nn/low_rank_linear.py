@@ -106,16 +106,18 @@ class LowRankLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scale={self.scale:g}"
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(self.dropout(x), self.lora_A) * self.current_scale()  # (..., n) -> (..., r)
-        low = F.linear(low, self.lora_B)  # (..., m)
+        dtype = x.dtype  # weights may have more digits (models/compute_dtype.py)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        low = F.linear(self.dropout(x), self.lora_A.to(dtype)) * self.current_scale()  # (..., n) -> (..., r)
+        low = F.linear(low, self.lora_B.to(low.dtype))  # (..., m)
         if self.lora_only:
-            return low if self.bias is None else low + self.bias
+            return low if bias is None else low + bias
         if self.weight is not None and self.full_gradient is None:
-            return F.linear(x, self.weight, self.bias) + low
+            return F.linear(x, self.weight.to(dtype), bias) + low
         # The trained factor goes along so that autograd visits the product even if x needs no gradient.
         trained = self.lora_A if self.lora_A.requires_grad else self.lora_B
         product = FrozenProduct.apply(x, trained, self)
-        return low + (product if self.bias is None else product + self.bias)
+        return low + (product if bias is None else product + bias)
 
     def current_scale(self) -> float | Tensor:
         return self.scale if self.scaling is None else self.scaling.tanh()

@@ -139,9 +139,11 @@ class PerLayerUpdates:
         self._index, self._count, self._queued = index, count, False
 
     def _drop(self) -> None:
-        """Forget the update before, and what one that broke off has left."""
+        """Forget the update before, and what one that broke off or did not take place has left."""
         for param in self._kept:
             param.grad = None
+        for param in {*self._early, *self._zero}:
+            self._take_back(param)
         for gathered in (self._sums, self._whole, self._kept, self._early, self._squared_norms, self._zero):
             gathered.clear()
         self._moved = self._queued = False
@@ -230,9 +232,17 @@ class PerLayerUpdates:
             # Every rank must come to the same basis.
             early = subspace.project(state, self._reduce(grad.clone()) if reads else grad, group, step)
             if early.new_bases is not None:
+                early.low_rank_grad = grad.new_empty(0)  # every micro-batch is projected as it arrives, this one, too
+                if first:
+                    subspace.put_in_place(state, early)
                 self._early[param] = early
                 return False
         return True
+
+    def _take_back(self, param: Tensor) -> None:
+        """The update does not take place: a first basis that is in place already goes, and stays due."""
+        if subspace := self._optimizer.subspaces.get(param):
+            subspace.clear_first(self._optimizer.local_state(param))
 
     def _move(self, param: Tensor, group: dict[str, Any], grad: Tensor | None, projected: Projected | None) -> None:
         """Clip and update one parameter from its complete gradient, G or its projection."""
@@ -246,6 +256,7 @@ class PerLayerUpdates:
             value = float(norm)
         self._squared_norms[param] = norm.double().square()
         if self._frozen or not math.isfinite(value):
+            self._take_back(param)
             return
         if value == 0 and not self._moved and shard.on_all_ranks(~gradient.any()):
             # Expanded zeros take no memory.

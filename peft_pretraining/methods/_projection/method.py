@@ -12,7 +12,7 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods._projection.settings import ONLINE_TYPES
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.methods.groups import by_role
+from peft_pretraining.methods.groups import by_role, state_settings
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sides
@@ -35,6 +35,7 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         """Settings of the projected parameter group: where its bases come from."""
         method = self.config.method
         return {
+            **state_settings(self.config),
             "rank": method.rank,
             "update_proj_gap": method.update_proj_gap,
             "scale": method.scale,

@@ -150,7 +150,9 @@ FAMILY = MethodSpec(
     values={"proj_type": PROJECTION_TYPES},
     update_rules=("adamw", "adamw8bit", "adafactor", "lion", "sgd"),
     state="mr + 2nr",
-    allows=Allows(projected_gradient=True, per_layer=True, fsdp=True, fine_tuning=True, fp16=True),
+    allows=Allows(
+        projected_gradient=True, per_layer=True, fsdp=True, fine_tuning=True, stochastic_rounding=True, fp16=True
+    ),
     tiny={"rank": 4, "update_proj_gap": 2},
     conditions=CONDITIONS,
     resolve=resolve,

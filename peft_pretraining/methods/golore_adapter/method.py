@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 class GoLoreAdapter(FactorMethod):
+    torch_epsilon = False
+
     def __init__(self, config: Config):
         super().__init__(config)
         self.subspaces: list[AdapterSubspace] = []

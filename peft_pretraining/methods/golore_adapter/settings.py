@@ -38,7 +38,7 @@ SPEC = replace(
         "lora_plus_ratio": "method {name} trains one factor of each layer, A or B by its shape, so there is no rate of "
         "B over that of A",
     },
-    update_rules=("adamw", "sgd"),
+    update_rules=("adamw", "adamw8bit", "sgd"),
     state="2nr",  # the basis is the factor that is not trained
     allows=replace(factors.FAMILY.allows, fp16=False),
     tiny={**projection.FAMILY.tiny, "rand_ratio": 0.5},

@@ -1,0 +1,31 @@
+"""The benchmarks that build a run: they run, so that whoever wants to compare can."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+TINY = "--model_config configs/llama_tiny.json --updates 1 --batch_size 2 --max_length 32"
+
+
+def run_benchmark(arguments: str, out: Path) -> dict:
+    command = [sys.executable, *arguments.split(), "--json", str(out)]
+    subprocess.run(command, cwd=PROJECT, check=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_throughput_measures_both_loops(tmp_path):
+    result = run_benchmark(f"benchmarks/throughput.py {TINY} --turns 1", tmp_path / "out.json")
+    assert all(rate > 0 for rate in result["tokens_per_second"].values())
+
+
+@pytest.mark.slow
+def test_save_measures_both_ways(tmp_path):
+    assert run_benchmark(f"benchmarks/save.py {TINY} --rounds 1", tmp_path / "out.json")
