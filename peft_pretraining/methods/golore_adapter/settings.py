@@ -24,15 +24,15 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
 
 
 def check_sharding(config: Config, inputs: Mapping[str, int], devices: int) -> list[str]:
-    """A trained factor that cannot be divided by columns is gathered when its moments move into a new basis, which those
-    in 8 bits cannot be."""
+    """A trained factor that cannot be divided by columns is gathered when its moments move into a new basis, and moments
+    in 8 bits cannot be gathered so."""
     uneven = {name: size for name, size in inputs.items() if size % devices and _is_target(config, name)}
     if config.optimizer.optimizer != "adamw8bit" or not uneven:
         return []
     name, size = next(iter(uneven.items()))
     return [
-        f"--optimizer adamw8bit: --distributed_type fsdp cannot divide the {size} inputs of {name} evenly over {devices} "
-        "devices: use another number of them, --replicas, ddp, or adamw"
+        f"--optimizer adamw8bit: --distributed_type fsdp cannot divide the {size} inputs of {name} evenly over "
+        f"{devices} devices: use another number of them, --replicas, ddp, or adamw"
     ]
 
 
