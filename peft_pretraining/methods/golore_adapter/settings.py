@@ -24,8 +24,8 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
 
 
 def check_sharding(config: Config, inputs: Mapping[str, int], devices: int) -> list[str]:
-    """A trained factor that cannot be divided by columns is gathered when its moments move into a new basis, and moments
-    in 8 bits cannot be gathered so."""
+    """A trained factor that cannot be divided by columns is gathered when its moments move into a new basis: in 8 bits
+    they cannot be."""
     uneven = {name: size for name, size in inputs.items() if size % devices and _is_target(config, name)}
     if config.optimizer.optimizer != "adamw8bit" or not uneven:
         return []
