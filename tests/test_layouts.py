@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gpu_tier
 import helpers
 import pytest
 import torch
@@ -227,6 +228,20 @@ def test_losses_in_float32_are_those_of_one_process(folder, layout, method):
 @pytest.mark.parametrize("method", FLOAT32_TOO)
 def test_losses_of_the_other_methods_in_float32(folder, layout, method):
     assert_same_losses(folder, layout, method)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", {**METHODS, **FACTORS})
+def test_a_gpu_trains_as_the_cpu(folder, method):
+    with gpu_tier.on_cpu():
+        expected = one(folder, method)
+    ours = folder / f"gpu {method}"
+    assert helpers.run(command(folder, ours.name, batch_size=4, **ALWAYS[method])) == 0
+    for row, target in zip(helpers.updates(ours), helpers.updates(expected), strict=True):
+        assert row == pytest.approx(target, abs=gpu_tier.LOSSES)
+    theirs = weights(expected)
+    for name, weight in weights(ours).items():
+        torch.testing.assert_close(weight, theirs[name], atol=gpu_tier.WEIGHTS, rtol=0, msg=lambda t, n=name: n + t)
 
 
 @everywhere

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.optim.state.base import gradient_of
 from peft_pretraining.optim.tensors import blockwise
+from peft_pretraining.optim.tensors.rounding import round_stochastically
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 
 _NUMBERS_AT_ONCE = 2**22
@@ -31,7 +33,8 @@ class VectorAdamW8bit(VectorAdamW):
     rounded once. Matrices of fewer than 4096 numbers, and vectors, keep float32 moments.
     """
 
-    def _new_moments(self, param: Tensor, vectors: int | None) -> dict[str, Tensor]:
+    def _new_moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        vectors = group["vectors"]
         if param.ndim != 2 or param.numel() < blockwise.SMALLEST:
             dtype = torch.promote_types(param.dtype, torch.float32)
             return {key: torch.zeros_like(param, dtype=dtype) for key in blockwise.SIGNED}
@@ -74,6 +77,9 @@ class VectorAdamW8bit(VectorAdamW):
         weight, gradient = (_rows(each, vectors) for each in (local(param), gradient_of(param)))
         counts = state["step"].add_(1).double().reshape(-1, 1)
         rates, roots = group["lr"] / (1 - beta1**counts), (1 - beta2**counts).sqrt()
+        noise = self._noise(param, state, group)
+        if noise is not None and vectors == 1 and noise.shard.dim is not None:
+            noise = replace(noise, shard=replace(noise.shard, dim=1 - noise.shard.dim))
         for rows in _lots(weight):
             own = slice(None) if vectors is None else rows  # one count for all, or one for each
             grad = gradient[rows].float()
@@ -88,7 +94,11 @@ class VectorAdamW8bit(VectorAdamW):
             wide = weight[rows].to(torch.promote_types(weight.dtype, torch.float32))
             if group["weight_decay"]:
                 wide = wide * (1 - group["lr"] * group["weight_decay"])
-            weight[rows].copy_(wide - first.mul_(rates[own].float()).div_(second))
+            moved = wide - first.mul_(rates[own].float()).div_(second)
+            if noise is None:
+                weight[rows].copy_(moved)
+            else:
+                round_stochastically(weight[rows], moved, noise, rows)
 
     @staticmethod
     def _moment(state: dict[str, Tensor], key: str, rows: slice) -> Tensor:
@@ -103,7 +113,7 @@ def _rows(matrix: Tensor, vectors: int | None) -> Tensor:
 def _lots(matrix: Tensor) -> Iterator[slice]:
     """Rows that are updated together."""
     step = max(1, _NUMBERS_AT_ONCE // max(1, matrix.shape[1]))
-    return (slice(first, first + step) for first in range(0, len(matrix), step))
+    return (slice(first, min(first + step, len(matrix))) for first in range(0, len(matrix), step))
 
 
 def _total_blocks(own: int, shard: ShardInfo, device: torch.device) -> int:

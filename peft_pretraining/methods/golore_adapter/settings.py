@@ -21,6 +21,11 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
     projection.check_random(config, warnings)
     if config.method.clip_norm == "full":
         problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")
+    if config.precision.basis_dtype != "auto":
+        problems.append(
+            f"--basis_dtype {config.precision.basis_dtype}: a basis of method golore_adapter is a factor of its "
+            "layer, in the dtype of the weights"
+        )
 
 
 def check_sharding(config: Config, inputs: Mapping[str, int], devices: int) -> list[str]:

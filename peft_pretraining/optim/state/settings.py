@@ -67,19 +67,6 @@ def check_numbers(group: dict[str, Any]) -> None:
         check_whole("seed", group["seed"])
 
 
-BASIS_DTYPES = ("auto", "float32", "weight", "int8")
-"""How bases are kept; `auto` as the rest of the state."""
-ROUNDINGS = ("nearest", "stochastic")
-"""How a weight is rounded that has fewer digits than what it moves by."""
-
-
-def check_formats(group: dict[str, Any]) -> None:
-    """Settings of how bases are kept and weights rounded."""
-    for name, known in (("basis_dtype", BASIS_DTYPES), ("rounding", ROUNDINGS)):
-        if group[name] not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
-
-
 def check_projection(group: dict[str, Any]) -> None:
     """Types of the settings of a projection; what they may be together is `bases.basis_rule`'s business."""
     if group["rank"] is not None:
