@@ -31,7 +31,7 @@ class Sharding:
     """The dimension along which a parameter is sharded, where its size allows; None: every device keeps all of it."""
 
     compute_dtype: torch.dtype | None = None
-    """What weights of decoder layers are cast to when they are gathered; None: they are used as they are. So is the rest
+    """What weights of decoder layers are cast to when they are gathered; None: used as they are. So is the rest
     of the model always: an embedding in fewer digits would add up its gradients in these."""
     apart: Callable[[nn.Module], bool] = lambda module: False
     """Modules whose parameters are used as they are in any case, and may have another dtype than the others: FSDP2
