@@ -9,6 +9,7 @@ import contextlib
 import json
 from pathlib import Path
 
+import gpu_tier
 import helpers
 import pytest
 import torch
@@ -103,7 +104,21 @@ EIGHT_BIT = {
     "full_rank 8-bit": {"optimizer": "adamw8bit"},
     "galore 8-bit": {"optimizer": "galore_adamw8bit", **WHOLE_BLOCKS},
     "golore 8-bit": {"optimizer": "golore_adamw8bit", "rand_ratio": 0.5, **WHOLE_BLOCKS},
+    "lora 8-bit": {"method": "lora", "optimizer": "adamw8bit", "rank": 64, "lora_alpha": 64},
+    "relora 8-bit": {
+        **{"method": "relora", "optimizer": "adamw8bit", "rank": 64, "lora_alpha": 64, "relora": 4},
+        "optimizer_magnitude_pruning": 0.5,
+    },
+    "golore_adapter 8-bit": {
+        **{"method": "golore_adapter", "optimizer": "adamw8bit", "rank": 16, "update_proj_gap": 4, "rand_ratio": 0.5},
+        "model": "square.json",
+    },
 }
+PARTS_OF_BLOCKS = {
+    "switchlora 8-bit": {**FACTORS["switchlora"], "optimizer": "adamw8bit", "rank": 32, "model": "wide.json"},
+}
+"""Blocks of these vectors end where a device's part of them does: no run by one process has the same."""
+STOPPED = ("relora", "switchlora", "golore_adapter", *PARTS_OF_BLOCKS)
 FSDP = {"distributed_type": "fsdp"}
 LAYOUTS = {
     "ddp 2": (2, {}),
@@ -129,6 +144,8 @@ def folder(tmp_path_factory):
     write_blocks(folder / "data")
     write_model(folder / "llama.json", hidden_size=64, intermediate_size=192)
     write_model(folder / "uneven.json", hidden_size=64, intermediate_size=177)
+    write_model(folder / "square.json", hidden_size=256, intermediate_size=256)
+    write_model(folder / "wide.json", hidden_size=128, intermediate_size=192)
     return folder
 
 
@@ -167,8 +184,14 @@ def layout(request, folder):
     runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **PRECISIONS, **({} if quick else {**VARIANTS, **FLOAT32_TOO})}
     runs = {name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **runs[name]) for name in runs}
     cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
-    for name in ("relora", "switchlora", "golore_adapter") if quick else ():
-        argv = command(folder, f"{request.param} stopped {name}", batch_size=2, **flags, **FACTORS[name])
+    if quick:
+        cases += [
+            {"argv": command(folder, f"{request.param} {name}", batch_size=2, **flags, **PARTS_OF_BLOCKS[name])}
+            for name in PARTS_OF_BLOCKS
+        ]
+    for name in STOPPED if quick else ():
+        own = {**FACTORS, **PARTS_OF_BLOCKS}[name]
+        argv = command(folder, f"{request.param} stopped {name}", batch_size=2, **flags, **own)
         argv += helpers.RESUME
         cases += [{"argv": argv, "signal": [1, updates - 1]} for updates in STOPS] + [{"argv": argv}]
     launch(folder / request.param, processes, cases)
@@ -255,6 +278,20 @@ def test_losses_of_the_other_methods_in_float32(folder, layout, method):
     assert_same_losses(folder, layout, method)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", {**METHODS, **FACTORS})
+def test_a_gpu_trains_as_the_cpu(folder, method):
+    with gpu_tier.on_cpu():
+        expected = one(folder, method)
+    ours = folder / f"gpu {method}"
+    assert helpers.run(command(folder, ours.name, batch_size=4, **ALWAYS[method])) == 0
+    for row, target in zip(helpers.updates(ours), helpers.updates(expected), strict=True):
+        assert row == pytest.approx(target, abs=gpu_tier.LOSSES)
+    theirs = weights(expected)
+    for name, weight in weights(ours).items():
+        torch.testing.assert_close(weight, theirs[name], atol=gpu_tier.WEIGHTS, rtol=0, msg=lambda t, n=name: n + t)
+
+
 @everywhere
 def test_merges_switches_and_refreshes_took_place(folder, layout):
     """Or nothing above would have been shown."""
@@ -269,12 +306,15 @@ def test_merges_switches_and_refreshes_took_place(folder, layout):
 
 
 @in_two_parts
-@pytest.mark.parametrize("method", ["relora", "switchlora", "golore_adapter"])
+@pytest.mark.parametrize("method", STOPPED)
 def test_resuming_a_divided_run_changes_no_bit(folder, layout, method):
     moved = folder / f"{layout} stopped {method}"
     assert helpers.checkpoints(moved) == [*STOPS, 12]
     helpers.assert_same_run(moved, folder / f"{layout} {method}")
-    if method == "switchlora":
+    if method in PARTS_OF_BLOCKS:
+        dtypes = [value.dtype for value in helpers.tensors(moved / "model_12").values()]
+        assert dtypes.count(torch.uint8) > 20
+    if method.startswith("switchlora"):
         frozen = [value for name, value in helpers.tensors(moved / "model_4").items() if "switching.frozen" in name]
         assert sum(int(value.sum()) for value in frozen) > 0
 

@@ -75,11 +75,11 @@ def test_contradictions_name_both(load, text, one, other):
 @pytest.mark.parametrize(
     "text, part",
     [
-        ("--use_peft --Golore --optimizer adafactor", "adafactor: golore_adapter goes with adamw, sgd alone"),
+        ("--use_peft --Golore --optimizer adafactor", "golore_adapter goes with adamw, adamw8bit, sgd alone"),
         ("--use_peft --Golore --clip_norm full", "--clip_norm full: method golore_adapter never forms"),
         ("--use_peft --Golore --quantize 4bit", "--quantize 4bit: method golore_adapter"),
         ("--use_peft --Golore --lora_only", "--lora_only: method golore_adapter"),
-        ("--use_lora --optimizer sgd", "--optimizer sgd: lora goes with adamw alone"),
+        ("--use_lora --optimizer sgd", "--optimizer sgd: lora goes with adamw, adamw8bit alone"),
         ("--use_peft --relora 9 --lora_only", "--lora_only: method relora"),
         ("--method relora", "--relora N"),
         ("--use_peft --Relora --update_proj_gap 0", "--relora N"),

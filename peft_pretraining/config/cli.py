@@ -43,6 +43,8 @@ class ParsedArgs:
     facts: validate.FileFacts
     identity: dict[str, Any]
     warnings: tuple[str, ...]
+    names_layout: bool = False
+    """Whether --distributed_type was given: then one process of torchrun's is distributed, too."""
 
 
 def all_flags() -> list[Flag]:
@@ -96,7 +98,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Parse
         problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     if problems:
         raise ConfigError(problems)
-    return ParsedArgs(config, facts, identity, tuple(map(one_line, warnings)))
+    return ParsedArgs(config, facts, identity, tuple(map(one_line, warnings)), "distributed_type" in given)
 
 
 def _derive(

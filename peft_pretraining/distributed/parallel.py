@@ -31,8 +31,8 @@ class Sharding:
     """The dimension along which a parameter is sharded, where its size allows; None: every device keeps all of it."""
 
     compute_dtype: torch.dtype | None = None
-    """What weights of decoder layers are cast to when they are gathered; None: used as they are. So is the rest
-    of the model always: an embedding in fewer digits would add up its gradients in these."""
+    """What weights of decoder layers are cast to when they are gathered; None: they are used as they are. So is the
+    rest of the model always: an embedding in fewer digits would add up its gradients in these."""
     apart: Callable[[nn.Module], bool] = lambda module: False
     """Modules whose parameters are used as they are in any case, and may have another dtype than the others: FSDP2
     wants one dtype in what it gathers together."""
@@ -115,12 +115,14 @@ class Replicated(DistributedDataParallel):
 def parallelize(
     model: nn.Module, group: ProcessGroup, low_rank: LowRankReduction | None = None, wide_sums: bool = False
 ) -> nn.Module:
-    """The module whose forward pass trains `model` on all processes; `model` itself for one, or when it is sharded.
+    """The module whose forward pass trains `model` on all processes.
+
+    `model` itself where nothing is distributed, and when it is sharded.
 
     With `low_rank`, DDP reduces projected gradients; with `wide_sums`, it adds up and averages those of 16-bit weights
     in float32.
     """
-    if group.world_size == 1 or isinstance(model, FSDPModule):
+    if not group.is_collective or isinstance(model, FSDPModule):
         return model
     device_ids = [group.device.index] if group.device.type == "cuda" else None
     parallel = Replicated(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)

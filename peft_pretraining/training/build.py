@@ -56,7 +56,7 @@ _TOKENIZER_FILES = (
 
 def run(launch: ParsedArgs) -> int:
     """Build and train; returns the exit code. Raises `ConfigError` for problems only the device or the data show."""
-    group = ProcessGroup.start(launch.config.run.single_gpu)
+    group = ProcessGroup.start(launch.config.run.single_gpu, of_one=launch.names_layout)
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours
     with ExitStack() as stack:

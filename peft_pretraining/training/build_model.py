@@ -35,7 +35,7 @@ def distributed_model(
     and one decoder layer; with `weights_from`, a folder or hub name, they are read.
     """
     distributed, seed = config.distributed, config.run.seed
-    sharded = distributed.distributed_type == "fsdp" and group.world_size > 1
+    sharded = distributed.distributed_type == "fsdp" and group.is_collective
     # Sharding a model moves it to the devices, layer by layer.
     made_on = torch.device("cpu") if sharded else group.device
     model = build_model(
@@ -98,10 +98,11 @@ def reduced_model(
     """
     precision = config.resolved_precision(group.device.type)
     wide = precision.weight_dtype == "bfloat16" and precision.state_format != "published"
-    if wide and (group.world_size == 1 or config.per_layer) and config.distributed.distributed_type == "ddp":
+    sharded = config.distributed.distributed_type == "fsdp" and group.is_collective  # FSDP2 adds up in float32 itself
+    if wide and not sharded and (config.per_layer or not group.is_collective):
         add_up_in_float32(model)
     if config.per_layer:
         return model
     allowed = METHODS[config.method.method].allows.projected_gradient
-    low_rank = allowed and config.distributed.reduce_low_rank is not False and group.world_size > 1
+    low_rank = allowed and config.distributed.reduce_low_rank is not False and group.is_collective
     return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None, wide)

@@ -118,6 +118,7 @@ FAMILY = MethodSpec(
     summary="",
     family="low-rank factors",
     settings=FactorSettings,
+    update_rules=("adamw", "adamw8bit"),
     state="2mr + 2nr",
     allows=Allows(fsdp=True, fine_tuning=True, stochastic_rounding=True, fp16=True),
     tiny={"rank": 4},

@@ -21,6 +21,11 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
     projection.check_random(config, warnings)
     if config.method.clip_norm == "full":
         problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")
+    if config.precision.basis_dtype != "auto":
+        problems.append(
+            f"--basis_dtype {config.precision.basis_dtype}: a basis of method golore_adapter is a factor of its "
+            "layer, in the dtype of the weights"
+        )
 
 
 SPEC = replace(
@@ -38,7 +43,7 @@ SPEC = replace(
         "lora_plus_ratio": "method {name} trains one factor of each layer, A or B by its shape, so there is no rate of "
         "B over that of A",
     },
-    update_rules=("adamw", "sgd"),
+    update_rules=("adamw", "adamw8bit", "sgd"),
     state="2nr",  # the basis is the factor that is not trained
     allows=replace(factors.FAMILY.allows, fp16=False),
     tiny={**projection.FAMILY.tiny, "rand_ratio": 0.5},

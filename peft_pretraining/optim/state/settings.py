@@ -67,16 +67,6 @@ def check_numbers(group: dict[str, Any]) -> None:
         check_whole("seed", group["seed"])
 
 
-ROUNDINGS = ("nearest", "stochastic")
-"""How a weight is rounded that has fewer digits than what it moves by."""
-
-
-def check_rounding(group: dict[str, Any]) -> None:
-    """How a group's weights are rounded."""
-    if group["rounding"] not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {group['rounding']!r}")
-
-
 def check_projection(group: dict[str, Any]) -> None:
     """Types of the settings of a projection; what they may be together is `bases.basis_rule`'s business."""
     if group["rank"] is not None:

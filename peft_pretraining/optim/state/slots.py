@@ -18,6 +18,8 @@ from peft_pretraining.optim.state.base import name_of
 from peft_pretraining.optim.tensors.projection import Projection
 from peft_pretraining.optim.tensors.state_tensor import (
     BASIS_DTYPES,
+    FASTEST_FORGOTTEN,
+    ROUNDINGS,
     STATE_FORMATS,
     StateTensor,
     basis_storage,
@@ -34,8 +36,15 @@ class Objects:
     lift: Lift
     state_format: str
     basis_dtype: str = "auto"
+    rounds_stochastically: bool = False
+    """Whether bfloat16 weights are, instead of to nearest."""
     basis_is_given: bool = False
     """Whether the basis rule is an object that was given: then no setting of the group changes it."""
+
+    @property
+    def rounds_once(self) -> bool:
+        """Whether a weight's decay and step are added up before it is rounded."""
+        return self.rounds_stochastically or self.state_format in ("float32", "weight")
 
     @property
     def reads_gradient(self) -> bool:
@@ -53,7 +62,12 @@ def objects_of(group: dict[str, Any]) -> Objects:
         raise ValueError(f"state_format must be one of {', '.join(STATE_FORMATS)}, got {state_format!r}")
     if group["basis_dtype"] not in BASIS_DTYPES:
         raise ValueError(f"basis_dtype must be one of {', '.join(BASIS_DTYPES)}, got {group['basis_dtype']!r}")
-    rule = update_rule(group["rule"]).in_format(state_format)
+    rule, rounding = update_rule(group["rule"]), group["rounding"]
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    # A rule that moves weights itself rounds them to nearest.
+    lifted = rounding == "stochastic" and rule.moves_weights and state_format == "published"
+    rule = rule.in_format("weight" if lifted else state_format)
     basis, lift = group["basis"], group["lift"]
     given = isinstance(basis, BasisRule)
     if not given:
@@ -77,7 +91,7 @@ def objects_of(group: dict[str, Any]) -> Objects:
     for name in ("rule", "basis", "lift"):
         if not isinstance(group[name], str | None):
             group[name] = group[name].name
-    return Objects(rule, basis, lift, state_format, group["basis_dtype"], given)
+    return Objects(rule, basis, lift, state_format, group["basis_dtype"], rounding == "stochastic", given)
 
 
 def update_rule(rule: Any) -> UpdateRule:
@@ -133,9 +147,17 @@ class Slot:
             self.objects.lift.declare_state(weight, self.projection, group, self.shard),
         ]
         declared = {key: tensor for part in parts for key, tensor in part.items()}
+        key = self.objects.rule.first_moment
+        if key in declared and self._narrows(group):
+            declared[key] = replace(declared[key], value=declared[key].value.to(param.dtype))
         if len(declared) < sum(map(len, parts)):
             raise ValueError(f"two of the objects of {self.name} declare state of the same name: {', '.join(declared)}")
         return declared
+
+    def _narrows(self, group: dict[str, Any]) -> bool:
+        """Whether the first moment is kept in the weight's dtype, and the rest of the state is not."""
+        decay = self.objects.rule.first_moment_decay(group)
+        return self.objects.state_format == "weight" and decay <= FASTEST_FORGOTTEN
 
     @property
     def optional(self) -> frozenset[str]:

@@ -16,7 +16,7 @@ from peft_pretraining.optim.basis.subspace import Projected, Subspace
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.state.base import InPlaceOptimizer
 from peft_pretraining.optim.state.saved_state import other_state
-from peft_pretraining.optim.state.settings import check_keys, check_numbers, check_projection, check_rounding
+from peft_pretraining.optim.state.settings import check_keys, check_numbers, check_projection
 from peft_pretraining.optim.state.slots import Objects, Slot, as_saved, new_slots, objects_of
 
 _ATTRIBUTES = (
@@ -42,7 +42,7 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "stagger_refresh": False,
     "basis": None,
     "lift": None,
-    "state_format": "weight",
+    "state_format": "published",
     "basis_dtype": "auto",
     "rounding": "nearest",
 }
@@ -89,7 +89,6 @@ class SubspaceOptimizer(InPlaceOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group)
         check_projection(group)
-        check_rounding(group)
 
     def _new_states(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         if group["rule"] == self.rule.name:
@@ -141,6 +140,10 @@ class SubspaceOptimizer(InPlaceOptimizer):
         """What a parameter is updated by."""
         return self._slots[param].objects
 
+    def name_of(self, param: Tensor) -> str:
+        """A parameter's name, or its place."""
+        return self._slots[param].name
+
     def dtype_of(self, param: Tensor) -> torch.dtype:
         """Of the gradients that the update rule sees, whatever the parameter has become since construction."""
         return self._slots[param].dtype
@@ -148,6 +151,10 @@ class SubspaceOptimizer(InPlaceOptimizer):
     def shard_of(self, param: Tensor) -> ShardInfo:
         """How the gradients that the update rule sees are divided."""
         return self._slots[param].low_rank_shard
+
+    def _as_called_now(self, saved: dict[str, Any]) -> dict[str, Any]:
+        older = saved.get("state_format") == "weight" and "rounding" not in saved
+        return {**saved, "state_format": "published"} if older else saved
 
     def _check_saved_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         for name in ("rule", "basis", "lift", "state_format"):  # what older states do not name they got from `own`

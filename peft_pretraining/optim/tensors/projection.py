@@ -151,19 +151,31 @@ class Projection:
             grad = grad @ bases[RIGHT].T
         return grad
 
-    def project_back(self, bases: Bases, update: Tensor) -> Tensor:
-        """Projects back: the shape of R -> this device's part of (m, n)."""
+    def _rows(self, bases: Bases, update: Tensor, rows: slice | None) -> tuple[Bases, Tensor]:
+        """What these rows of this device's part of the weight are made of."""
         bases = self._local(bases)
+        if rows is None or rows == slice(None):
+            return bases, update
+        if LEFT in bases:
+            return {**bases, LEFT: bases[LEFT][rows]}, update
+        return bases, update[rows]
+
+    def project_back(self, bases: Bases, update: Tensor, rows: slice | None = None) -> Tensor:
+        """Projects back: the shape of R -> this device's part of (m, n), or these rows of it."""
+        bases, update = self._rows(bases, update, rows)
         if LEFT in bases:
             update = bases[LEFT] @ update
         return update @ bases[RIGHT] if RIGHT in bases else update
 
-    def add_projected_back(self, param: Tensor, bases: Bases, update: Tensor, factor: float) -> None:
-        """param += factor * (update projected back), without forming the full-size update unless dtypes differ."""
-        if update.dtype != param.dtype:  # the model was converted, which its optimizer's state does not follow
-            param.add_(self.project_back(bases, update), alpha=factor)
+    def add_projected_back(
+        self, param: Tensor, bases: Bases, update: Tensor, factor: float, rows: slice | None = None
+    ) -> None:
+        """param += factor * (update projected back), without forming the full-size update unless dtypes differ. `param`
+        may be some `rows` of the weight."""
+        if update.dtype != param.dtype:  # a weight that is widened, or that was converted since
+            param.add_(self.project_back(bases, update, rows), alpha=factor)
             return
-        bases = self._local(bases)
+        bases, update = self._rows(bases, update, rows)
         if RIGHT in bases:
             update = bases[LEFT] @ update if LEFT in bases else update
             param.addmm_(update, bases[RIGHT], alpha=factor)
