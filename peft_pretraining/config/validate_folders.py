@@ -8,13 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft_pretraining.checkpoint import resume, run_dir, train_state
+from peft_pretraining.checkpoint import resume, resumed_metrics, run_dir, train_state
 from peft_pretraining.config import Config
 from peft_pretraining.config.precision_config import WEIGHT_BYTES
 from peft_pretraining.config.validate import FileFacts, identity_of
 from peft_pretraining.methods import METHODS
 from peft_pretraining.models import model_config
-from peft_pretraining.report import resumed_metrics
 
 
 def check_resume_from(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
