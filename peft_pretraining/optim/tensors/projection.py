@@ -150,7 +150,8 @@ class Projection:
         wide = next((basis.dtype for basis in bases.values()), grad.dtype)
         if grad.dtype == wide or wide in HALF:
             return self._projected(bases, grad.to(wide))
-        at_once, parts = rows_at_once(grad), []
+        at_once = rows_at_once(grad)
+        parts: list[Tensor] = []
         for start in range(0, max(len(grad), 1), at_once):
             rows = slice(start, start + at_once)
             of_rows = {**bases, LEFT: bases[LEFT][rows]} if LEFT in bases else bases

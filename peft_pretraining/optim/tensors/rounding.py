@@ -48,8 +48,8 @@ class Noise:
         else:
             of_columns = torch.arange(_COLUMNS, _COLUMNS + shape.numel(), device=device)
         key = rng.derive_seed(self.seed, f"rounding of {self.name}", self.step)
-        by_row, by_column = _hashed(key, torch.cat((of_rows, of_columns))).split((len(of_rows), len(of_columns)))
-        return by_row, by_column
+        bits = _hashed(key, torch.cat((of_rows, of_columns)))
+        return bits[: len(of_rows)], bits[len(of_rows) :]
 
 
 def _hashed(key: int, index: Tensor) -> Tensor:
