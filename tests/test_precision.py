@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_pretraining.config import ModelConfig, Precision, PrecisionConfig, cli
 from peft_pretraining.config.precision_config import resolve
+from peft_pretraining.export import merged_model
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS
 from peft_pretraining.models.llama import build_model
@@ -174,6 +175,16 @@ def test_every_method_trains_and_exports(words, tmp_path, name):
         saved = helpers.tensors(tmp_path / method / "model_6")
         norms = [value for key, value in saved.items() if key.endswith("norm.weight")]
         assert norms and all(value.dtype == torch.float32 and (value != 1).any() for value in norms)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_exports_keep_the_digits_of_norms(words, tmp_path, dtype):
+    assert helpers.run(words(tmp_path / "run", precision="bf16_sr", **LORA)) == 0
+    saved, model = helpers.tensors(tmp_path / "run" / "model_6"), merged_model(tmp_path / "run" / "model_6", dtype)
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == (torch.float32 if "norm" in name or dtype else torch.bfloat16)
+        if "norm" in name:
+            assert torch.equal(weight, saved[f"model.{name}"])
 
 
 # How runs go on.
