@@ -196,8 +196,8 @@ class PerLayerUpdates:
         full = self._needs_full_gradient(param, group, grad)
         if full:
             self._whole.add(param)
-        if self._optimizer.objects(param).reads_gradient:
-            # Whole gradients of all layers are kept in their own dtype, as autograd would: they are large.
+        if full and (self._count == 1 or self._optimizer.objects(param).reads_gradient):
+            # In its own dtype, as autograd would: of all layers they are large, and of one there is nothing to add.
             self._sums[param] = self._sums[param].add_(grad) if param in self._sums else grad
             return
         part = grad if full else subspace.project_in(self._bases(param, self._optimizer.local_state(param)), grad)
@@ -211,8 +211,8 @@ class PerLayerUpdates:
             self._move(param, group, self._reduce(gradient_of(param)), None)
             param.grad = None
             return
-        reads = optimizer.objects(param).reads_gradient
-        total = self._reduce(self._sums.pop(param) if reads else self._sums.total(param))
+        as_it_came = param in self._whole and (self._count == 1 or optimizer.objects(param).reads_gradient)
+        total = self._reduce(self._sums.pop(param) if as_it_came else self._sums.total(param))
         subspace = optimizer.subspaces.get(param)
         if subspace is None:
             self._move(param, group, total.to(optimizer.dtype_of(param)), None)

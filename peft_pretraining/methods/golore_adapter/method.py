@@ -76,7 +76,12 @@ class GoLoreAdapter(FactorMethod):
             **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
             refresh_accumulation=self.config.method.refresh_accumulation,
+            sums_low_rank=self._computes_in_bfloat16(model),
         )
+
+    def _computes_in_bfloat16(self, model: nn.Module) -> bool:
+        device = next(model.parameters()).device.type
+        return self.config.resolved_precision(device).compute_dtype == "bfloat16"
 
     def prepare(self, model: nn.Module, optimizer: Any, reduce: Callable[[Tensor], Tensor]) -> None:
         super().prepare(model, optimizer, reduce)
@@ -87,10 +92,23 @@ class GoLoreAdapter(FactorMethod):
 
 
 class AdapterOptimizer(LowRankOptimizer):
-    """Trains factors that are in the subspace already, and takes new bases from the full gradients of refreshes."""
+    """Trains factors that are in the subspace already, and takes new bases from the full gradients of refreshes.
 
-    def __init__(self, adapters: list[AdapterSubspace], scale: float, params: Any, **settings: Any):
+    `sums_low_rank`: refreshes whose bases are drawn add up R instead of G, where more digits do not make older runs go
+    on with the bits of a projected sum.
+    """
+
+    def __init__(
+        self,
+        adapters: list[AdapterSubspace],
+        scale: float,
+        params: Any,
+        *,
+        sums_low_rank: bool = False,
+        **settings: Any,
+    ):
         super().__init__(params, **settings)
+        self._sums_low_rank = sums_low_rank
         self._adapters, self._adapter_scale = adapters, float(scale)
         self._due_adapters: list[AdapterSubspace] = []
         self._to_observe = 0
@@ -109,7 +127,8 @@ class AdapterOptimizer(LowRankOptimizer):
         for adapter in self._adapters:
             adapter.subspace.forget_observed()
             adapter.gather(False)
-        self._draw([each for each in self._due_adapters if not self._reads_gradient(each, step)], step)
+        if self._sums_low_rank:
+            self._draw([each for each in self._due_adapters if not self._reads_gradient(each, step)], step)
         for adapter in self._due_adapters:
             if adapter.layer.gather_in is None:
                 adapter.gather(True)

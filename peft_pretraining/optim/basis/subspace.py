@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
-from peft_pretraining.optim.basis.svd import LinAlgError, squared_norm
+from peft_pretraining.optim.basis.svd import LinAlgError, flags_of, squared_norm
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, phases, run, together
 from peft_pretraining.optim.tensors.full_precision import full_float32_products
@@ -234,7 +234,7 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
     seen = [each.subspace.mean_with_observed(each.grad) for each in due]
     reads = [each.subspace.rule.reads_gradient(each.step) for each in due]
     flags = [
-        Collective(torch.stack([~grad.isfinite().all(), grad.any()]).float(), each.subspace.projection.shard)
+        Collective(flags_of(grad), each.subspace.projection.shard)
         for each, grad, reading in zip(due, seen, reads, strict=True)
         if reading
     ]
