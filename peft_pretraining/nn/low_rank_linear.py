@@ -26,6 +26,7 @@ from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, lo
 from peft_pretraining.nn import weight_rest
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
+from peft_pretraining.optim.tensors.full_precision import full_float32_products
 from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Bases
 
 WEIGHT_REST = "weight_rest"
@@ -191,6 +192,7 @@ class LowRankLinear(nn.Module):
         return self.lora_B if self.weight is None else self.weight
 
     @torch.no_grad()
+    @full_float32_products()
     def delta_weight(self) -> Tensor:
         """s·B·A (m, n), or this device's part, in float32 or float64."""
         high = working_dtype(self.lora_A.dtype)
