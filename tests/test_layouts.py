@@ -5,6 +5,7 @@ One launch per layout makes all runs: starting processes costs more than trainin
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from launching import launch
 from safetensors.torch import load_file
 
 from peft_pretraining.export import merged_model
+from peft_pretraining.training import loop
 
 pytestmark = pytest.mark.timeout(600)  # one launch makes all the runs of a layout
 # The leading singular values of these gradients are well apart. Where they are not, a basis turns by what rounding
@@ -81,6 +83,16 @@ VARIANTS = {
         **{"stagger_refresh": True, "activation_checkpointing": True},
     },
 }
+PRECISIONS = {
+    f"{name}, {precision}": {
+        **{**METHODS, **FACTORS}[name],
+        "dtype": "auto",
+        "precision": precision,
+        "clip_grad_norm": 0,
+    }
+    for name in ("full_rank", "galore", "lora")
+    for precision in ("mixed", "bf16_sr")
+}
 ALWAYS = {**METHODS, **FACTORS, **UNEVEN}
 FLOAT32_TOO = {
     f"{name}, float32": {**METHODS[name], "dtype": "float32"} for name in ("full_rank", "galore", "golore", "descent")
@@ -137,12 +149,31 @@ def folder(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def rounded_gradients():
+    """Gradients of bfloat16 weights that are rounded after micro-batches were added up, as with several devices."""
+    compute = loop.forward_backward
+
+    def rounded(run, micro_batches):
+        sums = compute(run, micro_batches)
+        for param in run.model.parameters():
+            if param.grad is not None:
+                param.grad.copy_(param.grad.to(param.dtype))
+        return sums
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "forward_backward", rounded)
+        yield
+
+
 def one(folder: Path, name: str) -> Path:
     """The folder of a run by one process, which is made once."""
     made = folder / f"one {name}"
     if not made.exists():
-        flags = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **VARIANTS, **FLOAT32_TOO}[name]
-        assert helpers.run(command(folder, made.name, batch_size=4, **flags)) == 0
+        flags = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **PRECISIONS, **VARIANTS, **FLOAT32_TOO}[name]
+        size = 2 if name in PRECISIONS else 4  # micro-batches that are those of the layouts, or others
+        with rounded_gradients() if "bf16_sr" in name else contextlib.nullcontext():
+            assert helpers.run(command(folder, made.name, batch_size=size, **flags)) == 0
     return made
 
 
@@ -150,7 +181,7 @@ def one(folder: Path, name: str) -> Path:
 def layout(request, folder):
     processes, flags = LAYOUTS[request.param]
     quick = request.param == "fsdp 2"
-    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **({} if quick else {**VARIANTS, **FLOAT32_TOO})}
+    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **PRECISIONS, **({} if quick else {**VARIANTS, **FLOAT32_TOO})}
     runs = {name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **runs[name]) for name in runs}
     cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
     if quick:
@@ -216,6 +247,23 @@ def test_final_weights_of_variants(folder, layout, method):
 def test_8_bit_states_are_quantised_alike(folder, layout, method):
     """Blocks of 256 numbers lie on one device each. What differs by rounding may fall to the next of 256 values."""
     assert_same_weights(folder, layout, method)
+
+
+@everywhere
+@pytest.mark.parametrize("method", PRECISIONS)
+def test_bfloat16_is_computed_alike(folder, layout, method):
+    """With the same micro-batches products are the same, and gradients add up in float32 everywhere. Those of bfloat16
+    weights are rounded once where several devices have averaged them; so are they here in the run by one process.
+
+    Without clipping: a norm that differs in float32's last digit turns some bfloat16 number, and all that follows."""
+    ours, expected = weights(folder / f"{layout} {method}"), weights(one(folder, method))
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        narrow = "bf16_sr" in method and weight.ndim == 2
+        assert weight.dtype == (torch.bfloat16 if narrow else torch.float32)
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    losses, alone = (helpers.updates(folder / name) for name in (f"{layout} {method}", f"one {method}"))
+    assert [row[1] for row in losses] == pytest.approx([row[1] for row in alone], abs=1e-6)
 
 
 @everywhere

@@ -187,7 +187,7 @@ def test_8_bit_moments_of_small_matrices_go_on(proj_type, monkeypatch):
         ({"state_format": "int4"}, "state_format must be one of published, weight, float32, 8bit, got 'int4'"),
         (
             {"rule": "sgd", "state_format": "8bit"},
-            "state_format must be published, weight or float32 with sgd",
+            "state_format must be published, weight or float32 with sgd, got '8bit'",
         ),
         ({"rule": TorchAdamW()}, "rule 'torch_adamw' moves weights as they are: it goes without rank and lift"),
         ({"rank": None, "proj_type": "up"}, "proj_type must be one of"),

@@ -207,6 +207,23 @@ def test_vectors_that_switchlora_cannot_deal_out_are_named(load, tmp_path):
     assert refused("--use_lora") == refused("--switch_lora", processes=1) == []
 
 
+def test_8_bit_moments_of_factors_that_cannot_be_divided_by_columns_are_refused(load, tmp_path):
+    model = write_model(tmp_path / "uneven.json", intermediate_size=61)
+
+    def refused(text, processes=2):
+        found = load(f"--distributed_type fsdp --use_peft --Golore {text}", processes=processes, model_config=model)
+        return found if isinstance(found, list) else []
+
+    (line,) = refused("--optimizer adamw8bit")
+    assert line == (
+        "--optimizer adamw8bit: --distributed_type fsdp cannot divide the 61 inputs of model.layers.0.mlp.down_proj "
+        "evenly over 2 devices: use another number of them, --replicas, ddp, or adamw"
+    )
+    assert refused("--optimizer adamw") == refused("--optimizer adamw8bit --replicas 2") == []
+    assert refused("--optimizer adamw8bit --target_modules attn") == []
+    assert refused("--optimizer adamw8bit", processes=1) == []
+
+
 def test_a_golore_run_that_is_never_random_is_worth_a_warning(load):
     assert any("never be random" in warning for warning in load("--use_peft --Golore").warnings)
     assert not any("never be random" in warning for warning in load("--use_peft --Golore --rand_ratio 0.8").warnings)

@@ -20,6 +20,8 @@ class Kernel:
     """Read and written, each tensor once."""
     dtype: str = "float32"
     """Of the numbers multiplied."""
+    aligned: bool = True
+    """Whether rows of all factors are multiples of 16 bytes, without which tensor cores read them badly."""
     decomposition: tuple[str, int, int] | None = None
     """Its name and matrix shape, for what is no product: eigenvectors, singular vectors, QR."""
 

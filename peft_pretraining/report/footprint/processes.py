@@ -27,7 +27,7 @@ PER_NODE = 8
 _SHAPES = "_propagate_tensor_meta_non_cached"
 """Where DTensors find the shape of a result, by operators that no device carries out."""
 
-_MAKERS = ("materialize", "materialize_layer")
+_MAKERS = ("materialize", "materialize_layers")
 """What makes weights in host memory if they are to be sharded."""
 
 

@@ -30,6 +30,7 @@ _WITHOUT_KERNEL = {
     *("_unsafe_view", "_reshape_alias", "is_pinned", "resize_", "set_", "_local_scalar_dense", "is_same_size"),
 }
 _RANDOM = ("rand", "normal", "randn", "randint", "randperm", "bernoulli", "uniform", "exponential")
+_WITH_LOGITS = ("forward", "backward", "evaluation")
 _PACKAGE = "peft_pretraining"
 
 
@@ -53,9 +54,8 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.storages, self.values, self.counts = Storages(), SmallValues(), Counts()
         self.phase = "before"
-        self.logits = (0, 0)
-        """Tokens of a micro-batch, and the vocabulary."""
-        self.fused_head = False
+        self.vocabulary: int | None = None
+        """By which logits are told from other tensors."""
         self._known: dict[Any, _Operator] = {}
         self._paused = False
 
@@ -122,12 +122,11 @@ class Tracker(TorchDispatchMode):
 
     def _component(self, tensor: Tensor, phase: str) -> str | None:
         """What a new tensor is for, as far as it can be told at once."""
-        tokens, vocabulary = self.logits
-        if tensor.ndim > 1 and tensor.shape[-1] == vocabulary and tensor.numel() == tokens * vocabulary:
+        if phase in _WITH_LOGITS and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:
             return "logits"
         if phase == "backward" and torch.is_grad_enabled():
             return "activations"  # recomputed
-        return "activations" if phase == "forward" else None
+        return "activations" if phase in ("forward", "evaluation") else None
 
     # The host and the device.
 

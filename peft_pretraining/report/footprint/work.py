@@ -23,8 +23,14 @@ def kernel(
     if any(part in name for part in _DECOMPOSITIONS) and inputs and inputs[0].ndim >= 2:
         rows, columns = inputs[0].shape[-2:]
         kind = next(part for part in _DECOMPOSITIONS if part in name)
-        return Kernel(phase, 0, moved, dtype, (kind, rows, columns))
-    return Kernel(phase, _flops(func, name, outs, args, kwargs), moved, dtype)
+        return Kernel(phase, 0, moved, dtype, decomposition=(kind, rows, columns))
+    flops = _flops(func, name, outs, args, kwargs)
+    return Kernel(phase, flops, moved, dtype, not flops or all(map(_aligned, [*inputs, *outs])))
+
+
+def _aligned(tensor: Tensor) -> bool:
+    steps = [step * tensor.element_size() for step, size in zip(tensor.stride(), tensor.shape) if size > 1 and step > 1]
+    return tensor.ndim < 2 or all(step % 16 == 0 for step in steps)
 
 
 def _bytes(tensor: Tensor) -> int:
