@@ -37,14 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Expected]] = {
         Expected(24.71, 30.71, "earlier"),
     ),
     "7b galore 8-bit per-layer": ("7b", SEVEN, Expected(20.46, None, "earlier")),
-    "7b galore 8-bit per-layer, accumulation 2": (
-        "7b",
-        {**SEVEN, "total_batch_size": 32},
-        Expected(27.03, 31.75, "earlier"),
-    ),
 }
-UNMEASURED_FIRST = 1.3
-"""How much more than an ordinary update, at most, the first one may need where nobody has looked."""
 
 
 def peak(scene: Scene, lines: Lines, case: str) -> None:
@@ -53,8 +46,8 @@ def peak(scene: Scene, lines: Lines, case: str) -> None:
         changes = {**changes, "rank": 4, "batch_size": 4} if "rank" in changes else changes
     settings = settings_of(scene, model, "run", dtype="bfloat16", update_proj_gap=_gap(changes), **changes)
     expected = simulated(scene, settings) or (None if scene.quick else earlier)
-    if scene.on_cuda and expected and (needed := max(expected.peak, expected.first or 0) * 1.05) > scene.memory():
-        lines.absent(f"{case}: peak", f"it needs {needed:.1f} GiB of memory, this device has {scene.memory():.1f}")
+    if expected and (why := scene.lacks(1.05 * max(expected.peak, expected.first or 0))):
+        lines.absent(f"{case}: peak", why)
         return
     with Trainee(settings, scene.device) as trainee:
         first, ordinary = (_of_an_update(scene, trainee) for _ in range(2))

@@ -52,7 +52,12 @@ def _train(scene: Scene, name: str) -> Result:
         {FLAG: name} if FLAG in known_flags() else {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[name]}
     )
     settings = settings_of(scene, "9m", name, method="full_rank", **precision)
-    settings |= {"num_training_steps": updates, "scheduler": "cosine", "min_lr_ratio": 0.1}
+    settings |= {
+        "batch_size": scene.size(32, 4),
+        "num_training_steps": updates,
+        "scheduler": "cosine",
+        "min_lr_ratio": 0.1,
+    }
     settings |= {"warmup_steps": updates // 20, "lr": 2e-3}
     with Trainee(settings, scene.device) as trainee:
         for _ in range(updates):

@@ -21,6 +21,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "galore per layer": {"method": "galore", "update_proj_gap": 1000, "per_layer": True},
 }
 RANKS = {"60m": 128, "350m": 256}
+NEEDS = {"60m": 10, "350m": 26}
+"""GiB, eager in bfloat16."""
 FASTER = {"compiled": "compile", "fused head": "fused_head"}
 """Settings that versions to come have, by the flag."""
 
@@ -45,7 +47,10 @@ _WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchron
 
 
 def updates(scene: Scene, lines: Lines, case: str) -> None:
-    tokens = {}
+    if why := scene.lacks(NEEDS[case]):
+        lines.absent(f"{case}: speed", why)
+        return
+    tokens: dict[str, float] = {}
     for name, changes in KINDS.items():
         rank = {"rank": scene.size(RANKS[case], 4)} if "method" in changes and changes["method"] != "full_rank" else {}
         settings = settings_of(scene, case, name.replace(" ", "_"), **changes, **rank)
