@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import peak_bytes
 from projection_helpers import RULES, build, matrix, parameter, train
 
+from peft_pretraining.optim.basis import svd, svd_basis
 from peft_pretraining.optim.basis.bases import GaussianBasis, RandomBasis, Refresh, SVDBasis, reconstruction_gradient
-from peft_pretraining.optim.basis.svd import SVD_METHODS, with_signs
+from peft_pretraining.optim.basis.svd import SVD_METHODS, squared_norm, top_singular_vectors, with_signs
 from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, SIDES, Projection
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -50,6 +52,31 @@ def test_bases_from_a_gradient_are_orthonormal_first_and_later(shape, rank, side
         bases = computed(rule, projection, matrix(shape, seed + number, dtype), number, old=bases)
         assert set(bases) == set(projection.sides)
         assert_orthonormal(bases, min(rank, *shape))
+
+
+@pytest.mark.parametrize("side", ["std", "reverse_std", "full"])
+@pytest.mark.parametrize("shape", [(50, 12), (12, 50)])
+def test_blocks_of_rows_give_the_same_gram_matrix(monkeypatch, shape, side):
+    """For 4, 3 and 1 rows at a time, of a bf16 gradient: as from all of them in float64."""
+    grad, projection = matrix(shape).bfloat16(), Projection.for_weight(side, 5, torch.Size(shape))
+    expected, square = computed(SVDBasis("gram"), projection, grad.double()), squared_norm(grad)
+    for numbers in (48, 40, 1):
+        monkeypatch.setattr(svd, "_NUMBERS_AT_ONCE", numbers)
+        found = computed(SVDBasis("gram"), projection, grad)
+        for each, basis in found.items():
+            torch.testing.assert_close(basis, expected[each].float(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(squared_norm(grad), square, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(8192, 1024), (1024, 8192)])
+def test_the_gram_matrix_takes_no_copy_of_the_gradient(monkeypatch, shape):
+    """Beyond the matrix itself: the Gram matrix, its vectors, and one block of rows."""
+    monkeypatch.setattr(svd, "_NUMBERS_AT_ONCE", 2**16)
+    grad = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    with peak_bytes() as peak:
+        top_singular_vectors(grad, 256, ("right_basis" if shape[0] > 1024 else "left_basis",), "gram", {}, None)
+    small = 8 * 1024 * 1024  # one matrix on the shorter side, in float64
+    assert 2 * small <= peak.bytes <= 2.6 * small < 8 * grad.numel()
 
 
 @given(shape=SHAPES, rank=st.integers(1, 14), side=st.sampled_from(SIDES), number=st.integers(0, 99),
@@ -270,3 +297,22 @@ def test_galore_keeps_its_moments_at_a_refresh():
     optimizer.step()
     assert int(optimizer.state[weight]["refreshes"]) == 2
     torch.testing.assert_close(optimizer.state[weight]["exp_avg"], 0.9 * before, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_random_bases_are_the_same_from_any_number_of_threads(side, monkeypatch):
+    monkeypatch.setattr(svd_basis, "_WORTH_THREADS", 0)
+    shapes = [torch.Size(shape) for shape in ((12, 5), (5, 12), (7, 7), (9, 3))]
+    refreshes = [
+        Refresh(9, 2, 4, f"layer.{index}", torch.zeros(shape), Projection.for_weight(side, 3, shape), {})
+        for index, shape in enumerate(shapes)
+    ]
+    rule, found = RandomBasis(), {}
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(svd_basis, "share_of_cores", lambda threads=threads: threads)
+        found[threads] = rule.compute_bases(refreshes)
+    for index, refresh in enumerate(refreshes):
+        expected = rule.compute_basis(refresh)
+        for threads in found:
+            assert found[threads][index].keys() == expected.keys()
+            assert all(torch.equal(found[threads][index][key], expected[key]) for key in expected)

@@ -75,3 +75,36 @@ def test_methods_are_read_where_errors_become_lines(script):
     """And not while the script is imported: one wrong folder would end every command in a traceback."""
     code = f"import sys, {script}; assert 'peft_pretraining.methods.registry' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=helpers.PROJECT, check=True)
+
+
+_TELLS = """
+import os, runpy, sys
+script, sys.argv, sys.path[0] = sys.argv[1], sys.argv[1:], sys.argv[1].rpartition("/")[0]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit:
+    told = [f"{key}={value}" for key, value in sorted(os.environ.items()) if "ALLOC_CONF" in key]
+    print(*told, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "PYTORCH_ALLOC_CONF=expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": ""}, "PYTORCH_ALLOC_CONF="),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64"),
+    ],
+    ids=["nothing", "new name", "older name"],
+)
+def test_cudas_allocator_is_told_before_torch_is_imported_unless_the_user_has(given, told):
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    command = [sys.executable, "-c", _TELLS, str(helpers.PROJECT / "torchrun_main.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == f"{told} False", done.stderr
+
+
+@pytest.mark.parametrize("script", ["torchrun_main.py", *HEAVY])
+def test_what_trains_goes_through_run_script(script):
+    """Which tells the allocator, and answers signals."""
+    assert "sys.exit(run_script(main))" in (helpers.PROJECT / script).read_text()

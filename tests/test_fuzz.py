@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import torchrun_main
-from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint import metrics_file, run_dir
 from peft_pretraining.config import cli
 from peft_pretraining.data import shards
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models import model_config
-from peft_pretraining.report import compare, metrics_file
+from peft_pretraining.report import compare
 
 MODEL = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_pretraining.report import metrics_file
+from peft_pretraining.checkpoint import metrics_file
 
 GOOD = b'{"update_step": 1, "loss": 5.0}\n'
 
@@ -62,7 +62,7 @@ def test_a_file_that_is_missing_or_a_folder_has_no_records(tmp_path):
 
 
 def test_missing_updates_are_counted_whatever_the_bounds():
-    from peft_pretraining.report.resumed_metrics import _missing
+    from peft_pretraining.checkpoint.resumed_metrics import _missing
 
     assert _missing({3, 4, 6}, 1, 7) == (4, 1, 7)
     assert _missing({1, 2, 3, 6, 7}, 1, 7) == (2, 4, 5)

@@ -184,8 +184,11 @@ def test_8_bit_moments_of_small_matrices_go_on(proj_type, monkeypatch):
         ({"rank": None, "basis": "svd"}, "basis 'svd' needs a rank in the same group"),
         ({"basis": "svd_then_random"}, "rand_ratio must be a number with basis 'svd_then_random', got None"),
         ({"lift": "up"}, "lift must be one of identity, project_back, sign, or an object, got 'up'"),
-        ({"state_format": "int4"}, "state_format must be one of weight, float32, 8bit, got 'int4'"),
-        ({"rule": "sgd", "state_format": "8bit"}, "state_format must be weight or float32 with sgd, got '8bit'"),
+        ({"state_format": "int4"}, "state_format must be one of published, weight, float32, 8bit, got 'int4'"),
+        (
+            {"rule": "sgd", "state_format": "8bit"},
+            "state_format must be published, weight or float32 with sgd, got '8bit'",
+        ),
         ({"rule": TorchAdamW()}, "rule 'torch_adamw' moves weights as they are: it goes without rank and lift"),
         ({"rank": None, "proj_type": "up"}, "proj_type must be one of"),
         ({"rank": None, "svd_method": "qr"}, "svd_method must be one of"),

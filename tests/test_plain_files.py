@@ -6,11 +6,10 @@ import os
 
 import pytest
 
-from peft_pretraining.checkpoint import folder_lock, run_dir
+from peft_pretraining.checkpoint import folder_lock, metrics_file, run_dir
 from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.checkpoint.train_state import read_counters
 from peft_pretraining.finetune.output import read_results
-from peft_pretraining.report import metrics_file
 
 pytestmark = pytest.mark.timeout(20)  # instead of for ever
 

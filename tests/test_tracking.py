@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import struct
 import sys
 import time
@@ -17,7 +18,7 @@ from conftest import BLOCK
 from helpers import GALORE, METHODS, RESUME, stop_after
 
 from peft_pretraining.config import Config
-from peft_pretraining.training import tracking
+from peft_pretraining.training import build, profiling, tracking
 
 UPDATE_FIELDS = {
     **{"update_step": int, "loss": float, "lr": float, "grad_norm": float, "tokens_seen": int},
@@ -250,3 +251,26 @@ def test_no_save_dir_given(command, tmp_path, monkeypatch, capsys):
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert folder.name.startswith("llama-full_rank-20") and helpers.checkpoints(folder) == [2]
     assert f"run folder checkpoints/{folder.name}" in capsys.readouterr().err
+
+
+# Peak memory
+
+
+def test_on_cuda_the_peak_is_the_runs_own_and_what_was_reserved_stands_beside_it(monkeypatch):
+    device, reset = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 3 * 2**30}.get)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", {device: 4 * 2**30}.get)
+    profiling.reset_peak_memory(device)
+    assert reset == [device]
+    assert profiling.peak_memory(device) == {"peak_memory_bytes": 3 * 2**30, "peak_reserved_bytes": 4 * 2**30}
+    assert profiling.describe_peak(device) == "peak memory 3.00 GiB allocated, 4.00 GiB reserved"
+
+
+def test_counting_begins_when_all_is_built(command, monkeypatch, capsys):
+    devices, made = [], []
+    monkeypatch.setattr(build, "assemble", lambda *given, whole=build.assemble: (whole(*given), made.append(1))[0])
+    monkeypatch.setattr(build, "reset_peak_memory", lambda device: devices.append((device, len(made))))
+    assert helpers.run(command(num_training_steps=2)) == 0
+    assert devices == [(torch.device("cpu"), 1)]
+    assert re.search(r"peak memory \d+\.\d\d GiB resident, building included", capsys.readouterr().err)

@@ -35,6 +35,7 @@ from peft_pretraining.checkpoint.failures import NotFinite, SaveFailed
 from peft_pretraining.checkpoint.finite import all_finite, leaves
 from peft_pretraining.checkpoint.retention import Retention
 from peft_pretraining.checkpoint.safe_loading import load_tensors
+from peft_pretraining.checkpoint.staging import HostCopies
 from peft_pretraining.checkpoint.train_state import TrainState, read_counters, state_of
 from peft_pretraining.checkpoint.writer import Background, NotSaved, Snapshot, Writer, one_line
 from peft_pretraining.distributed import ProcessGroup
@@ -88,6 +89,7 @@ class Checkpointer:
         self.ranks = self.group.checkpoint_group()
         self._writer = Writer(self.ranks, self._export)
         self._background = Background()
+        self._copies = HostCopies(self.group.local_world_size)
         self.retention = Retention(self.save_dir, self.keep, self.record.id)
         # For good: a thread that restored the filters would disturb those of the others.
         warnings.filterwarnings("ignore", message=ONE_PROCESS)
@@ -131,7 +133,9 @@ class Checkpointer:
             )
         snapshot = self._snapshot(state)
         if beside:
-            self._background.start(functools.partial(self._write, snapshot.copied(), state.update_step, consequence))
+            assert not self.in_flight, "what is being written would be overwritten"
+            copied = snapshot.copied(self._copies)
+            self._background.start(functools.partial(self._write, copied, state.update_step, consequence))
         else:
             self._write(snapshot, state.update_step, consequence)
 

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.staging import HostCopies
 from peft_pretraining.checkpoint.train_state import TrainState, write_counters
 from peft_pretraining.distributed import CheckpointGroup
 
@@ -46,19 +46,9 @@ class Snapshot:
     more: dict[str, Any]
     """What else belongs into `training_state.json`."""
 
-    def copied(self) -> Snapshot:
-        """One that training does not change: on the CPU, and memory that tensors share is shared by their copies."""
-        stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=False,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=False,
-            )
-        )
-        copy = stager.stage({"tensors": self.tensors, "exported": self.exported})
-        assert isinstance(copy, dict), "staging is not asynchronous"
-        stager.close()
+    def copied(self, copies: HostCopies) -> Snapshot:
+        """One that training does not change, until the next is made."""
+        copy = copies.copy({"tensors": self.tensors, "exported": self.exported})
         return Snapshot(copy["tensors"], copy["exported"], self.state, self.more)
 
 

@@ -5,6 +5,7 @@ torch, and so is what it imports.
 """
 
 from peft_pretraining.config.derive import derive_batch, schedule_problems
+from peft_pretraining.config.precision_config import Precision, PrecisionConfig
 from peft_pretraining.config.sections import (
     SCHEDULERS,
     BatchConfig,
@@ -25,6 +26,8 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Precision",
+    "PrecisionConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrackingConfig",

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_pretraining.config import (
     Config,
+    check_precision,
     check_sharding,
     config_flags,
     derive_batch,
@@ -17,6 +18,7 @@ from peft_pretraining.config import (
     legacy,
     method_help,
     method_settings,
+    recorded_precision,
     schedule_problems,
     validate,
     validate_folders,
@@ -52,8 +54,11 @@ def all_flags() -> list[Flag]:
     return [*own, *legacy.unsupported_flags()]
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ParsedArgs:
-    """Parse and check everything. Raises `ConfigError` with all problems at once."""
+def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bool = True) -> ParsedArgs:
+    """Parse and check everything. Raises `ConfigError` with all problems at once.
+
+    `here`: the run is to be on this machine, so that its memory, the run's folder and data that is not named matter.
+    """
     problems: list[str] = []
     warnings: list[str] = []
     flags = all_flags()
@@ -70,7 +75,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Parse
     legacy.check_unsupported(given, problems)
     chosen = legacy.choose(given, problems)
     settings, read = method_settings.settle(given, chosen, {}, problems)
-    config = Config.from_settings(settings)
+    config = check_precision.settle(Config.from_settings(settings), problems)
+    config = recorded_precision.keep(config, problems)
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     warn_without_effect(given, config, read, warnings)
@@ -80,14 +86,17 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Parse
     environ = os.environ if environ is None else environ
     try:
         validate.read_model(config, facts, problems, warnings)
-        validate.read_data(config, facts, problems, warnings)
+        if here or config.data.dataset_path:
+            validate.read_data(config, facts, problems, warnings)
         config = _derive(config, given, facts, environ, problems, warnings)
         method_settings.check(config, given, problems, warnings)
+        check_precision.check(config, problems, warnings)
         check_sharding.check(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
-        validate.check_memory(config, facts, problems)
-        validate_folders.check_resume_from(config, facts, problems, warnings)
-        if chosen.method in METHODS:
+        if here:
+            validate.check_memory(config, facts, problems)
+            validate_folders.check_resume_from(config, facts, problems, warnings)
+        if here and chosen.method in METHODS:
             validate_folders.check_save_dir(config, facts, problems, warnings)
         identity = {} if problems else validate.identity_of(config, facts)
     except OSError as error:  # a file or folder that cannot even be looked at

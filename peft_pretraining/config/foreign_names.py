@@ -39,14 +39,15 @@ SAME: dict[str, str] = {
 """Foreign name -> our flag."""
 
 _LENGTH = "the length of a run is --num_training_steps (updates) or --max_train_tokens"
-_DTYPE = "the dtype is --dtype (bfloat16, float32 or float64)"
+_DTYPE = "weights and arithmetic are --precision (mixed, bf16, bf16_sr or fp32)"
 _MODEL = "a new model's shape is --model_config (a JSON file), a trained model is --model_name_or_path"
 _DATA = "data are --dataset_path (a folder of pretokenize.py) or --base_dir (JSON shards)"
 _LAUNCHER = "it is torchrun's flag, and stands before torchrun_main.py"
 
 HINTS: dict[str, str] = {
     **dict.fromkeys(("epochs", "epoch", "num_epochs", "num_train_epochs"), _LENGTH),
-    **dict.fromkeys(("bf16", "fp32", "precision", "mixed_precision"), _DTYPE),
+    **dict.fromkeys(("bf16", "fp32", "mixed_precision"), _DTYPE),
+    "tf32": "float32 products in TF32 are --matmul_precision high",
     "fp16": f"float16 is not supported; {_DTYPE}",
     **dict.fromkeys(("model", "model_name", "model_path", "config_name"), _MODEL),
     **dict.fromkeys(("dataset", "dataset_name", "data_path", "train_file", "data_dir"), _DATA),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_pretraining.config.distributed_config import DistributedConfig
+from peft_pretraining.config.precision_config import Precision, PrecisionConfig, resolve
+from peft_pretraining.config.run_config import RunConfig
 from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.flags import (
@@ -23,7 +25,6 @@ from peft_pretraining.flags import (
     choice,
     comma_separated,
     fraction_below_one,
-    integer,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -50,16 +51,6 @@ def _update_steps(text: str) -> tuple[int, ...]:
     return tuple(non_negative_int(item) for item in comma_separated(text))
 
 
-def _profile(text: str) -> int:
-    """Bare or `True` is 5 updates, `False` is none, otherwise a number."""
-    if text in ("", "True", "true"):
-        return 5
-    return 0 if text in ("False", "false") else non_negative_int(text)
-
-
-_profile.__dict__["value_is_optional"] = True
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     model_config: str | None = setting(None, string, "JSON file with the LLaMA's shape; weights start at random")
@@ -71,7 +62,12 @@ class ModelConfig:
         "sdpa", choice("sdpa", "eager", "flash_attention_2"), "attention kernel: sdpa, eager or flash_attention_2"
     )
     dtype: str = setting(
-        "auto", _dtype, "dtype of weights and activations: bfloat16, float32, float64 (default: bfloat16 on CUDA)"
+        "auto", _dtype, "older spelling of --precision: bfloat16 (bf16), float32 (fp32), float64 (fp64)"
+    )
+    fused_loss: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "make head and loss together, some tokens at a time, without logits of the whole batch; auto: on CUDA",
     )
     activation_checkpointing: bool = setting(
         False, boolean, "keep only each layer's input and recompute the rest in the backward pass"
@@ -174,33 +170,6 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    save_dir: str | None = setting(None, string, "folder of the run (default: checkpoints/{model}-{method}-{time})")
-    save_every: int = setting(10_000, positive_int, "updates between two checkpoints; one follows the last update")
-    eval_every: int = setting(1000, positive_int, "updates between two evaluations")
-    keep_checkpoints: int | None = setting(None, positive_int, "newest checkpoints to keep (default: all)")
-    autoresume: bool = setting(False, boolean, "continue from the newest good checkpoint in --save_dir")
-    allow_restart: bool = setting(False, boolean, "with --autoresume: start over if every checkpoint is damaged")
-    rewind_on_nan: int = setting(
-        0,
-        non_negative_int,
-        "when weights or many updates in a row are not finite: go back so many checkpoints, by itself, and skip the "
-        "batches since; at most three times; 0 ends the run",
-    )
-    resume_from: str | None = setting(
-        None, string, "restore everything from this checkpoint folder", ("continue_from",)
-    )
-    warmed_up_model: str | None = setting(None, string, "start from this checkpoint's weights and counters only")
-    seed: int = setting(42, integer, "seed of initial weights, data order and all other random choices")
-    single_gpu: bool = setting(False, boolean, "no process group: the whole run on one device")
-    deterministic: bool = setting(False, boolean, "deterministic kernels only (needed for bit-equal resume on CUDA)")
-    step_timeout: float = setting(
-        0.0, non_negative_float, "seconds after which an update that hangs ends the process, for a restart; 0 is off"
-    )
-    profile: int = setting(0, _profile, "trace this many updates with torch.profiler (bare: 5)")
-
-
-@dataclass(frozen=True)
 class TrackingConfig:
     with_tracking: bool = setting(False, boolean, "log to wandb")
     wandb_project: str | None = setting(None, string, "wandb project (default: peft_pretraining); implies tracking")
@@ -215,6 +184,7 @@ class Config:
     """A complete, resolved configuration: no field that the run needs is left at None."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -262,6 +232,10 @@ class Config:
         """Whether weights move inside the backward pass, which not every method can do."""
         return getattr(self.method, "per_layer", False)
 
+    def resolved_precision(self, device_type: str = "cpu") -> Precision:
+        """What the run computes in on a device of this type, which matters only where no precision was asked for."""
+        return resolve(self.precision, self.model.dtype, device_type)
+
     def rate_multiplier(self, step: int) -> float:
         """Of `optimizer.lr`, in an update."""
         return rate_multiplier(step, self.schedule, self.schedule.num_training_steps)
@@ -269,6 +243,7 @@ class Config:
 
 _GROUPS = {
     ModelConfig: "model",
+    PrecisionConfig: "precision and memory",
     DataConfig: "data",
     BatchConfig: "batch",
     OptimizerConfig: "optimizer",

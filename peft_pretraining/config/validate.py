@@ -12,11 +12,10 @@ from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.config import Config, DataConfig, method_settings
+from peft_pretraining.config.precision_config import WEIGHT_BYTES
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER, read_arguments
 from peft_pretraining.data.shards import Shards, find_hub_shards, find_local_shards
 from peft_pretraining.models import model_config
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "auto": 2}
 
 
 @dataclass
@@ -146,7 +145,7 @@ def check_memory(config: Config, facts: FileFacts, problems: list[str]) -> None:
     if facts.model is None:
         return
     devices = config.batch.world_size if config.distributed.distributed_type == "fsdp" else 1
-    if reason := model_config.memory_problem(facts.model, BYTES[config.model.dtype], devices):
+    if reason := model_config.memory_problem(facts.model, WEIGHT_BYTES[config.precision.precision], devices):
         source = config.model.model_config or config.model.model_name_or_path or config.run.warmed_up_model
         problems.append(f"the model {source} is too large: {reason}")
 

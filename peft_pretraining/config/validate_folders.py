@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from peft_pretraining.checkpoint import resume, run_dir, train_state
+from peft_pretraining.checkpoint import resume, resumed_metrics, run_dir, train_state
 from peft_pretraining.config import Config
-from peft_pretraining.config.validate import BYTES, FileFacts, identity_of
+from peft_pretraining.config.precision_config import WEIGHT_BYTES
+from peft_pretraining.config.validate import FileFacts, identity_of
 from peft_pretraining.methods import METHODS
 from peft_pretraining.models import model_config
-from peft_pretraining.report import resumed_metrics
 
 
 def check_resume_from(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
@@ -134,7 +134,7 @@ def _check_writable(folder: Path, config: Config, facts: FileFacts, problems: li
         return
     if facts.model is not None:
         # Exported and training weights; the optimizer's state comes on top.
-        needed = 2 * model_config.parameter_count(facts.model) * BYTES[config.model.dtype]
+        needed = 2 * model_config.parameter_count(facts.model) * WEIGHT_BYTES[config.precision.precision]
         free = shutil.disk_usage(parent).free
         if free < needed:
             problems.append(

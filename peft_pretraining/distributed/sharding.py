@@ -117,19 +117,33 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def whole_norm(parts: Iterable[tuple[Tensor, ShardInfo]]) -> Tensor:
-    """The 2-norm over local parts; those that are sharded are added up over their devices, all at once.
-
-    Of float16 parts it is in float32, where the norm of finite numbers is finite.
-    """
-    parts = [(part.float() if part.dtype == torch.float16 else part, shard) for part, shard in parts]
+    """The 2-norm over local parts, in float32 at least; those that are sharded are added up over their devices, all at
+    once."""
+    parts = list(parts)
     if not parts:
         return torch.zeros(())
     plain = [part for part, shard in parts if shard.dim is None]
     sharded = [(part, shard) for part, shard in parts if shard.dim is not None]
     if not sharded:
-        return torch.nn.utils.get_total_norm(plain, foreach=True)
-    square = torch.nn.utils.get_total_norm([part for part, _ in sharded], foreach=True).square()
+        return _norm_of_parts(plain)
+    square = _norm_of_parts([part for part, _ in sharded]).square()
     square = sharded[0][1].sum(square)
     if plain:
-        square = square + torch.nn.utils.get_total_norm(plain, foreach=True).square()
+        square = square + _norm_of_parts(plain).square()
     return square.sqrt()
+
+
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes in which sums are not to be formed."""
+
+
+def _norm_of_parts(parts: list[Tensor]) -> Tensor:
+    """torch's total norm; with parts of 16 bits among them not rounded to these, neither in part nor as a whole."""
+    half = [part for part in parts if part.dtype in HALF]
+    if not half:
+        return torch.nn.utils.get_total_norm(parts, foreach=True)
+    norms = list(torch._foreach_norm(half, 2.0, torch.float32))
+    if wide := [part for part in parts if part.dtype not in HALF]:
+        norms.append(torch.nn.utils.get_total_norm(wide, foreach=True).to(norms[0].device))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total

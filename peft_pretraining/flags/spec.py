@@ -52,6 +52,11 @@ class Allows:
     """FSDP2 may divide weights, gradients and states over devices."""
     fine_tuning: bool = False
     """The method may train any model of transformers, in its Trainer."""
+    stochastic_rounding: bool = False
+    """Weights may be bfloat16 that move with stochastic rounding, and states have a dtype of their own: every
+    parameter group has what `methods.groups.state_settings` gives."""
+    stored_bases: bool = False
+    """The optimizer keeps bases, which may have a dtype of their own."""
     fp16: bool = False
     """Fine-tuning may scale the loss: no gradient is used before it is unscaled."""
 
@@ -81,6 +86,8 @@ class RuleSpec:
     unread: tuple[str, ...] = ()
     """Settings of methods that have no effect with this rule."""
     fine_tuning: bool = True
+    keeps_formats: bool = True
+    """Whether states may have another dtype than weights, and weights be rounded stochastically."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Settings with which it learns within ten updates of a toy model: for tests of every rule."""
 

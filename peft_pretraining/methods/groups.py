@@ -1,4 +1,4 @@
-"""Rates and decays of their own for embedding, head and norms, in every method."""
+"""What the parameter groups of every method say: dtypes of states, and rates of embedding, head and norms."""
 
 from __future__ import annotations
 
@@ -20,14 +20,32 @@ _ROLES = {"head_": "head", "embed_": "embedding", "norm_": "norms"}
 """Beginnings of settings' names -> whose they are."""
 
 
+def state_settings(config: Config) -> dict[str, Any]:
+    """What every parameter group says of the dtypes of its states and bases, and of the rounding of its weights.
+
+    Empty where all is as published, or nothing can be rounded: saved groups of runs without these settings fit.
+    """
+    precision, basis_dtype = config.resolved_precision(), config.precision.basis_dtype
+    settings: dict[str, Any] = {}
+    if precision.state_format != "published":
+        settings["state_format"] = precision.state_format
+    if precision.rounding != "nearest":
+        settings |= {"rounding": precision.rounding, "seed": config.run.seed}
+    if basis_dtype != "auto":
+        settings["basis_dtype"] = basis_dtype
+    return settings
+
+
 def by_role(
     config: Config, model: nn.Module, group: dict[str, Any], matrices: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
-    """A group of named parameters, split where the run's settings give some of them a rate or decay of their own.
+    """A group of named parameters, with `state_settings` and split where the run's settings give some of them a rate or
+    decay of their own.
 
     `matrices`: names of the weights that have the base rate; None for all that are neither the head's nor a table.
     Settings of a role that no trained weight of the model has are named in a warning.
     """
+    group = {**state_settings(config), **group}
     given = {name: value for name, value in dataclasses.asdict(config.roles).items() if value is not None}
     if not given:
         return [group]

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from peft_pretraining import rng
-from peft_pretraining.distributed.gathering import copy_to_shard
-from peft_pretraining.distributed.sharding import local
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.causal_lm import LlamaForCausalLM
+from peft_pretraining.models.compute_dtype import compute_in, is_norm
+from peft_pretraining.models.initial_weights import WORTH_A_THREAD, initialize
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
 from peft_pretraining.models.model_keys import KEYS
 
 if TYPE_CHECKING:
-    from peft_pretraining.config import ModelConfig
+    from peft_pretraining.config import ModelConfig, Precision
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+_AT_ONCE = 2**27
+"""Numbers of the layers that are drawn together before they are replaced: a decoder layer of 7B has 1.5 times that."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that torch has under this name."""
+    return _DTYPES[name]
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -30,13 +39,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `ConfigError` where flash attention cannot run: it knows neither the CPU nor float32."""
+    """Raise `ConfigError` where flash attention cannot run: it knows neither the CPU nor float32.
+
+    `dtype` is that of activations.
+    """
     if name != "flash_attention_2":
         return
     if device.type != "cuda":
         raise ConfigError(["--attn_implementation flash_attention_2 needs CUDA; on the CPU use sdpa"])
     if dtype != torch.bfloat16:
-        raise ConfigError([f"--attn_implementation flash_attention_2 needs --dtype bfloat16, not {dtype}"])
+        raise ConfigError(
+            [f"--attn_implementation flash_attention_2 computes in bfloat16, not in {dtype}: see --precision"]
+        )
 
 
 def build_model(
@@ -45,15 +59,20 @@ def build_model(
     weights_from: str | None,
     device: torch.device,
     seed: int | None = None,
+    precision: Precision | None = None,
 ) -> PreTrainedModel:
     """A LLaMA in training mode.
+
+    `precision` says in which dtypes weights are kept and products computed; without it `config.dtype` is that of all.
 
     With `weights_from`, a folder or hub name, its weights are read; raises `ConfigError` unless they are a whole LLaMA.
     Otherwise `shape` is the model JSON's settings, and weights are drawn by `seed`; with a seed of None the model has
     no memory until `materialize` gives it some.
     """
-    dtype = resolve_dtype(config.dtype, device)
-    check_attention(config.attn_implementation, device, dtype)
+    dtype = resolve_dtype(precision.weight_dtype if precision else config.dtype, device)
+    norm_dtype = torch_dtype(precision.norm_dtype) if precision else dtype
+    compute_dtype = torch_dtype(precision.compute_dtype) if precision else dtype
+    check_attention(config.attn_implementation, device, compute_dtype)
     if weights_from is not None:
         flag = "--model_name_or_path" if weights_from == config.model_name_or_path else "--warmed_up_model"
         what = f"{flag} {weights_from}"
@@ -62,21 +81,25 @@ def build_model(
             LlamaForCausalLM,
             weights_from,
             what,
-            dtype=dtype,
+            dtype=torch.promote_types(dtype, norm_dtype),
             return_dict=True,
             output_attentions=False,
             output_hidden_states=False,
             attn_implementation=config.attn_implementation,
             revision=config.model_revision or "main",
         )
+        _cast(model, dtype, norm_dtype)
     else:
         model = _empty_model(config, shape, dtype)
+        _cast(model, dtype, norm_dtype)
         if seed is not None:
             materialize(model, device, seed)
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     embeddings.padding_idx = None
     model.config.use_cache = True
+    if {dtype, norm_dtype} != {compute_dtype}:
+        compute_in(model, compute_dtype)
     if config.activation_checkpointing:
         # transformers renamed it in 5.2x; both take the arguments of torch.utils.checkpoint first.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -86,6 +109,14 @@ def build_model(
 
 def _moved(model: PreTrainedModel, to: torch.device | torch.dtype) -> PreTrainedModel:
     return model.to(to)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
+    """Norms' weights to one dtype, all others to another, one by one; buffers stay as they are."""
+    of_norms = {param for module in model.modules() if is_norm(module) for param in module.parameters()}
+    for param in model.parameters():
+        param.data = param.data.to(norm_dtype if param in of_norms else dtype)
+    model.config.dtype = dtype
 
 
 def _empty_model(config: ModelConfig, shape: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -109,8 +140,7 @@ def materialize(model: PreTrainedModel, device: torch.device, seed: int) -> None
     """Give a model on the meta device memory on `device`, and its initial weights, in place.
 
     What has its weights is left alone. Matrices are drawn from N(0, initializer_range), norms are 1, biases 0, as
-    transformers does. Each weight is a function of (seed, its name), drawn in float32 on the CPU and then rounded, one
-    at a time: the same on every device and for every way to distribute the model, and the model never exists twice.
+    transformers does (`initial_weights`).
     """
     missing = {name for name, param in model.named_parameters() if param.is_meta}
     if not missing:
@@ -120,30 +150,33 @@ def materialize(model: PreTrainedModel, device: torch.device, seed: int) -> None
     # Its buffers are computed when it is built, and saved nowhere.
     assert isinstance(model.config, LlamaConfig)
     model.set_submodule("model.rotary_emb", LlamaRotaryEmbedding(model.config).to(device))
-    for name, param in model.named_parameters():
-        if name in missing:
-            _initialize(name, param, model.config.initializer_range, seed)
+    params = {name: param for name, param in model.named_parameters() if name in missing}
+    initialize(params, model.config.initializer_range, seed)
 
 
 @torch.no_grad()
-def materialize_layer(model: PreTrainedModel, name: str, device: torch.device, seed: int) -> None:
-    """Give one layer of a model on the meta device what `materialize` would, so that it can be replaced before the
-    others take any memory. One that has its weights is left alone."""
-    layer = model.get_submodule(name)
-    if not any(param.is_meta for param in layer.parameters()):
-        return
-    layer.to_empty(device=device)
-    for key, param in layer.named_parameters():
-        _initialize(f"{name}.{key}", param, model.config.initializer_range, seed)
+def materialize_layers(model: PreTrainedModel, names: Iterable[str], device: torch.device, seed: int) -> None:
+    """Give some layers of a model on the meta device what `materialize` would, so that they can be replaced before the
+    others take any memory. Those that have their weights are left alone."""
+    params = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if any(param.is_meta for param in layer.parameters()):
+            layer.to_empty(device=device)
+            params.update({f"{name}.{key}": param for key, param in layer.named_parameters()})
+    initialize(params, model.config.initializer_range, seed)
 
 
-def _initialize(name: str, param: nn.Parameter, std: float, seed: int) -> None:
-    if param.ndim < 2:
-        local(param).fill_(0.0 if name.endswith("bias") else 1.0)
-        return
-    generator = rng.generator(seed, f"initial weights of {name}")
-    in_place = local(param) is param and param.device.type == "cpu" and param.dtype == torch.float32
-    drawn = param.data if in_place else torch.empty(param.shape, dtype=torch.float32)
-    drawn.normal_(0.0, std, generator=generator)
-    if not in_place:
-        copy_to_shard(param, drawn)
+def drawn_together(model: PreTrainedModel, names: Iterable[str]) -> Iterator[list[str]]:
+    """Consecutive layers that are drawn together before each is replaced: large ones, as long as they are few."""
+    lot: list[str] = []
+    numbers = 0
+    for name in names:
+        size = sum(param.numel() for param in model.get_submodule(name).parameters() if param.is_meta)
+        if lot and (size < WORTH_A_THREAD or numbers + size > _AT_ONCE):
+            yield lot
+            lot, numbers = [], 0
+        lot.append(name)
+        numbers += size
+    if lot:
+        yield lot

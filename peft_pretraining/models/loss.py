@@ -23,11 +23,18 @@ def count_targets(batch: Batch) -> int:
 
 
 def token_loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Sum of the cross-entropies of a batch's target tokens, in float32 at least; a scalar."""
+    """Sum of the cross-entropies of a batch's target tokens, in float32 at least; a scalar.
+
+    Of a model with `fused_loss`, which then makes it without logits of the whole batch.
+    """
     input_ids = batch["input_ids"]
-    logits = model(input_ids=input_ids, attention_mask=batch.get("attention_mask"), use_cache=False).logits
     # Shifting the labels instead of the logits avoids a copy of (batch, length, vocabulary).
     labels = F.pad(batch.get("labels", input_ids)[:, 1:], (0, 1), value=IGNORED)
+    inputs = {"input_ids": input_ids, "attention_mask": batch.get("attention_mask"), "use_cache": False}
+    if getattr(getattr(model, "module", model), "fused_loss", False):  # DDP's model is its module
+        loss: torch.Tensor = model(**inputs, token_labels=labels)
+        return loss
+    logits = model(**inputs).logits
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

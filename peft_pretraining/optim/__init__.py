@@ -1,8 +1,8 @@
 """Optimizers: one that is put together from basis rules, update rules, lifts and state formats.
 
 Here are the optimizers themselves; their parts lie in `state`, `basis`, `rules` and `tensors`, each of which imports
-only what follows it. Imports of the package: `distributed`, `flags`, `models`, `rng`. This module is free of torch, as
-`rule_settings` is: the classes are imported when they are asked for.
+only what follows it. Imports of the package: `distributed`, `flags`, `models`, `rng`, `runtime`. This module is free of
+torch, as `rule_settings` is: the classes are imported when they are asked for.
 """
 
 from __future__ import annotations

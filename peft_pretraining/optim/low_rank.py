@@ -23,6 +23,7 @@ from peft_pretraining.optim.state.settings import check_numbers, check_whole
 from peft_pretraining.optim.state.slots import update_rule
 from peft_pretraining.optim.state.subspace_state import GROUP_DEFAULTS
 from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.rounding import Noise
 from peft_pretraining.optim.tensors.state_tensor import is_counter
 
 log = logging.getLogger("peft_pretraining")
@@ -48,9 +49,13 @@ class LowRankOptimizer(ProjectedGradients):
     Each group names the four objects that it is updated by, or gives them: `rule`, one of adamw, torch_adamw (its bits,
     for weights that are not projected), adamw8bit, adafactor, lion, sgd, and for groups that name none the
     constructor's; `basis`, one of `bases.BASES`, by default what `proj_type` and `rand_ratio` ask for; `lift`, one of
-    identity, project_back, sign; `state_format`, one of `weight` (everything in the weight's dtype), float32 (state and
-    arithmetic, the weight rounded once an update), 8bit. Classes of one's own derive from `UpdateRule`, `BasisRule` and
-    `Lift`, and an object goes into the group in place of a name.
+    identity, project_back, sign; `state_format`, one of `published` (everything in the weight's dtype), float32 (state
+    and arithmetic, the weight rounded once an update), `weight` (as float32, but bases and first moments in the
+    weight's dtype), 8bit. Classes of one's own derive from `UpdateRule`, `BasisRule` and `Lift`, and an object goes
+    into the group in place of a name.
+
+    `rounding` is how bfloat16 weights are rounded: nearest or stochastic, which is a function of the group's `seed`,
+    the update and the parameter's name. `basis_dtype`, one of auto, float32, weight, int8, is how bases are kept.
 
     `betas` belong to AdamW (0.9, 0.999) and Lion (0.9, 0.99), `eps` to AdamW (added before the bias correction),
     `beta1` to Adafactor, `momentum` and `dampening` to SGD; a scheduler that cycles momentum cycles `betas` or
@@ -216,7 +221,8 @@ class LowRankOptimizer(ProjectedGradients):
             scale=group["scale"] if slot.subspace else 1.0,
             decay=rate * group["weight_decay"] if group["weight_decay"] else 0.0,
             decays_first=objects.rule.decays_first,
-            rounds_once=objects.state_format == "float32",
+            rounds_once=objects.rounds_once,
+            noise=Noise(group["seed"], slot.name, step, slot.shard) if objects.rounds_stochastically else None,
             scaled_by=projected.scaled_by if projected else 1.0,
         )
         return Member(param, slot, update, self.state[param], group, projected)

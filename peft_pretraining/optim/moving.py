@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_pretraining.distributed.sharding import HALF
 from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.state.slots import Objects, Slot, keep_changes
 from peft_pretraining.optim.tensors.collectives import Phases, in_lots, phases, run, together
@@ -29,6 +30,8 @@ class Member:
     state: dict[str, Any]
     group: dict[str, Any]
     projected: Projected | None
+    narrow: Tensor | None = None
+    """The first moment as it is kept, in fewer digits than the arithmetic has."""
 
 
 def move(
@@ -67,16 +70,34 @@ def _move_group(
         objects.rule.move(updates, group, found_inf, grad_scale)
         return
     for member in members:
+        _widen(member, objects)
         member.update.state["step"] += 1
         if member.projected and (subspace := member.slot.subspace):
             subspace.apply(member.update.state, member.projected, member.update.step, objects.rule, metrics)
     directions = yield from phases(objects.rule.directions(updates, group))
     for member, direction in zip(members, directions, strict=True):
         member.update.direction = direction
+        _narrow(member, objects)
         keep_changes(member.slot, member.param, member.update.state, member.state, group)
     yield from phases(objects.lift.move([update for update in updates if update.direction is not None], group))
     if objects.basis and not objects.basis.refreshes:
         yield from _advance(objects, [member for member in members if _advances(member)], group)
+
+
+def _widen(member: Member, objects: Objects) -> None:
+    """Let the rule see the first moment in the working dtype, where it is kept in fewer digits."""
+    key, state = objects.rule.first_moment, member.update.state
+    kept = state.get(key)
+    if objects.state_format == "weight" and kept is not None and kept.dtype in HALF and member.slot.dtype not in HALF:
+        member.narrow, state[key] = kept, kept.to(member.slot.dtype)
+
+
+def _narrow(member: Member, objects: Objects) -> None:
+    """Keep what the rule has made of the first moment."""
+    if member.narrow is not None:
+        key, state = objects.rule.first_moment, member.update.state
+        if key in state:
+            state[key] = member.narrow.copy_(state[key])
 
 
 def _advances(member: Member) -> bool:

@@ -56,6 +56,7 @@ _SPECS = (
         "1910.02054",
         state="2k over all processes",
         fine_tuning=False,
+        keeps_formats=False,
     ),
     RuleSpec("adafactor", "Adafactor", AdafactorSettings, "1804.04235", state="rows + columns (k more with --beta1)"),
     # Every weight moves by the sign of the update, whatever factor that had.

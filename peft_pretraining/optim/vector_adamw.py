@@ -11,7 +11,11 @@ from torch._compile import _disable_dynamo
 
 from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.optim.state.base import InPlaceOptimizer, gradient_of
+from peft_pretraining.optim.state.saved_state import other_state
 from peft_pretraining.optim.state.settings import check_betas, check_keys, check_numbers
+from peft_pretraining.optim.state.state_reset import MOMENTS
+from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically
+from peft_pretraining.optim.tensors.state_tensor import FASTEST_FORGOTTEN, ROUNDINGS, STATE_FORMATS, working_dtype
 
 
 class VectorAdamW(InPlaceOptimizer):
@@ -28,6 +32,9 @@ class VectorAdamW(InPlaceOptimizer):
     with τ the count: m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g², p ← p (1 - lr·wd), then
     p ← p - lr · m / (1-β1^τ) / (√v / √(1-β2^τ) + ε). Bias corrections are computed in float64. Moments have the
     parameter's dtype at construction and the counts, float32, the shape (r,) or (); all are on its device.
+
+    `state_format` (published, float32 or weight), `rounding` and `seed` are as in `LowRankOptimizer`: other arithmetic
+    and other states for bfloat16 parameters.
     """
 
     def __init__(
@@ -38,7 +45,9 @@ class VectorAdamW(InPlaceOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "vectors": None})
+        formats = {"state_format": "published", "rounding": "nearest", "seed": 0}
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "vectors": None}
+        super().__init__(params, {**own, **formats})
 
     def _check_keys(self, given: Collection[str]) -> None:
         check_keys(given, self.defaults)
@@ -46,10 +55,15 @@ class VectorAdamW(InPlaceOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(group)
         check_betas(group["betas"])
+        for name, known in (("state_format", STATE_FORMATS[:3]), ("rounding", ROUNDINGS)):
+            if group[name] not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
 
     def _check_saved_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         if saved["vectors"] != own["vectors"]:
             raise ValueError(f"state of other vectors: {saved['vectors']!r} instead of {own['vectors']!r}")
+        if saved["state_format"] != own["state_format"]:
+            raise other_state("state_format", saved["state_format"], own["state_format"])
 
     def _new_states(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         states = {}
@@ -62,10 +76,27 @@ class VectorAdamW(InPlaceOptimizer):
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} is divided within its vectors' counts")
             states[param] = {
                 "step": torch.zeros(count, dtype=torch.float32, device=param.device),
-                "exp_avg": torch.zeros_like(param),
-                "exp_avg_sq": torch.zeros_like(param),
+                **self._new_moments(param, group),
             }
         return states
+
+    def _new_moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        wide = working_dtype(group["state_format"], param.dtype)
+        narrow = group["state_format"] == "weight" and group["betas"][0] <= FASTEST_FORGOTTEN
+        first = param.dtype if narrow else wide
+        return {key: torch.zeros_like(param, dtype=first if key == "exp_avg" else wide) for key in MOMENTS}
+
+    @torch.no_grad()
+    def reset_vectors(self, param: Tensor, index: Tensor, counts: bool = True) -> None:
+        """Zero the moments of some of a parameter's vectors and, with `counts`, let them count updates from 0 again.
+
+        `index` (int64) says which, on the parameter's device.
+        """
+        state, dim = self.state[param], self.group_of(param)["vectors"]
+        for key in MOMENTS:
+            local(state[key]).index_fill_(dim, index, 0)
+        if counts:
+            state["step"].index_fill_(0, index, 0)
 
     @_disable_dynamo  # as torch's own: it may be called in code that is compiled
     @torch.no_grad()
@@ -82,11 +113,39 @@ class VectorAdamW(InPlaceOptimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
         states = [self.local_state(param) for param in params]
+        if group["state_format"] == "published" and group["rounding"] == "nearest":
+            self._move([local(param) for param in params], [gradient_of(param) for param in params], states, group)
+            return
+        for param, state in zip(params, states, strict=True):  # float32 copies exist of one at a time
+            weight, wide = local(param), torch.promote_types(param.dtype, torch.float32)
+            moved = weight.to(wide)
+            moments = {key: state[key].to(wide) for key in MOMENTS}
+            self._move([moved], [gradient_of(param)], [{**state, **moments}], group)
+            for key, moment in moments.items():
+                state[key].copy_(moment)
+            if (noise := self._noise(param, state, group)) is not None:
+                round_stochastically(weight, moved, noise)
+            elif moved is not weight:
+                weight.copy_(moved)
+
+    def _noise(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Noise | None:
+        """What a parameter is rounded with in the update that is being made, the loop's or that of its largest count;
+        None for rounding to nearest."""
+        if group["rounding"] == "nearest" or param.dtype != torch.bfloat16:
+            return None
+        place = next(place for place, other in enumerate(group["params"]) if other is param)
+        name = group["param_names"][place] if "param_names" in group else f"{place}"
+        step = int(state["step"].max()) - 1 if self.update_step is None else self.update_step
+        return Noise(group["seed"], name, step, ShardInfo.of(param))
+
+    def _move(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
+        """The formulas, for local tensors."""
+        beta1, beta2 = group["betas"]
         steps, first, second = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
-        grads = [gradient_of(param).to(m.dtype) for param, m in zip(params, first, strict=True)]
-        params = [local(param) for param in params]
+        grads = [grad.to(m.dtype) for grad, m in zip(grads, first, strict=True)]
         torch._foreach_add_(steps, 1)
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

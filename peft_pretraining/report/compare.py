@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint import metrics_file, run_dir
 from peft_pretraining.flags import ConfigError, exit_with_problems, one_line
-from peft_pretraining.report import metrics_file
 
 COLUMNS = ("method", "validation perplexity", "optimizer-state MB", "tokens/s", "seconds")
 

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.runtime import processes, workers
+from peft_pretraining.runtime.environment import set_up_allocator
 
 if TYPE_CHECKING:
     from peft_pretraining.distributed import ProcessGroup
@@ -92,6 +93,7 @@ def run_script(main: Callable[[], int]) -> int:
     it, and what the interpreter does at its end may wait for them.
     """
     global _script
+    set_up_allocator()
     processes.end_with_launcher()
     _script = _Script()
     try:

@@ -33,14 +33,13 @@ from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.models.llama import resolve_dtype
 from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.optim.model_groups import describe_groups
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import distributed_model, reduced_model
 from peft_pretraining.training.loop import Run, train
-from peft_pretraining.training.profiling import Profiler
+from peft_pretraining.training.profiling import Profiler, describe_peak, reset_peak_memory
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.training.tracking import Tracker, log, start_logging
 
@@ -66,6 +65,7 @@ def run(launch: ParsedArgs) -> int:
         exit_code = 1
         try:
             exit_code = train(run)
+            log.info("%s", describe_peak(group.device))
         except DataError as error:
             log.error("%s", error)
         except TrainingFailed as error:
@@ -85,6 +85,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     Nothing is written before everything that can fail on bad input has succeeded, but for the mark of who holds a
     folder that is there already.
     """
+    launch = _for_device(launch, group.device.type)
     config = launch.config
     for warning in launch.warnings:
         log.warning(warning)
@@ -119,6 +120,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     groups = describe_groups(model, optimizer, config.optimizer.optimizer)
     _describe(config, save_dir, model, groups, data, group)
     tracker = Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock, groups)
+    reset_peak_memory(group.device)
     return Run(
         config=config,
         group=group,
@@ -134,6 +136,15 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
         tracker=tracker,
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
+
+
+def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
+    """With the precision that an `auto` means on this device: it is recorded, and a run keeps it wherever it goes."""
+    precision = launch.config.resolved_precision(device_type)
+    settings = {"precision": precision.name}
+    if precision.weight_dtype == "bfloat16":
+        settings["state_dtype"] = precision.state_format
+    return replace(launch, config=launch.config.replace(**settings))
 
 
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:
@@ -250,11 +261,11 @@ def _describe(
     trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
     log.info("run folder %s", save_dir)
     log.info(
-        "%s on %d x %s, %s: %.2fM parameters, %.2fM trainable",
-        *(config.method.method, group.world_size, group.device.type, resolve_dtype(config.model.dtype, group.device)),
+        "%s on %d x %s: %.2fM parameters, %.2fM trainable",
+        *(config.method.method, group.world_size, group.device.type),
         *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
     )
-    for line in groups:
+    for line in (config.resolved_precision(), *groups):
         log.info("%s", line)
     log.info(
         "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %s",

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from peft_pretraining.checkpoint.failures import NotFinite, TrainingFailed
 from peft_pretraining.training import spikes
-from peft_pretraining.training.profiling import peak_memory_bytes
+from peft_pretraining.training.profiling import peak_memory
 from peft_pretraining.training.tracking import log
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         tokens_seen=state.tokens_seen,
         throughput_tokens=rate,
         step_time=seconds,
-        peak_memory_bytes=peak_memory_bytes(run.group.device),
+        **peak_memory(run.group.device),
         **({"skipped": True} if update.skipped else {}),
         **({"empty": True} if update.empty else {}),
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),

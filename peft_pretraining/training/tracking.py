@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint import resumed_metrics, run_dir
 from peft_pretraining.checkpoint.failures import FolderLost
 from peft_pretraining.checkpoint.folder_lock import FolderLock
 from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
-from peft_pretraining.report import resumed_metrics
 from peft_pretraining.training.wandb_run import WandbRun
 
 log = logging.getLogger("peft_pretraining")

@@ -11,8 +11,7 @@ from typing import Any
 
 from _study import PROJECT
 from _study.folder import RunFailed, is_number
-from peft_pretraining.checkpoint import run_dir
-from peft_pretraining.report import metrics_file
+from peft_pretraining.checkpoint import metrics_file, run_dir
 
 
 class PreTraining:

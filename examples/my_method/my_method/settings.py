@@ -35,6 +35,6 @@ SPEC = MethodSpec(
     settings=AdEMAMixSettings,
     update_rules=("adamw",),
     state="3mn",
-    allows=Allows(fsdp=True, fine_tuning=True),
+    allows=Allows(fsdp=True, fine_tuning=True, stochastic_rounding=True),
     tiny={"ademamix_beta3": 0.99},
 )

@@ -15,11 +15,13 @@ from peft_pretraining import rng
 from peft_pretraining.methods._factors.rank_sync import assert_equal_on_all_ranks
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.methods.groups import by_role
+from peft_pretraining.methods.groups import by_role, state_settings
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, merged_state_dict
 from peft_pretraining.nn.initialization import draw_factors
 from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.optim.rules.adamw import AdamW8bit
+from peft_pretraining.optim.rules.columns import ColumnsAdamW8bit
 
 log = logging.getLogger("peft_pretraining")
 
@@ -33,6 +35,8 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
 
     corrects_weights: bool = True
     """Whether frozen weights are changed again and again."""
+    torch_epsilon: bool = True
+    """Whether AdamW's ε stands where torch has it."""
     start: int | None = None
     _reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
 
@@ -83,9 +87,10 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
         trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         others = [(name, param) for name, param in trained if param not in in_factors]
         groups = []
-        for params, ratio in ((all_a, 1.0), (all_b, self.b_ratio)):
+        for factor, params, ratio in (("lora_A", all_a, 1.0), ("lora_B", all_b, self.b_ratio)):
             if params:
-                groups.append({"params": params, "lr": lr * ratio, "initial_lr": lr * ratio})
+                own = {**state_settings(self.config), **self.own_settings(factor)}
+                groups.append({**own, "params": params, "lr": lr * ratio, "initial_lr": lr * ratio})
         rate = lr * self.config.method.dense_lr_ratio
         dense = by_role(self.config, model, {"params": others, "lr": rate, "initial_lr": rate}, ())
         if rate != lr and self.config.roles.adam_lr is None and all(group["lr"] != rate for group in dense):
@@ -93,10 +98,17 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
         groups += [{**group, "params": [param for _, param in group["params"]]} for group in dense]
         return [group for group in groups if group["params"]]
 
+    def own_settings(self, factor: str) -> dict[str, Any]:
+        """What the parameter group of all `lora_A`, or of all `lora_B`, says for itself."""
+        if factor == "lora_A" and self.config.optimizer.optimizer == "adamw8bit":  # A is sharded by columns
+            return {"rule": ColumnsAdamW8bit(self.torch_epsilon)}
+        return {}
+
     def build_optimizer(self, model: nn.Module) -> Optimizer:
+        in_8_bits = self.config.optimizer.optimizer == "adamw8bit"
         return LowRankOptimizer(
             self.parameter_groups(model),
-            rule="torch_adamw",
+            rule=AdamW8bit(self.torch_epsilon) if in_8_bits else "torch_adamw",
             lr=self.config.optimizer.lr,
             **self.config.rule.arguments(),
             weight_decay=self.config.optimizer.weight_decay,

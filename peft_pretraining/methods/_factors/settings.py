@@ -118,8 +118,9 @@ FAMILY = MethodSpec(
     summary="",
     family="low-rank factors",
     settings=FactorSettings,
+    update_rules=("adamw", "adamw8bit"),
     state="2mr + 2nr",
-    allows=Allows(fsdp=True, fine_tuning=True, fp16=True),
+    allows=Allows(fsdp=True, fine_tuning=True, stochastic_rounding=True, fp16=True),
     tiny={"rank": 4},
     conditions=_RATE_CONDITIONS,
 )

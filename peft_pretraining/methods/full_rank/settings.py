@@ -9,5 +9,5 @@ SPEC = MethodSpec(
     settings=MethodSettings,
     update_rules=("adamw", "adamw8bit", "adafactor", "lion", "sgd", "adam_zero"),
     state="2mn",
-    allows=Allows(fsdp=True, fine_tuning=True, fp16=True),
+    allows=Allows(fsdp=True, fine_tuning=True, stochastic_rounding=True, fp16=True),
 )

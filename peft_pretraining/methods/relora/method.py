@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from peft_pretraining import rng
 from peft_pretraining.distributed.gathering import copy_to_shard
-from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.nn import LowRankLinear, low_rank_layers
 from peft_pretraining.nn.initialization import draw_kaiming_a
@@ -50,12 +49,11 @@ class ReLoRA(FactorMethod):
         """Zero the moments of A and B, or part of them; step counts stay."""
         settings, seed = self.config.method, self.config.run.seed
         for index, param in enumerate(factor for layer in layers for factor in (layer.lora_A, layer.lora_B)):
-            moments = state_reset.moments(optimizer, param)
+            state = optimizer.state[param]
             if settings.optimizer_random_pruning:
                 generator = rng.generator(seed, "pruned moments", step, index)
-                state_reset.prune_randomly(moments, settings.optimizer_random_pruning, generator)
-            for moment in moments:
-                if settings.reset_optimizer_on_relora:
-                    local(moment).zero_()
-                elif settings.optimizer_magnitude_pruning:
-                    state_reset.prune_by_magnitude(moment, settings.optimizer_magnitude_pruning)
+                state_reset.prune_randomly(state, settings.optimizer_random_pruning, generator)
+            if settings.reset_optimizer_on_relora:
+                state_reset.zero_moments(state)
+            elif settings.optimizer_magnitude_pruning:
+                state_reset.prune_by_magnitude(state, settings.optimizer_magnitude_pruning)

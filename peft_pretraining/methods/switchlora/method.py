@@ -7,7 +7,7 @@ round: its gradient was computed with the vector that has gone. The newcomer kee
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed
 from peft_pretraining.nn import low_rank_layers
 from peft_pretraining.nn.exchange import exchange, to_device
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
-from peft_pretraining.optim.state.state_reset import MOMENTS
 from peft_pretraining.optim.vector_adamw import VectorAdamW
+from peft_pretraining.optim.vector_adamw8bit import VectorAdamW8bit
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
@@ -58,9 +58,12 @@ class SwitchLoRA(FactorMethod):
                         f"of {name} evenly: use another number of devices, --replicas, or ddp"
                     ]
                 )
-        groups = self.parameter_groups(model)
-        groups[0]["vectors"], groups[1]["vectors"] = _VECTORS["lora_A"], _VECTORS["lora_B"]
-        return VectorAdamW(groups, **self.config.rule.arguments(), weight_decay=self.config.optimizer.weight_decay)
+        kind = VectorAdamW8bit if self.config.optimizer.optimizer == "adamw8bit" else VectorAdamW
+        arguments = {**self.config.rule.arguments(), "weight_decay": self.config.optimizer.weight_decay}
+        return kind(self.parameter_groups(model), **arguments)
+
+    def own_settings(self, factor: str) -> dict[str, Any]:
+        return {"vectors": _VECTORS[factor]}
 
     def before_step(self, model: nn.Module, optimizer: VectorAdamW, step: int) -> None:
         """Switch, reset, freeze; with gradients that were computed before the switch, and clipped."""
@@ -107,23 +110,19 @@ class SwitchLoRA(FactorMethod):
             layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step
             layer.switching.frozen_A[switch.slots_b] = settings.adam_warm_step
         # Only this update's slots have the full count, or a negative one (reset without freezing).
-        self._reset([(layer.lora_B, "lora_B", switch.slots_a) for layer, switch in due], optimizer)
-        self._reset([(layer.lora_A, "lora_A", switch.slots_b) for layer, switch in due], optimizer)
+        self._reset([(layer.lora_B, switch.slots_a) for layer, switch in due], optimizer)
+        self._reset([(layer.lora_A, switch.slots_b) for layer, switch in due], optimizer)
         self._freeze(layers)
 
-    def _reset(self, slots: list[tuple[Tensor, str, list[int]]], optimizer: VectorAdamW) -> None:
+    def _reset(self, slots: list[tuple[Tensor, list[int]]], optimizer: VectorAdamW) -> None:
         """Zero moments and step counts of some vectors of each factor."""
         settings = self.config.method
-        slots = [item for item in slots if item[2]]
+        slots = [item for item in slots if item[1]]
         if settings.remain_switch_state or not slots:
             return
-        indices = to_device([item[2] for item in slots], local(slots[0][0]).device)
-        for (factor, name, _), index in zip(slots, indices, strict=True):
-            state = optimizer.state[factor]
-            for key in MOMENTS:
-                local(state[key]).index_fill_(_VECTORS[name], index, 0)
-            if not settings.remain_switch_step_state:
-                state["step"].index_fill_(0, index, 0)
+        indices = to_device([item[1] for item in slots], local(slots[0][0]).device)
+        for (factor, _), index in zip(slots, indices, strict=True):
+            optimizer.reset_vectors(factor, index, counts=not settings.remain_switch_step_state)
 
     def _freeze(self, layers: list[SwitchedLinear]) -> None:
         """Zero the gradients of frozen vectors and count their updates down."""

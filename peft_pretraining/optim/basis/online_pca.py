@@ -75,10 +75,10 @@ class OnlinePCA(SVDBasis):
 
     def _advance(self, updates: Sequence[ParamUpdate], pace: float) -> Phases[None]:
         gradients = yield from _reconstruction_gradients(updates)
-        settings, steps = {**self._settings, "lr": pace}, []
-        for update, gradient in zip(updates, gradients, strict=True):
+        settings, steps, moved = {**self._settings, "lr": pace}, [], [update.bases for update in updates]
+        for update, bases, gradient in zip(updates, moved, gradients, strict=True):
             gradient.div_(update.scaled_by)  # it is linear in R
-            (basis,) = update.bases.values()
+            (basis,) = bases.values()
             own = own_state(update.state, "basis_")
             own["step"] += 1
             steps.append(
@@ -99,6 +99,8 @@ class OnlinePCA(SVDBasis):
             if settings["weight_decay"]:
                 step.weight.mul_(1 - pace * settings["weight_decay"])  # before the step, as torch's AdamW
         yield from phases(LIFTS[self._rule.lift or "identity"]().move(steps, settings))
+        for update, bases in zip(updates, moved, strict=True):
+            update.projection.store(update.state, bases)  # where they are kept in another dtype
 
 
 def _numbers_of_basis(update: ParamUpdate) -> int:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
-from peft_pretraining.optim.basis.svd import LinAlgError
+from peft_pretraining.optim.basis.svd import LinAlgError, flags_of, squared_norm
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, phases, run, together
-from peft_pretraining.optim.tensors.projection import Bases, Projection, overlap
+from peft_pretraining.optim.tensors.projection import SCALES, Bases, Projection, overlap
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter
 
 log = logging.getLogger("peft_pretraining")
@@ -28,6 +28,8 @@ class Projected:
     low_rank_grad: Tensor
     new_bases: Bases | None = None
     """The bases it was projected with, if they are new."""
+    in_place: bool = False
+    """They are new, and in the state already."""
     energy: Tensor | None = None
     """‖R‖² / ‖G‖², at a refresh."""
     failed: bool = False
@@ -42,7 +44,7 @@ class Projected:
     @property
     def changes_bases(self) -> bool:
         """Whether this update's refresh was made, or failed."""
-        return self.new_bases is not None or self.failed
+        return self.new_bases is not None or self.in_place or self.failed
 
     def look_at(self, grad: Tensor) -> None:
         """Remember what this was made of."""
@@ -84,7 +86,7 @@ class Subspace:
         return {
             "last_refresh": StateTensor(counter(-1)),
             "refreshes": StateTensor(counter(0)),
-            **{side: StateTensor(basis) for side, basis in bases.items()},
+            **{key: StateTensor(kept) for key, kept in self.projection.stored_bases(bases).items()},
             **self.rule.declare_state(bases, self.projection, group),
         }
 
@@ -129,6 +131,21 @@ class Subspace:
         (low_rank_grad,) = run(_project([(self.projection, bases, grad)]))
         return low_rank_grad
 
+    def put_in_place(self, state: dict[str, Tensor], projected: Projected) -> None:
+        """Let the first bases take the place of the zeros before their update: they exist once. Until `apply` nothing
+        counts them, and `clear_first` takes them back."""
+        assert projected.new_bases is not None
+        self.projection.store(state, projected.new_bases)
+        projected.new_bases, projected.in_place = None, True
+
+    def clear_first(self, state: dict[str, Tensor]) -> None:
+        """Make zeros of first bases whose update did not take place."""
+        if not int(state["refreshes"]):
+            for side in self.projection.sides:
+                for key in (side, side + SCALES):
+                    if key in state:
+                        state[key].zero_()
+
     def apply(
         self,
         state: dict[str, Tensor],
@@ -143,17 +160,17 @@ class Subspace:
             metrics.setdefault("failed_refreshes", []).append(torch.ones(()))
             if not first:  # with a basis to go on with, the next attempt is a gap away
                 state["last_refresh"].fill_(step)
-        if projected.new_bases is None:
+        if projected.new_bases is None and not projected.in_place:
             return
-        old, new = self.bases(state), projected.new_bases
         metrics.setdefault("refreshed", []).append(torch.ones(()))
         if projected.energy is not None:
             metrics.setdefault("captured_energy", []).append(projected.energy)
-        if not first:
-            metrics.setdefault("basis_overlap", []).append(overlap(old, new))
-            self.rule.rotate_moments(state, self.projection, old, new, rule)
-        for side, basis in new.items():
-            old[side].copy_(basis)
+        if (new := projected.new_bases) is not None:
+            if not first:
+                old = self.bases(state)
+                metrics.setdefault("basis_overlap", []).append(overlap(old, new))
+                self.rule.rotate_moments(state, self.projection, old, new, rule)
+            self.projection.store(state, new)
         state["refreshes"] += 1
         state["last_refresh"].fill_(step)
 
@@ -167,6 +184,13 @@ class Arrival:
     grad: Tensor
     group: dict[str, Any]
     step: int
+
+
+def draw_bases(arrivals: Sequence[Arrival]) -> list[Bases | None]:
+    """New bases that do not depend on the gradients, of which only shapes, dtypes and devices are read. Nothing is
+    stored; None, with a warning, where that fails."""
+    found = run(_new_bases(arrivals, {id(each): _refresh(each, each.grad) for each in arrivals}))
+    return [found.get(id(each)) for each in arrivals]
 
 
 def project_gradients(arrivals: Sequence[Arrival]) -> Phases[list[Projected]]:
@@ -198,7 +222,7 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
     seen = [each.subspace.mean_with_observed(each.grad) for each in due]
     reads = [each.subspace.rule.reads_gradient(each.step) for each in due]
     flags = [
-        Collective(torch.stack([~grad.isfinite().all(), grad.any()]).float(), each.subspace.projection.shard)
+        Collective(flags_of(grad), each.subspace.projection.shard)
         for each, grad, reading in zip(due, seen, reads, strict=True)
         if reading
     ]
@@ -209,15 +233,19 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
             not_finite, not_zero = next(answers).tolist()
             if not_finite or not not_zero:
                 continue
-        subspace, number = each.subspace, int(each.state["refreshes"])
-        refreshes[id(each)] = Refresh(
-            each.step, number, each.group["seed"], subspace.name, grad, subspace.projection, subspace.bases(each.state)
-        )
+        refreshes[id(each)] = _refresh(each, grad)
     return refreshes
 
 
+def _refresh(each: Arrival, grad: Tensor) -> Refresh:
+    """What a basis rule is told; `grad` may be the mean over several."""
+    subspace, number = each.subspace, int(each.state["refreshes"])
+    bases = subspace.bases(each.state)
+    return Refresh(each.step, number, each.group["seed"], subspace.name, grad, subspace.projection, bases)
+
+
 def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[dict[int, Bases]]:
-    """New bases in the dtype of the old ones; none, with a warning, where no routine could decompose the gradient."""
+    """New bases as they will be read; none, with a warning, where no routine could decompose the gradient."""
     by_rule: dict[int, list[Arrival]] = {}
     for each in due:
         if id(each) in refreshes:
@@ -237,8 +265,7 @@ def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[
                 said = "the basis of %s could not be refreshed at update %d: %s%s"
                 log.warning(said, subspace.name, each.step, bases, subspace.note)
                 continue
-            old = subspace.bases(each.state)
-            new[id(each)] = {side: basis.to(old[side].dtype).contiguous() for side, basis in bases.items()}
+            new[id(each)] = subspace.projection.as_read(bases)
     return new
 
 
@@ -256,14 +283,12 @@ def _project(parts: Sequence[tuple[Projection, Bases, Tensor]]) -> Phases[list[T
 
 
 def _measure_energy(refreshed: Sequence[tuple[Arrival, Projected]]) -> Phases[None]:
-    """‖R‖² / ‖G‖² of those that tried a refresh. In float64: the squares of a small float32 gradient underflow."""
+    """‖R‖² / ‖G‖² of those that tried a refresh."""
     asked = []
     for each, projected in refreshed:
         projection = each.subspace.projection
         pairs = ((projected.low_rank_grad, projection.low_rank_shard), (each.grad, projection.shard))
-        asked += [
-            Collective(torch.linalg.vector_norm(part, dtype=torch.float64).square(), shard) for part, shard in pairs
-        ]
+        asked += [Collective(squared_norm(part), shard) for part, shard in pairs]
     sums = yield asked
     for place, (_, projected) in enumerate(refreshed):
         kept, whole = sums[2 * place], sums[2 * place + 1]

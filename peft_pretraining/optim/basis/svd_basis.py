@@ -13,17 +13,21 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.basis.basis_rule import BasisRule, NewBases, Refresh, attempt
 from peft_pretraining.optim.basis.svd import (
     SVD_METHODS,
+    gaussian,
     gram_eigenvectors,
-    random_stiefel,
+    on_stiefel,
     short_gram,
     top_singular_vectors,
     with_signs,
 )
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, in_lots
 from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Bases
+from peft_pretraining.runtime.threads import ahead, share_of_cores
 
 _NUMBERS_AT_ONCE = 2**22
 """Of the Gram matrices that devices add up by one call: 32 MB in float64."""
+_WORTH_THREADS = 2**18
+"""Random numbers that one thread draws in 4 ms."""
 
 
 class SVDBasis(BasisRule):
@@ -92,14 +96,35 @@ class RandomBasis(BasisRule):
     def reads_gradient(self, step: int) -> bool:
         return False
 
+    def compute_bases(self, refreshes: Sequence[Refresh]) -> list[NewBases]:
+        """Draws in other threads, and decomposes on the device, one after the other, what has been drawn."""
+        wanted = [(refresh, side) for refresh in refreshes for side in refresh.projection.sides]
+        numbers = sum(_rows(*each) * each[0].projection.rank for each in wanted)
+        if numbers <= _WORTH_THREADS:
+            return [self.compute_basis(refresh) for refresh in refreshes]
+        drawn = ahead(_gaussian, wanted, min(share_of_cores(), len(wanted)))
+        return [
+            {side: _random_basis(refresh, side, next(drawn)) for side in refresh.projection.sides}
+            for refresh in refreshes
+        ]
+
     def compute_basis(self, refresh: Refresh) -> Bases:
-        m, n = refresh.projection.shard.shape
-        new: Bases = {}
-        for side in refresh.projection.sides:
-            rows, draws = m if side == LEFT else n, refresh.generator(f"random {side}")
-            drawn = random_stiefel(rows, refresh.projection.rank, draws, refresh.grad.device)
-            new[side] = drawn if side == LEFT else drawn.T
-        return new
+        return {side: _random_basis(refresh, side, _gaussian((refresh, side))) for side in refresh.projection.sides}
+
+
+def _rows(refresh: Refresh, side: str) -> int:
+    return refresh.projection.shard.shape[0 if side == LEFT else 1]
+
+
+def _gaussian(wanted: tuple[Refresh, str]) -> Tensor:
+    """What the basis of one side of one weight is made of."""
+    refresh, side = wanted
+    return gaussian(_rows(refresh, side), refresh.projection.rank, refresh.generator(f"random {side}"))
+
+
+def _random_basis(refresh: Refresh, side: str, drawn: Tensor) -> Tensor:
+    basis = on_stiefel(drawn, refresh.grad.device)
+    return basis if side == LEFT else basis.T
 
 
 class SVDThenRandom(BasisRule):
@@ -118,10 +143,8 @@ class SVDThenRandom(BasisRule):
     def compute_bases(self, refreshes: Sequence[Refresh]) -> Phases[list[NewBases]]:
         decomposed = [refresh for refresh in refreshes if self.reads_gradient(refresh.step)]
         found = iter((yield from self._svd.compute_bases(decomposed)))
-        return [
-            next(found) if self.reads_gradient(refresh.step) else self._random.compute_basis(refresh)
-            for refresh in refreshes
-        ]
+        drawn = iter(self._random.compute_bases([each for each in refreshes if not self.reads_gradient(each.step)]))
+        return [next(found if self.reads_gradient(refresh.step) else drawn) for refresh in refreshes]
 
 
 class GaussianBasis(SVDBasis):

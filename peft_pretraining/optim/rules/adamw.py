@@ -32,6 +32,9 @@ class AdamW(UpdateRule):
     def in_format(self, state_format: str) -> UpdateRule:
         return AdamW8bit(self._torch_epsilon) if state_format == "8bit" else self
 
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float((group["betas"] or self.betas)[0])
+
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         return {key: StateTensor.like_gradient(zeros(like), shard) for key in ("exp_avg", "exp_avg_sq")}
 
@@ -78,6 +81,10 @@ class TorchAdamW(AdamW):
     def __init__(self) -> None:
         super().__init__(torch_epsilon=True)
 
+    def in_format(self, state_format: str) -> UpdateRule:
+        """torch's kernel wants states in the weight's dtype: where they are not, D is found in theirs."""
+        return WideTorchAdamW() if state_format in ("float32", "weight") else super().in_format(state_format)
+
     def new_step(self, param: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device=param.device)
 
@@ -109,6 +116,16 @@ class TorchAdamW(AdamW):
         )
 
 
+class WideTorchAdamW(AdamW):
+    """torch's AdamW with states and arithmetic in another dtype than the weight's, which is rounded once."""
+
+    decays_first = True
+    name = "torch_adamw"
+
+    def __init__(self) -> None:
+        super().__init__(torch_epsilon=True)
+
+
 class AdamW8bit(AdamW):
     """AdamW with both moments in 8 bits and one float32 scale per 256 numbers, by bitsandbytes (arXiv 2110.02861).
 
@@ -126,6 +143,9 @@ class AdamW8bit(AdamW):
 
     def in_format(self, state_format: str) -> UpdateRule:
         return self
+
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return 1.0  # what is not in 8 bits is small, and stays in float32
 
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         if (shard.shape or like.shape).numel() < self._SMALLEST:

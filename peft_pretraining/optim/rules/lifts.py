@@ -64,8 +64,9 @@ class Identity(Lift):
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
         for update in updates:
             assert update.direction is not None
-            with update.moving() as weight:
-                weight.add_(update.direction.tensor, alpha=-update.direction.factor)
+            for rows, weight in update.moving_rows():
+                direction = update.direction.tensor
+                weight.add_(direction[rows] if direction.ndim else direction, alpha=-update.direction.factor)
 
 
 class ProjectBack(Lift):
@@ -77,8 +78,9 @@ class ProjectBack(Lift):
         for update in updates:
             assert update.direction is not None
             direction, factor, _ = update.direction
-            with update.moving() as weight:
-                update.projection.add_projected_back(weight, update.bases, direction, -factor * update.scale)
+            bases = update.bases
+            for rows, weight in update.moving_rows():
+                update.projection.add_projected_back(weight, bases, direction, -factor * update.scale, rows)
 
 
 class Sign(Lift):
@@ -90,8 +92,9 @@ class Sign(Lift):
         for update in updates:
             assert update.direction is not None
             direction, factor, _ = update.direction
-            with update.moving() as weight:
-                full = update.projection.project_back(update.bases, direction)
+            bases = update.bases
+            for rows, weight in update.moving_rows():
+                full = update.projection.project_back(bases, direction, rows)
                 weight.add_(full.sign(), alpha=-factor)
 
 

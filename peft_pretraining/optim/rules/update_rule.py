@@ -59,8 +59,12 @@ class UpdateRule:
     def in_format(self, state_format: str) -> UpdateRule:
         """The rule that keeps its state in this format. Raises `ValueError` where there is none."""
         if state_format == "8bit":
-            raise ValueError(f"state_format must be weight or float32 with {self.name}, got '8bit'")
+            raise ValueError(f"state_format must be published, weight or float32 with {self.name}, got '8bit'")
         return self
+
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        """How much of the first moment an update keeps; 1 for rules of which nobody knows."""
+        return 1.0
 
     def new_step(self, param: Tensor) -> Tensor:
         """The parameter's count of updates, zero."""

@@ -35,6 +35,9 @@ class Adafactor(UpdateRule):
     optional = frozenset({"exp_avg"})
     _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
 
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float(group["beta1"] or 0.0)
+
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         wide = torch.promote_types(like.dtype, torch.float32)  # 1e-30 and slow decay need it
         if like.ndim >= 2:
@@ -115,6 +118,9 @@ class Lion(UpdateRule):
     lift = "sign"
     betas: tuple[float, float] = (0.9, 0.99)
 
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float((group["betas"] or self.betas)[1])
+
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         return {"exp_avg": StateTensor.like_gradient(zeros(like), shard)}
 
@@ -133,6 +139,9 @@ class SGD(UpdateRule):
 
     first_moment = "momentum_buffer"
     optional = frozenset({"momentum_buffer"})
+
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float(group["momentum"])
 
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         return {self.first_moment: StateTensor.like_gradient(zeros(like), shard)} if group["momentum"] else {}

@@ -83,6 +83,10 @@ class InPlaceOptimizer(GradientOwner, torch.optim.Optimizer):
 
     # Loading.
 
+    def _as_called_now(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved group with the names that its settings have by now."""
+        return saved
+
     def _check_saved_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raises `ValueError` if a group's state would not fit into this one's."""
 

@@ -35,6 +35,7 @@ class Loading:
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
             return None  # which torch refuses
         groups = [_in_order(*pair) for pair in zip(groups, own, strict=True)]
+        groups = [optimizer._as_called_now(group) for group in groups]
         keep = {*optimizer.defaults, "first_lr"}
         groups = [
             {**{key: value for key, value in ours.items() if key in keep and key not in saved}, **saved}

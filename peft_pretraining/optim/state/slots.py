@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,15 @@ from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.rules.update_rules import UPDATE_RULES
 from peft_pretraining.optim.state.base import name_of
 from peft_pretraining.optim.tensors.projection import Projection
-from peft_pretraining.optim.tensors.state_tensor import STATE_FORMATS, StateTensor, working_dtype
+from peft_pretraining.optim.tensors.state_tensor import (
+    BASIS_DTYPES,
+    FASTEST_FORGOTTEN,
+    ROUNDINGS,
+    STATE_FORMATS,
+    StateTensor,
+    basis_storage,
+    working_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,16 @@ class Objects:
     basis: BasisRule | None
     lift: Lift
     state_format: str
+    basis_dtype: str = "auto"
+    rounds_stochastically: bool = False
+    """Whether bfloat16 weights are, instead of to nearest."""
     basis_is_given: bool = False
     """Whether the basis rule is an object that was given: then no setting of the group changes it."""
+
+    @property
+    def rounds_once(self) -> bool:
+        """Whether a weight's decay and step are added up before it is rounded."""
+        return self.rounds_stochastically or self.state_format in ("float32", "weight")
 
     @property
     def reads_gradient(self) -> bool:
@@ -44,7 +60,14 @@ def objects_of(group: dict[str, Any]) -> Objects:
     state_format = group["state_format"]
     if state_format not in STATE_FORMATS:
         raise ValueError(f"state_format must be one of {', '.join(STATE_FORMATS)}, got {state_format!r}")
-    rule = update_rule(group["rule"]).in_format(state_format)
+    if group["basis_dtype"] not in BASIS_DTYPES:
+        raise ValueError(f"basis_dtype must be one of {', '.join(BASIS_DTYPES)}, got {group['basis_dtype']!r}")
+    rule, rounding = update_rule(group["rule"]), group["rounding"]
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    # A rule that moves weights itself rounds them to nearest.
+    lifted = rounding == "stochastic" and rule.moves_weights and state_format == "published"
+    rule = rule.in_format("weight" if lifted else state_format)
     basis, lift = group["basis"], group["lift"]
     given = isinstance(basis, BasisRule)
     if not given:
@@ -54,6 +77,11 @@ def objects_of(group: dict[str, Any]) -> Objects:
         basis = None if group["rank"] is None else basis_rule(group)
     if basis is not None and group["rank"] is None:
         raise ValueError(f"basis {basis.name!r} needs a rank in the same group")
+    if basis is not None and group["basis_dtype"] == "int8" and not basis.refreshes:
+        raise ValueError(
+            f"basis_dtype 'int8' does not go with basis {basis.name!r}, which moves by less than 8 bits can show in "
+            "every update"
+        )
     if not isinstance(lift, Lift):
         if lift is not None and lift not in LIFTS:
             raise ValueError(f"lift must be one of {', '.join(LIFTS)}, or an object, got {lift!r}")
@@ -63,7 +91,7 @@ def objects_of(group: dict[str, Any]) -> Objects:
     for name in ("rule", "basis", "lift"):
         if not isinstance(group[name], str | None):
             group[name] = group[name].name
-    return Objects(rule, basis, lift, state_format, given)
+    return Objects(rule, basis, lift, state_format, group["basis_dtype"], rounding == "stochastic", given)
 
 
 def update_rule(rule: Any) -> UpdateRule:
@@ -119,9 +147,17 @@ class Slot:
             self.objects.lift.declare_state(weight, self.projection, group, self.shard),
         ]
         declared = {key: tensor for part in parts for key, tensor in part.items()}
+        key = self.objects.rule.first_moment
+        if key in declared and self._narrows(group):
+            declared[key] = replace(declared[key], value=declared[key].value.to(param.dtype))
         if len(declared) < sum(map(len, parts)):
             raise ValueError(f"two of the objects of {self.name} declare state of the same name: {', '.join(declared)}")
         return declared
+
+    def _narrows(self, group: dict[str, Any]) -> bool:
+        """Whether the first moment is kept in the weight's dtype, and the rest of the state is not."""
+        decay = self.objects.rule.first_moment_decay(group)
+        return self.objects.state_format == "weight" and decay <= FASTEST_FORGOTTEN
 
     @property
     def optional(self) -> frozenset[str]:
@@ -154,7 +190,11 @@ def new_slots(group: dict[str, Any], objects: Objects, place: int, peers: list[S
                 raise ValueError(
                     f"a projected parameter must be a matrix, {empty}got {name} of shape {tuple(param.shape)}{note}"
                 )
-            projection = objects.basis.projection(group, ShardInfo.of(param))
+            projection = replace(
+                objects.basis.projection(group, ShardInfo.of(param)),
+                stored=basis_storage(objects.basis_dtype, objects.state_format, param.dtype),
+                working=working_dtype(objects.state_format, param.dtype),
+            )
             subspace = Subspace(objects.basis, projection, name, peers, note)
         slots.append((param, Slot(param, index, name, objects, subspace)))
     return slots

@@ -42,7 +42,9 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "stagger_refresh": False,
     "basis": None,
     "lift": None,
-    "state_format": "weight",
+    "state_format": "published",
+    "basis_dtype": "auto",
+    "rounding": "nearest",
 }
 
 
@@ -138,6 +140,10 @@ class SubspaceOptimizer(InPlaceOptimizer):
         """What a parameter is updated by."""
         return self._slots[param].objects
 
+    def name_of(self, param: Tensor) -> str:
+        """A parameter's name, or its place."""
+        return self._slots[param].name
+
     def dtype_of(self, param: Tensor) -> torch.dtype:
         """Of the gradients that the update rule sees, whatever the parameter has become since construction."""
         return self._slots[param].dtype
@@ -146,10 +152,16 @@ class SubspaceOptimizer(InPlaceOptimizer):
         """How the gradients that the update rule sees are divided."""
         return self._slots[param].low_rank_shard
 
+    def _as_called_now(self, saved: dict[str, Any]) -> dict[str, Any]:
+        older = saved.get("state_format") == "weight" and "rounding" not in saved
+        return {**saved, "state_format": "published"} if older else saved
+
     def _check_saved_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         for name in ("rule", "basis", "lift", "state_format"):  # what older states do not name they got from `own`
             if saved[name] != own[name]:
                 raise other_state(name, saved[name], own[name])
+        if (saved["basis_dtype"] == "int8") != (own["basis_dtype"] == "int8"):
+            raise other_state("basis_dtype", saved["basis_dtype"], own["basis_dtype"])
         for param in own["params"]:
             subspace = self._slots[param].subspace
             if (saved["rank"] is None) != (subspace is None):

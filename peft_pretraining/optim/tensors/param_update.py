@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.tensors.projection import Bases, Projection
+from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically, rows_at_once
 
 
 class Direction(NamedTuple):
@@ -54,6 +56,8 @@ class ParamUpdate:
     decays_first: bool = False
     rounds_once: bool = False
     """Whether decay and step are added up in D's dtype before the weight is rounded."""
+    noise: Noise | None = None
+    """What a bfloat16 weight is rounded with, stochastically; None: to nearest."""
     scaled_by: Tensor | float = 1.0
     """By what R was multiplied since it was projected; `grad` was not, unless the lift reads it."""
     direction: Direction | None = None
@@ -68,16 +72,47 @@ class ParamUpdate:
     def bases(self) -> Bases:
         return self.projection.bases(self.state)
 
+    @property
+    def widened(self) -> torch.dtype | None:
+        """The dtype in which decay and step are added up; None where that is the weight's own."""
+        assert self.direction is not None
+        wide = self.direction.tensor.dtype
+        if self.noise is not None:
+            wide = torch.promote_types(wide, torch.float32)
+        return wide if self.rounds_once and wide != self.weight.dtype else None
+
     @contextmanager
     def moving(self) -> Iterator[Tensor]:
         """The weight to add to, in place. Decoupled weight decay, W <- W - lr * decay * W, takes place before or after
         that, as the update rule asks, and is not scaled."""
-        assert self.direction is not None
-        weight = self.weight.to(self.direction.tensor.dtype) if self.rounds_once else self.weight
+        whole = slice(0, self.weight.shape[0] if self.weight.ndim else 1)
+        with self._moving(self.weight, whole) as weight:
+            yield weight
+
+    def moving_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """As `moving`, a block of rows after the other where the weight is widened: a copy of all of it never exists.
+        Each comes with the rows that it is."""
+        if self.widened is None or self.weight.ndim == 0:
+            with self.moving() as weight:
+                yield slice(None), weight
+            return
+        at_once = rows_at_once(self.weight)
+        for start in range(0, self.weight.shape[0], at_once):
+            rows = slice(start, min(start + at_once, self.weight.shape[0]))
+            with self._moving(self.weight[rows], rows) as weight:
+                yield rows, weight
+
+    @contextmanager
+    def _moving(self, part: Tensor, rows: slice) -> Iterator[Tensor]:
+        weight = part if self.widened is None else part.to(self.widened)
         if self.decay and self.decays_first:
             weight.mul_(1 - self.decay)
         yield weight
         if self.decay and not self.decays_first:
             weight.mul_(1 - self.decay)
-        if weight is not self.weight:
-            self.weight.copy_(weight)
+        if weight is part:
+            return
+        if self.noise is None:
+            part.copy_(weight)
+        else:
+            round_stochastically(part, weight, self.noise, rows)

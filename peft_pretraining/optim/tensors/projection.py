@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.tensors.int8_blocks import dequantize, quantize_vectors
 
 LEFT, RIGHT = "left_basis", "right_basis"
 """Keys of P (m, r) and Q (r, n) in a parameter's optimizer state."""
+
+SCALES = "_scales"
+"""What is added to these for the scales of bases in 8 bits."""
 
 Bases = dict[str, Tensor]
 
@@ -38,6 +42,11 @@ def projected_sides(side: str, shape: torch.Size) -> tuple[str, ...]:
     }[side]
 
 
+def _along(side: str) -> int:
+    """The dimension of a basis that its vectors lie along."""
+    return 0 if side == LEFT else 1
+
+
 @dataclass(frozen=True)
 class Projection:
     """To low-rank coordinates and back. Without sides it is the identity: an unprojected parameter.
@@ -50,6 +59,10 @@ class Projection:
     sides: tuple[str, ...] = ()
     rank: int = 0
     shard: ShardInfo = WHOLE
+    stored: torch.dtype | None = None
+    """How bases are kept; int8 is in blocks with scales. None: as they are read."""
+    working: torch.dtype | None = None
+    """How they are read. None: as they are kept."""
 
     @classmethod
     def for_weight(cls, side: str, rank: int, shape: torch.Size | ShardInfo) -> Projection:
@@ -67,9 +80,34 @@ class Projection:
             bases[RIGHT] = weight.new_zeros(self.rank, n)
         return bases
 
+    def stored_bases(self, bases: Bases) -> dict[str, Tensor]:
+        """Bases as they are kept, and the scales of those in 8 bits, by key of the state."""
+        kept: dict[str, Tensor] = {}
+        for side, basis in bases.items():
+            if self.stored == torch.int8:
+                kept[side], kept[side + SCALES] = quantize_vectors(basis, _along(side))
+            else:
+                kept[side] = basis.to(self.stored or basis.dtype).contiguous()
+        return kept
+
     def bases(self, state: Mapping[str, Tensor]) -> Bases:
-        """The stored bases themselves."""
-        return {side: state[side] for side in self.sides}
+        """The bases in the dtype that the arithmetic is done in: the stored ones themselves where they have that."""
+        return {side: self._read(state[side], state.get(side + SCALES), side) for side in self.sides}
+
+    def _read(self, basis: Tensor, scales: Tensor | None, side: str) -> Tensor:
+        if scales is not None and basis.dtype == torch.int8:
+            return dequantize(basis, scales, _along(side), self.working or torch.float32)
+        return basis if self.working is None else basis.to(self.working)
+
+    def as_read(self, bases: Bases) -> Bases:
+        """Bases with what storing takes from them: those that later updates will read."""
+        kept = self.stored_bases(bases)
+        return {side: self._read(kept[side], kept.get(side + SCALES), side) for side in bases}
+
+    def store(self, state: Mapping[str, Tensor], bases: Bases) -> None:
+        """Put bases into the state's tensors."""
+        for key, kept in self.stored_bases(bases).items():
+            state[key].copy_(kept)
 
     def low_rank_shape(self, shape: torch.Size) -> torch.Size:
         """Of R, for a weight, or a part of one, of `shape`."""
@@ -113,19 +151,31 @@ class Projection:
             grad = grad @ bases[RIGHT].T
         return grad
 
-    def project_back(self, bases: Bases, update: Tensor) -> Tensor:
-        """Projects back: the shape of R -> this device's part of (m, n)."""
+    def _rows(self, bases: Bases, update: Tensor, rows: slice | None) -> tuple[Bases, Tensor]:
+        """What these rows of this device's part of the weight are made of."""
         bases = self._local(bases)
+        if rows is None or rows == slice(None):
+            return bases, update
+        if LEFT in bases:
+            return {**bases, LEFT: bases[LEFT][rows]}, update
+        return bases, update[rows]
+
+    def project_back(self, bases: Bases, update: Tensor, rows: slice | None = None) -> Tensor:
+        """Projects back: the shape of R -> this device's part of (m, n), or these rows of it."""
+        bases, update = self._rows(bases, update, rows)
         if LEFT in bases:
             update = bases[LEFT] @ update
         return update @ bases[RIGHT] if RIGHT in bases else update
 
-    def add_projected_back(self, param: Tensor, bases: Bases, update: Tensor, factor: float) -> None:
-        """param += factor * (update projected back), without forming the full-size update unless dtypes differ."""
-        if update.dtype != param.dtype:  # the model was converted, which its optimizer's state does not follow
-            param.add_(self.project_back(bases, update), alpha=factor)
+    def add_projected_back(
+        self, param: Tensor, bases: Bases, update: Tensor, factor: float, rows: slice | None = None
+    ) -> None:
+        """param += factor * (update projected back), without forming the full-size update unless dtypes differ. `param`
+        may be some `rows` of the weight."""
+        if update.dtype != param.dtype:  # a weight that is widened, or that was converted since
+            param.add_(self.project_back(bases, update, rows), alpha=factor)
             return
-        bases = self._local(bases)
+        bases, update = self._rows(bases, update, rows)
         if RIGHT in bases:
             update = bases[LEFT] @ update if LEFT in bases else update
             param.addmm_(update, bases[RIGHT], alpha=factor)

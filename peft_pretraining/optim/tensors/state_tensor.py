@@ -50,12 +50,34 @@ def zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
-STATE_FORMATS = ("weight", "float32", "8bit")
-"""How a group's state is kept. `weight`: in the weight's dtype, in which all arithmetic is done. `float32`: state and
-arithmetic in float32 at least, the weight rounded once an update. `8bit`: moments in blocks of 8 bits, where the update
-rule has such a form."""
+STATE_FORMATS = ("published", "weight", "float32", "8bit")
+"""How a group's state is kept. `published`: in the weight's dtype, in which all arithmetic is done. `float32`: state
+and arithmetic in float32 at least, the weight rounded once an update. `weight`: arithmetic as with `float32`; bases,
+and first moments that forget fast enough for it, in the weight's dtype. `8bit`: moments in blocks of 8 bits, where the
+update rule has such a form. For weights of 32 bits and more, all but `8bit` are the same."""
+
+FASTEST_FORGOTTEN = 0.95
+"""Largest decay of a first moment that the weight's dtype may keep: bfloat16 loses what changes by less than 2^-9."""
 
 
 def working_dtype(state_format: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of R, D, the bases and the moments of a weight of `dtype`."""
-    return torch.promote_types(dtype, torch.float32) if state_format == "float32" else dtype
+    return torch.promote_types(dtype, torch.float32) if state_format in ("float32", "weight") else dtype
+
+
+ROUNDINGS = ("nearest", "stochastic")
+"""How a weight is rounded that has fewer digits than what it moves by; see `rounding`."""
+
+BASIS_DTYPES = ("auto", "float32", "weight", "int8")
+"""How a group's bases are kept. `auto`: as `state_format` says; `int8`: in 8 bits, with a float32 scale for every 256
+numbers. They are read in the working dtype."""
+
+
+def basis_storage(basis_dtype: str, state_format: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that bases of a weight of `dtype` are kept in, from which they are read into the working dtype. `auto`:
+    as `state_format` says; `int8`: in 8 bits, with a float32 scale for every 256 numbers."""
+    if basis_dtype == "auto":
+        basis_dtype = "float32" if state_format == "float32" else "weight"
+    if basis_dtype == "int8":
+        return torch.int8
+    return dtype if basis_dtype == "weight" else torch.promote_types(dtype, torch.float32)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.checkpoint.metrics_file import LONGEST_LINE, Line, read_lines
 from peft_pretraining.checkpoint.train_state import TrainState
-from peft_pretraining.report.metrics_file import LONGEST_LINE, Line, read_lines
 
 log = logging.getLogger("peft_pretraining")
 

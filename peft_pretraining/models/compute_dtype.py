@@ -1,0 +1,63 @@
+"""Layers that compute in another dtype than that of their weights, without autocast.
+
+The embedding begins activations in the compute dtype, and whatever follows keeps to its input's: a linear layer casts
+its weight to that of its input, a norm its output. So activations are the same whatever the weights are kept in, and
+where FSDP2 casts weights while it gathers them, these casts do nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ + bias in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)  # (..., n) @ (n, m) -> (..., m)
+
+
+class Embedding(nn.Embedding):
+    """Rows of the table, in a dtype of their own."""
+
+    compute_dtype: torch.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).to(self.compute_dtype)
+
+
+class RMSNorm(LlamaRMSNorm):
+    """The norm, whose weight may have more digits than its input, in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = super().forward(x)
+        return normed.to(x.dtype)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a LLaMA compute in `dtype`, whatever its weights' is. Modules and parameters stay the objects that they are.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+    >>> compute_in(model, torch.bfloat16)
+    >>> model(torch.tensor([[1, 2]])).logits.dtype, model.lm_head.weight.dtype
+    (torch.bfloat16, torch.float32)
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+        elif type(module) is nn.Embedding:
+            module.__class__ = Embedding
+            module.compute_dtype = dtype
+        elif type(module) is LlamaRMSNorm:
+            module.__class__ = RMSNorm
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is one of a LLaMA's norms."""
+    return isinstance(module, LlamaRMSNorm)

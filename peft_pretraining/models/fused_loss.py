@@ -1,0 +1,105 @@
+"""Head and cross-entropy in one, over a few rows at a time: logits of a whole batch never exist.
+
+Logits, their log-softmax and its gradient are three matrices of (tokens, vocabulary) in float32: at 60M weights, two
+thirds of the memory of an update. Here the gradients are made in the forward pass, block by block, and each block of
+logits is gone before the next one comes. Same arithmetic as the plain loss, but for the order of sums: float32 at
+least for logits and softmax, float32 sums for the gradient of the head's weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_pretraining.models.loss import IGNORED
+
+_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
+"""Numbers of a block of logits, by device: 16 MB in float32 stay in the cache of a CPU, 128 MB fill a GPU."""
+
+_PRODUCTS_AT_ONCE = 2**24
+"""Numbers of a product in 16 bits on its way to the head's gradient: 32 MB."""
+
+
+def fused_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over all targets of the cross-entropy of `hidden @ weight.T`, in float32 at least; a scalar.
+
+    `hidden` (..., d), `weight` (vocabulary, d), `labels` (...) with `IGNORED` where nothing counts. Products are in
+    `hidden`'s dtype; a wider weight gets its gradient in its own. Can be differentiated once.
+    """
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        return _loss_alone(hidden.flatten(0, -2), weight, labels.flatten())
+    total: Tensor = _FusedTokenLoss.apply(hidden.flatten(0, -2), weight, labels.flatten())
+    return total
+
+
+def _blocks(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[tuple[slice, Tensor]]:
+    """Rows, and their labels, by blocks."""
+    rows = max(1, _LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // weight.shape[0])
+    starts = range(0, hidden.shape[0], rows)
+    return [(slice(start, start + rows), labels[start : start + rows]) for start in starts]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _loss_alone(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+    for rows, targets in _blocks(hidden, weight, labels):
+        logits = F.linear(hidden[rows], weight.to(hidden.dtype)).to(total.dtype)
+        total += F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return total
+
+
+def _add_product(of_weight: Tensor, gradient: Tensor, part: Tensor) -> None:
+    """of_weight (vocabulary, d) += gradientᵀ part, some rows at a time: the product is in another dtype."""
+    rows = max(1, _PRODUCTS_AT_ONCE // part.shape[1])
+    for sums, columns in zip(of_weight.split(rows), gradient.split(rows, 1), strict=True):
+        sums += columns.T @ part
+
+
+class _FusedTokenLoss(torch.autograd.Function):
+    """The loss, and in the same pass its gradients, which the backward pass multiplies by that of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wide = _wide(hidden.dtype)
+        total = hidden.new_zeros((), dtype=wide)
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        weight = weight.to(hidden.dtype)
+        for rows, targets in _blocks(hidden, weight, labels):
+            part = hidden[rows]
+            logits = F.linear(part, weight).to(wide)  # (rows, d) @ (d, vocabulary) -> (rows, vocabulary)
+            counts = (targets != IGNORED).unsqueeze(1)
+            places = targets.unsqueeze(1).where(counts, 0)
+            # Softmax - one-hot, in the memory of the logits; 0 where nothing counts.
+            chosen = logits.sub_(logits.amax(1, keepdim=True)).gather(1, places)
+            sums = logits.exp_().sum(1, keepdim=True)
+            total += (sums.log() - chosen).masked_fill(~counts, 0.0).sum()
+            logits.mul_(counts / sums).scatter_add_(1, places, -counts.to(wide))
+            gradient = logits.to(hidden.dtype)
+            if of_hidden is not None:
+                torch.mm(gradient, weight, out=of_hidden[rows])
+            if of_weight is not None:
+                if wide == hidden.dtype:
+                    of_weight.addmm_(gradient.T, part)
+                else:
+                    _add_product(of_weight, gradient, part)
+            del logits, gradient  # before the next block's are made
+        ctx.gradients = (of_hidden, of_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss can be differentiated once")
+        (of_hidden, of_weight), ctx.gradients = ctx.gradients, None
+        if of_hidden is not None:
+            of_hidden.mul_(grad_output.to(of_hidden.dtype))
+        if of_weight is not None:
+            of_weight.mul_(grad_output.to(of_weight.dtype))
+        return of_hidden, of_weight, None
