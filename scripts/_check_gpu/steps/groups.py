@@ -89,7 +89,7 @@ def _settings(scene: Scene, method: str) -> dict[str, Any]:
     spec = METHODS[method]
     tiny = {**spec.tiny, **({"update_proj_gap": 3} if "update_proj_gap" in spec.own else {})}
     sizes = {"batch_size": 4, "total_batch_size": 4, "num_training_steps": UPDATES, "save_every": SAVED}
-    return settings_of(scene, "tiny", method, method=method, dtype="float64", **tiny, **sizes)
+    return settings_of(scene, "tiny", method, method=method, precision="fp64", **tiny, **sizes)
 
 
 def _environment(rank: int, size: int, port: int | None = None) -> dict[str, str]:
