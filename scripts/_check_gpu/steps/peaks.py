@@ -12,8 +12,9 @@ from ..scene import Scene
 from ..trainee import GIB, Trainee, settings_of
 from .planned import simulated
 
-TOLERANCE = 1.02
-"""Of what is simulated: cuBLAS's workspaces and rounding in the allocator are not counted there."""
+TOLERANCE, WORKSPACES = 1.02, 0.15
+"""Of what is simulated, and GiB beyond: rounding in the allocator, and cuBLAS's workspaces, of which an H200 had 0.06 to
+0.15, are not counted there."""
 
 LARGE = {"batch_size": 32}
 LAYERWISE = {"optimizer": "adamw8bit", "per_layer": True}
@@ -42,8 +43,8 @@ def peak(scene: Scene, lines: Lines, case: str) -> None:
     with Trainee(settings, scene.device) as trainee:
         first, ordinary = (_of_an_update(scene, trainee) for _ in range(2))
     if scene.on_cuda:
-        lines.at_most(f"{case}: an update", ordinary, expected.peak * TOLERANCE, "GiB")
-        lines.at_most(f"{case}: update 0", first, expected.first * TOLERANCE, "GiB")
+        lines.at_most(f"{case}: an update", ordinary, expected.peak * TOLERANCE + WORKSPACES, "GiB")
+        lines.at_most(f"{case}: update 0", first, expected.first * TOLERANCE + WORKSPACES, "GiB")
         return
     lines.reports(f"{case}: an update on a GPU, simulated", expected.peak, "GiB")
     lines.reports(f"{case}: this process, with all that it has imported", ordinary, "GiB")
