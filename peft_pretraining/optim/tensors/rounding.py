@@ -51,7 +51,7 @@ class Noise:
 def _hashed(key: int, start: int, count: int, device: torch.device) -> Tensor:
     """32 well-mixed bits for each of `count` consecutive numbers from `start` on, as int32."""
     x = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
-    x.mul_(_GOLDEN).bitwise_xor_(torch.tensor(key, dtype=torch.int64, device=device))
+    x.mul_(_GOLDEN).bitwise_xor_(key)  # a number, not a tensor: that would be copied, and waited for
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         x.bitwise_xor_((x >> shift) & (2 ** (64 - shift) - 1)).mul_(multiplier)
     return (x >> 32).to(torch.int32)
