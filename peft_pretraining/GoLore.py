@@ -116,7 +116,7 @@ class ReLoRaModel(nn.Module):
             rule = adapter.subspace.rule
             assert isinstance(rule, SVDThenRandom)
             rule.rand_ratio = 0.0 if use_rand else 2.0
-            mean_over_processes(adapter.gathered_gradient)
+            adapter.reduce_gathered(mean_over_processes)
             adapter.project(counters, step)
             moments = optimizer.state.get(adapter.trained, {})
             adapter.apply({**counters, **moments}, step, _first_moment_of(moments), {})

@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from pathlib import Path
 
+import gpu_tier
 import numpy as np
 import pytest
 import slow_tier
@@ -33,6 +34,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if times := config.getoption("--fuzz"):
         os.environ["FUZZ"] = times  # test_fuzz.py reads it as it is imported
+    if not gpu_tier.asked_for(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite is the same on every machine
+    elif not gpu_tier.found():
+        raise pytest.UsageError("-m gpu: torch finds no CUDA device that it can use")
 
 
 VOCABULARY = 128
@@ -44,6 +49,7 @@ _repeated: set[str] = set()
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_tier.choose(config, items)
     slow_tier.sort_into_tiers(items, whole_files=not any("::" in argument for argument in config.args))
     _repeated.update(slow_tier.repeated(items))
 
@@ -90,6 +96,12 @@ def write_model(path: Path, **changes) -> Path:
     }
     path.write_text(json.dumps({**shape, **changes}))
     return path
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where a test computes: "cpu", or with `-m gpu` "cuda", where runs compute by themselves. See gpu_tier.py."""
+    return gpu_tier.DEVICE
 
 
 @pytest.fixture(scope="session")

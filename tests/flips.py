@@ -31,7 +31,13 @@ OPERATIONAL = {
         "no_offload_candidates",
         "deterministic",
     ),
-    "acts on a GPU, or with several processes": ("single_gpu", "reduce_low_rank", "replicas", "reshard_after_forward"),
+    "acts on a GPU, or with several processes": (
+        "matmul_precision",
+        "single_gpu",
+        "reduce_low_rank",
+        "replicas",
+        "reshard_after_forward",
+    ),
     "how many devices share the work; needs several processes": ("distributed_type",),
     "checks or traces the run beside it": ("step_timeout", "profile", "check_rank_sync"),
     "acts when something goes wrong, which nothing does here": ("skip_spikes", "rewind_on_nan"),
@@ -46,6 +52,7 @@ OPERATIONAL = {
 """Why a flip cannot show in the numbers of a run -> settings. Everything else is in `FLIPS`."""
 
 FLIPS: dict[str, str] = {
+    **{"precision": "mixed", "state_dtype": "weight", "basis_dtype": "int8", "gradient_sum_dtype": "weight"},
     **{"model_revision": "main", "attn_implementation": "eager", "dtype": "float64", "max_length": "8"},
     **{
         "eval_tokens": "16",

@@ -29,3 +29,12 @@ def test_throughput_measures_both_loops(tmp_path):
 @pytest.mark.slow
 def test_save_measures_both_ways(tmp_path):
     assert run_benchmark(f"benchmarks/save.py {TINY} --rounds 1", tmp_path / "out.json")
+
+
+@pytest.mark.slow
+def test_start_measures_what_is_drawn():
+    command = "benchmarks/start.py --model_config configs/llama_tiny.json --rank 4 --threads 1 2"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=PROJECT, check=True, timeout=240, capture_output=True, text=True
+    )
+    assert [line.count("numbers/s") for line in done.stdout.splitlines()] == [0, 1, 1, 1, 1]

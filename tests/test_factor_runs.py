@@ -32,7 +32,7 @@ def undisturbed(tmp_path_factory):
 # updates 5, 10 and 15 (0-based): the first thing that a run resumed there does, or the last before it was stopped.
 @pytest.mark.parametrize("updates", [5, 6, 13])
 @methods
-def test_resume_changes_no_bit(command, undisturbed, tmp_path, name, updates):
+def test_resume_changes_no_bit(command, undisturbed, tmp_path, device, name, updates):
     stop_after(updates, command(**FACTORS[name]))
     assert helpers.run([*command(**FACTORS[name]), *RESUME]) == 0
     helpers.assert_same_run(tmp_path / "run", undisturbed(command, **FACTORS[name]))

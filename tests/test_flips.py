@@ -30,6 +30,7 @@ OF_METHODS = (
     *DERIVED,
 )
 OF_RULES = ("adam_beta1", "adam_beta2", "adam_eps", "beta1", "momentum", "dampening", "clip_grad_norm", "weight_decay")
+OF_PRECISION = ("precision", "state_dtype", "basis_dtype", "gradient_sum_dtype")
 OF_ROLES = tuple(item.name for item in dataclasses.fields(RoleConfig))
 OF_SCHEDULES = ("warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_steps", "adjust_step")
 
@@ -38,6 +39,10 @@ CONTEXTS = (
       for rule in entry.update_rules if rule not in ("adamw", "adam_zero")],
     *[("full_rank", f"--scheduler {name}", OF_SCHEDULES)
       for name in ("linear", "constant", "cosine_restarts", "cosine_with_min_lr")],
+    *[("full_rank", f"--precision {name}", ("state_dtype", "gradient_sum_dtype")) for name in ("bf16", "bf16_sr")],
+    *[("galore", f"--precision {name}", OF_PRECISION[1:]) for name in ("mixed", "bf16", "bf16_sr")],
+    ("galore", "--precision bf16 --per_layer --gradient_accumulation 2", OF_PRECISION[1:]),
+    ("full_rank", "--precision bf16 --optimizer adam_zero", OF_PRECISION[1:]),
     *[("relora", f"--scheduler {name}", OF_SCHEDULES) for name in ("linear", "cosine_restarts")],
     ("full_rank", "--scheduler cosine_restarts --cycle_length 3 --restart_warmup_steps 2", OF_SCHEDULES),
     *[("online_subspace_descent", f"--proj_type {name}", OF_METHODS)

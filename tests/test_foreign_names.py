@@ -42,7 +42,7 @@ def test_no_name_has_two_meanings():
     [
         ("--epochs 3", "unknown flag --epochs: the length of a run is --num_training_steps (updates) or --max_train"),
         ("--num_train_epochs=3", "unknown flag --num_train_epochs: the length of a run is --num_training_steps"),
-        ("--bf16", "unknown flag --bf16: the dtype is --dtype (bfloat16, float32 or float64)"),
+        ("--bf16", "unknown flag --bf16: weights and arithmetic are --precision (mixed, bf16, bf16_sr or fp32)"),
         ("--model gpt2", "unknown flag --model: a new model's shape is --model_config (a JSON file)"),
         ("--logging_dir x", "unknown flag --logging_dir: metrics.jsonl and the checkpoints are in --save_dir"),
         ("--lora_schedule x", "unknown flag --lora_schedule"),

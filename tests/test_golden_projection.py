@@ -38,7 +38,7 @@ class PublicBases(SVDBasis):
         return [self.compute_basis(refresh) for refresh in refreshes]
 
     def compute_basis(self, refresh):
-        basis = self.kept[refresh.number]
+        basis = self.kept[refresh.number].to(refresh.grad.device)
         if refresh.projection.sides == (LEFT, RIGHT):
             # Only the left one was kept. The right one has the signs that go with it: v = Gᵀu / σ.
             right = basis.T @ refresh.grad
@@ -52,14 +52,14 @@ def trajectory(optimizer, weight, gradients, rates):
     for gradient, rate in zip(gradients, rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = float(rate)
-        weight.grad = gradient.clone()
+        weight.grad = gradient.clone().to(weight.device)
         optimizer.step()
-        weights.append(weight.detach().clone())
+        weights.append(weight.detach().cpu().clone())
     return torch.stack(weights)
 
 
-def run(shape, rule, proj_type, public_bases=False, **settings):
-    weight = torch.nn.Parameter(GOLDEN[f"inputs__{shape}/W0"].clone())
+def run(shape, rule, proj_type, public_bases=False, device="cpu", **settings):
+    weight = torch.nn.Parameter(GOLDEN[f"inputs__{shape}/W0"].clone().to(device))
     group = {"params": [weight], "rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": proj_type}
     if public_bases:
         group["basis"] = PublicBases(GOLDEN[f"bases__{proj_type}__{shape}"])
@@ -83,8 +83,8 @@ def test_every_case_is_here():
 @shapes
 @rules
 @sides
-def test_svd_projections_with_the_public_bases(shape, rule, proj_type):
-    weights, _ = run(shape, rule, proj_type, public_bases=True)
+def test_svd_projections_with_the_public_bases(shape, rule, proj_type, device):
+    weights, _ = run(shape, rule, proj_type, public_bases=True, device=device)
     assert_agree(weights, f"{rule}__{proj_type}__{shape}/W")
 
 
@@ -92,18 +92,18 @@ def test_svd_projections_with_the_public_bases(shape, rule, proj_type):
 @rules
 @sides
 @pytest.mark.parametrize("svd_method", ["gram", "exact"])
-def test_own_bases_until_the_second_refresh(shape, rule, proj_type, svd_method):
+def test_own_bases_until_the_second_refresh(shape, rule, proj_type, svd_method, device):
     """Until then signs cannot matter; after it, moments meet bases with signs of our own."""
-    weights, _ = run(shape, rule, proj_type, svd_method=svd_method)
+    weights, _ = run(shape, rule, proj_type, svd_method=svd_method, device=device)
     assert_agree(weights, f"{rule}__{proj_type}__{shape}/W", updates=GAP)
 
 
 @shapes
 @sides
-def test_own_bases_span_the_public_subspaces(shape, proj_type):
-    _, state = run(shape, "adamw", proj_type)
+def test_own_bases_span_the_public_subspaces(shape, proj_type, device):
+    _, state = run(shape, "adamw", proj_type, device=device)
     public = GOLDEN[f"bases__{proj_type}__{shape}"][-1]
-    own = state[LEFT] if LEFT in state else state[RIGHT]
+    own = (state[LEFT] if LEFT in state else state[RIGHT]).cpu()
     assert own.shape == public.shape
     if LEFT in state:
         own, public = own.T, public.T
@@ -113,9 +113,9 @@ def test_own_bases_span_the_public_subspaces(shape, proj_type):
 @shapes
 @rules
 @pytest.mark.parametrize("proj_type", CONTINUOUS)
-def test_online_subspace_descent(shape, rule, proj_type):
+def test_online_subspace_descent(shape, rule, proj_type, device):
     """With bases of its own: one SVD at the start, whose signs cannot matter."""
-    weights, _ = run(shape, rule, proj_type)
+    weights, _ = run(shape, rule, proj_type, device=device)
     assert_agree(weights, f"{rule}__{proj_type}__{shape}/W")
 
 
@@ -137,12 +137,12 @@ class RandomFromFile(SVDBasis):
 
 @shapes
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
-def test_golore_follows_its_adapter_form(shape, rule):
+def test_golore_follows_its_adapter_form(shape, rule, device):
     """The public runs have a factor of r rows or columns and a scale s both in its forward and in its effect; without
     weight decay W - s A B moves as the weight itself does here, with ε / s for AdamW and the scale s² for SGD. No sign
     matters, because the momentum is carried into new bases."""
     case, scale, gap = f"golore_adapter__{rule}__{shape}", 0.5, 4
-    weight = torch.nn.Parameter(GOLDEN[f"{case}/W0"].clone())
+    weight = torch.nn.Parameter(GOLDEN[f"{case}/W0"].clone().to(device))
     group = {"params": [weight], "rank": RANK, "update_proj_gap": gap, "rand_ratio": 8 / 12, "num_training_steps": 12}
     if rule == "adamw":
         optimizer = LowRankOptimizer([{**group, "scale": scale}], rule="adamw", lr=BASE_RATE, eps=1e-6 / scale)
@@ -151,7 +151,7 @@ def test_golore_follows_its_adapter_form(shape, rule):
     subspace = optimizer.subspaces[weight]
     assert subspace.rule.carries_momentum
     assert [subspace.rule.reads_gradient(step) for step in (0, 4, 8)] == [True, True, False]
-    subspace.rule = RandomFromFile(GOLDEN[f"{case}/random_orthogonal_0"])
+    subspace.rule = RandomFromFile(GOLDEN[f"{case}/random_orthogonal_0"].to(device))
     gradients = GOLDEN[f"{case}/Y"].mT @ GOLDEN[f"{case}/X"]  # (T, N, m)ᵀ (T, N, n) -> (T, m, n)
     weights = trajectory(optimizer, weight, gradients, GOLDEN[f"{case}/lr"])
     assert_agree(weights, f"{case}/W_effective")

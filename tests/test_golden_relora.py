@@ -15,13 +15,13 @@ TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
-def test_relora(shape):
+def test_relora(shape, device):
     numbers = {
-        name.split("/")[1]: value
+        name.split("/")[1]: value.to(device)
         for name, value in NUMBERS.items()
         if name.startswith(f"relora__{shape[0]}x{shape[1]}/")
     }
-    linear = nn.Linear(shape[1], shape[0], bias=False)
+    linear = nn.Linear(shape[1], shape[0], bias=False, device=device)
     with torch.no_grad():
         linear.weight.copy_(numbers["W0"])
     model = nn.ModuleDict({"attn": linear})

@@ -68,12 +68,12 @@ def counters_after_switch(method, layer):
 
 
 @pytest.mark.parametrize("stem", LAYER_FILES)
-def test_one_layer(stem):
+def test_one_layer(stem, device):
     numbers, case = golden(stem)
     dtype = numbers["x"].dtype
     tolerance = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 1e-5}
     flags = {k: v for k, v in case["flags"].items() if k != "discontinuous_switch" or "k_requested" in numbers}
-    linear = nn.Linear(case["in_features"], case["out_features"], bias=False, dtype=dtype)
+    linear = nn.Linear(case["in_features"], case["out_features"], bias=False, dtype=dtype, device=device)
     method, model, optimizer = method_for(
         linear, rank=case["rank"], adam_warm_step=case["adam_warm_step"], lr=1.0, **flags
     )
@@ -87,15 +87,15 @@ def test_one_layer(stem):
 
         def same(actual, name, t=t):
             expected = numbers[name][t]
-            torch.testing.assert_close(actual.to(expected.dtype).reshape(expected.shape), expected, **tolerance)
+            torch.testing.assert_close(actual.cpu().to(expected.dtype).reshape(expected.shape), expected, **tolerance)
 
         def exact(actual, name, t=t):
             assert actual.tolist() == numbers[name][t].tolist(), f"{name} at update {t}"
 
         method.before_update(model, optimizer, t)
-        y = layer(numbers["x"][t])
+        y = layer(numbers["x"][t].to(device))
         same(y, "y")
-        (y * numbers["gy"][t]).sum().backward()
+        (y * numbers["gy"][t].to(device)).sum().backward()
         same(layer.lora_A.grad, "gradA_raw")
         same(layer.lora_B.grad, "gradB_raw")
         before = layer.merged_weight().double()
@@ -123,7 +123,7 @@ def test_one_layer(stem):
             if "k_requested" in numbers:
                 exact(layer.switching.pointers[index], f"ptr_{name}")
     weight = layer.weight.clone()
-    torch.testing.assert_close(layer.merged_weight(), numbers["final.W_merged"], **tolerance)
+    torch.testing.assert_close(layer.merged_weight().cpu(), numbers["final.W_merged"], **tolerance)
     assert torch.equal(layer.weight, weight)
 
 

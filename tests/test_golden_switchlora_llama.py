@@ -73,10 +73,10 @@ class Observer:
 
     def snapshot(self):
         run = self.run
-        state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        state = {name: tensor.cpu().clone() for name, tensor in run.model.state_dict().items()}
         for name, parameter in run.model.named_parameters():
             for key, value in run.optimizer.state[parameter].items():
-                state[f"{name}::{key}"] = value.clone()
+                state[f"{name}::{key}"] = value.cpu().clone()
         return state
 
 
@@ -102,7 +102,7 @@ def command(folder, name):
 
 
 @pytest.fixture(scope="module")
-def observed(folder):
+def observed(folder, device):
     with pytest.MonkeyPatch.context() as patch:
         observer = Observer(build.train)
         patch.setattr(build, "train", observer)
@@ -138,7 +138,7 @@ def test_state_after(observed, update):
     assert compared > 14 * 15
 
 
-def test_the_exported_model(observed, folder):
+def test_the_exported_model(observed, folder, device):
     """It is plain, and computes what the public run's merged model computes."""
     exported = folder / "at once" / "model_20"
     for name, value in load_file(exported / "model.safetensors").items():
@@ -147,7 +147,8 @@ def test_the_exported_model(observed, folder):
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     tokens = NUMBERS["data"][0]
     with torch.no_grad():
-        logits, trained = model(input_ids=tokens).logits, observed.run.model.eval()(input_ids=tokens).logits
+        logits = model(input_ids=tokens).logits
+        trained = observed.run.model.eval()(input_ids=tokens.to(device)).logits.cpu()
     torch.testing.assert_close(logits, NUMBERS["merged_logits"], **TOLERANCE)
     torch.testing.assert_close(trained, NUMBERS["final_eval_logits"], **TOLERANCE)
     torch.testing.assert_close(logits, trained, rtol=0, atol=1e-5)

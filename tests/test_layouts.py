@@ -5,9 +5,11 @@ One launch per layout makes all runs: starting processes costs more than trainin
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
+import gpu_tier
 import helpers
 import pytest
 import torch
@@ -16,6 +18,7 @@ from launching import launch
 from safetensors.torch import load_file
 
 from peft_pretraining.export import merged_model
+from peft_pretraining.training import loop
 
 pytestmark = pytest.mark.timeout(600)  # one launch makes all the runs of a layout
 # The leading singular values of these gradients are well apart. Where they are not, a basis turns by what rounding
@@ -80,6 +83,16 @@ VARIANTS = {
         **{"stagger_refresh": True, "activation_checkpointing": True},
     },
 }
+PRECISIONS = {
+    f"{name}, {precision}": {
+        **{**METHODS, **FACTORS}[name],
+        "dtype": "auto",
+        "precision": precision,
+        "clip_grad_norm": 0,
+    }
+    for name in ("full_rank", "galore", "lora")
+    for precision in ("mixed", "bf16_sr")
+}
 ALWAYS = {**METHODS, **FACTORS, **UNEVEN}
 FLOAT32_TOO = {
     f"{name}, float32": {**METHODS[name], "dtype": "float32"} for name in ("full_rank", "galore", "golore", "descent")
@@ -91,7 +104,21 @@ EIGHT_BIT = {
     "full_rank 8-bit": {"optimizer": "adamw8bit"},
     "galore 8-bit": {"optimizer": "galore_adamw8bit", **WHOLE_BLOCKS},
     "golore 8-bit": {"optimizer": "golore_adamw8bit", "rand_ratio": 0.5, **WHOLE_BLOCKS},
+    "lora 8-bit": {"method": "lora", "optimizer": "adamw8bit", "rank": 64, "lora_alpha": 64},
+    "relora 8-bit": {
+        **{"method": "relora", "optimizer": "adamw8bit", "rank": 64, "lora_alpha": 64, "relora": 4},
+        "optimizer_magnitude_pruning": 0.5,
+    },
+    "golore_adapter 8-bit": {
+        **{"method": "golore_adapter", "optimizer": "adamw8bit", "rank": 16, "update_proj_gap": 4, "rand_ratio": 0.5},
+        "model": "square.json",
+    },
 }
+PARTS_OF_BLOCKS = {
+    "switchlora 8-bit": {**FACTORS["switchlora"], "optimizer": "adamw8bit", "rank": 32, "model": "wide.json"},
+}
+"""Blocks of these vectors end where a device's part of them does: no run by one process has the same."""
+STOPPED = ("relora", "switchlora", "golore_adapter", *PARTS_OF_BLOCKS)
 FSDP = {"distributed_type": "fsdp"}
 LAYOUTS = {
     "ddp 2": (2, {}),
@@ -117,15 +144,36 @@ def folder(tmp_path_factory):
     write_blocks(folder / "data")
     write_model(folder / "llama.json", hidden_size=64, intermediate_size=192)
     write_model(folder / "uneven.json", hidden_size=64, intermediate_size=177)
+    write_model(folder / "square.json", hidden_size=256, intermediate_size=256)
+    write_model(folder / "wide.json", hidden_size=128, intermediate_size=192)
     return folder
+
+
+@contextlib.contextmanager
+def rounded_gradients():
+    """Gradients of bfloat16 weights that are rounded after micro-batches were added up, as with several devices."""
+    compute = loop.forward_backward
+
+    def rounded(run, micro_batches):
+        sums = compute(run, micro_batches)
+        for param in run.model.parameters():
+            if param.grad is not None:
+                param.grad.copy_(param.grad.to(param.dtype))
+        return sums
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "forward_backward", rounded)
+        yield
 
 
 def one(folder: Path, name: str) -> Path:
     """The folder of a run by one process, which is made once."""
     made = folder / f"one {name}"
     if not made.exists():
-        flags = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **VARIANTS, **FLOAT32_TOO}[name]
-        assert helpers.run(command(folder, made.name, batch_size=4, **flags)) == 0
+        flags = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **PRECISIONS, **VARIANTS, **FLOAT32_TOO}[name]
+        size = 2 if name in PRECISIONS else 4  # micro-batches that are those of the layouts, or others
+        with rounded_gradients() if "bf16_sr" in name else contextlib.nullcontext():
+            assert helpers.run(command(folder, made.name, batch_size=size, **flags)) == 0
     return made
 
 
@@ -133,11 +181,17 @@ def one(folder: Path, name: str) -> Path:
 def layout(request, folder):
     processes, flags = LAYOUTS[request.param]
     quick = request.param == "fsdp 2"
-    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **({} if quick else {**VARIANTS, **FLOAT32_TOO})}
+    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **PRECISIONS, **({} if quick else {**VARIANTS, **FLOAT32_TOO})}
     runs = {name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **runs[name]) for name in runs}
     cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
-    for name in ("relora", "switchlora", "golore_adapter") if quick else ():
-        argv = command(folder, f"{request.param} stopped {name}", batch_size=2, **flags, **FACTORS[name])
+    if quick:
+        cases += [
+            {"argv": command(folder, f"{request.param} {name}", batch_size=2, **flags, **PARTS_OF_BLOCKS[name])}
+            for name in PARTS_OF_BLOCKS
+        ]
+    for name in STOPPED if quick else ():
+        own = {**FACTORS, **PARTS_OF_BLOCKS}[name]
+        argv = command(folder, f"{request.param} stopped {name}", batch_size=2, **flags, **own)
         argv += helpers.RESUME
         cases += [{"argv": argv, "signal": [1, updates - 1]} for updates in STOPS] + [{"argv": argv}]
     launch(folder / request.param, processes, cases)
@@ -196,6 +250,23 @@ def test_8_bit_states_are_quantised_alike(folder, layout, method):
 
 
 @everywhere
+@pytest.mark.parametrize("method", PRECISIONS)
+def test_bfloat16_is_computed_alike(folder, layout, method):
+    """With the same micro-batches products are the same, and gradients add up in float32 everywhere. Those of bfloat16
+    weights are rounded once where several devices have averaged them; so are they here in the run by one process.
+
+    Without clipping: a norm that differs in float32's last digit turns some bfloat16 number, and all that follows."""
+    ours, expected = weights(folder / f"{layout} {method}"), weights(one(folder, method))
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        narrow = "bf16_sr" in method and weight.ndim == 2
+        assert weight.dtype == (torch.bfloat16 if narrow else torch.float32)
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    losses, alone = (helpers.updates(folder / name) for name in (f"{layout} {method}", f"one {method}"))
+    assert [row[1] for row in losses] == pytest.approx([row[1] for row in alone], abs=1e-6)
+
+
+@everywhere
 @pytest.mark.parametrize("method", FLOAT32)
 def test_losses_in_float32_are_those_of_one_process(folder, layout, method):
     assert_same_losses(folder, layout, method)
@@ -205,6 +276,20 @@ def test_losses_in_float32_are_those_of_one_process(folder, layout, method):
 @pytest.mark.parametrize("method", FLOAT32_TOO)
 def test_losses_of_the_other_methods_in_float32(folder, layout, method):
     assert_same_losses(folder, layout, method)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", {**METHODS, **FACTORS})
+def test_a_gpu_trains_as_the_cpu(folder, method):
+    with gpu_tier.on_cpu():
+        expected = one(folder, method)
+    ours = folder / f"gpu {method}"
+    assert helpers.run(command(folder, ours.name, batch_size=4, **ALWAYS[method])) == 0
+    for row, target in zip(helpers.updates(ours), helpers.updates(expected), strict=True):
+        assert row == pytest.approx(target, abs=gpu_tier.LOSSES)
+    theirs = weights(expected)
+    for name, weight in weights(ours).items():
+        torch.testing.assert_close(weight, theirs[name], atol=gpu_tier.WEIGHTS, rtol=0, msg=lambda t, n=name: n + t)
 
 
 @everywhere
@@ -221,12 +306,15 @@ def test_merges_switches_and_refreshes_took_place(folder, layout):
 
 
 @in_two_parts
-@pytest.mark.parametrize("method", ["relora", "switchlora", "golore_adapter"])
+@pytest.mark.parametrize("method", STOPPED)
 def test_resuming_a_divided_run_changes_no_bit(folder, layout, method):
     moved = folder / f"{layout} stopped {method}"
     assert helpers.checkpoints(moved) == [*STOPS, 12]
     helpers.assert_same_run(moved, folder / f"{layout} {method}")
-    if method == "switchlora":
+    if method in PARTS_OF_BLOCKS:
+        dtypes = [value.dtype for value in helpers.tensors(moved / "model_12").values()]
+        assert dtypes.count(torch.uint8) > 20
+    if method.startswith("switchlora"):
         frozen = [value for name, value in helpers.tensors(moved / "model_4").items() if "switching.frozen" in name]
         assert sum(int(value.sum()) for value in frozen) > 0
 

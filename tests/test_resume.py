@@ -40,7 +40,9 @@ def undisturbed(tmp_path_factory):
         ("full_rank", 10, set(), signal.SIGTERM, 1),
     ],
 )
-def test_stop_and_resume_changes_no_bit(command, undisturbed, tmp_path, method, updates, last_refresh, number, workers):
+def test_stop_and_resume_changes_no_bit(
+    command, undisturbed, tmp_path, device, method, updates, last_refresh, number, workers
+):
     changes = {**METHODS[method], "workers": workers}
     stop_after(updates, command(**changes), number)
     stopped = tmp_path / "run"

@@ -75,11 +75,11 @@ def test_contradictions_name_both(load, text, one, other):
 @pytest.mark.parametrize(
     "text, part",
     [
-        ("--use_peft --Golore --optimizer adafactor", "adafactor: golore_adapter goes with adamw, sgd alone"),
+        ("--use_peft --Golore --optimizer adafactor", "golore_adapter goes with adamw, adamw8bit, sgd alone"),
         ("--use_peft --Golore --clip_norm full", "--clip_norm full: method golore_adapter never forms"),
         ("--use_peft --Golore --quantize 4bit", "--quantize 4bit: method golore_adapter"),
         ("--use_peft --Golore --lora_only", "--lora_only: method golore_adapter"),
-        ("--use_lora --optimizer sgd", "--optimizer sgd: lora goes with adamw alone"),
+        ("--use_lora --optimizer sgd", "--optimizer sgd: lora goes with adamw, adamw8bit alone"),
         ("--use_peft --relora 9 --lora_only", "--lora_only: method relora"),
         ("--method relora", "--relora N"),
         ("--use_peft --Relora --update_proj_gap 0", "--relora N"),
@@ -205,6 +205,23 @@ def test_vectors_that_switchlora_cannot_deal_out_are_named(load, tmp_path):
     assert refused("--switch_lora --replicas 2") == []  # whole copies
     assert refused("--switch_lora --target_modules attn,up_proj") == []
     assert refused("--use_lora") == refused("--switch_lora", processes=1) == []
+
+
+def test_8_bit_moments_of_factors_that_cannot_be_divided_by_columns_are_refused(load, tmp_path):
+    model = write_model(tmp_path / "uneven.json", intermediate_size=61)
+
+    def refused(text, processes=2):
+        found = load(f"--distributed_type fsdp --use_peft --Golore {text}", processes=processes, model_config=model)
+        return found if isinstance(found, list) else []
+
+    (line,) = refused("--optimizer adamw8bit")
+    assert line == (
+        "--optimizer adamw8bit: --distributed_type fsdp cannot divide the 61 inputs of model.layers.0.mlp.down_proj "
+        "evenly over 2 devices: use another number of them, --replicas, ddp, or adamw"
+    )
+    assert refused("--optimizer adamw") == refused("--optimizer adamw8bit --replicas 2") == []
+    assert refused("--optimizer adamw8bit --target_modules attn") == []
+    assert refused("--optimizer adamw8bit", processes=1) == []
 
 
 def test_a_golore_run_that_is_never_random_is_worth_a_warning(load):

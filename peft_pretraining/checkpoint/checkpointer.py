@@ -199,9 +199,7 @@ class Checkpointer:
         self._attempt(lambda: compare(described, tensors, names), undamaged=True)
         counters = self._attempt(lambda: read_counters(folder))
         state = self._attempt(lambda: state_of(counters))
-        self._attempt(
-            lambda: load_tensors(tensors, folder / run_dir.TENSORS_DIR, distributed=self.group.world_size > 1)
-        )
+        self._attempt(lambda: load_tensors(tensors, folder / run_dir.TENSORS_DIR, distributed=self.group.is_collective))
         self._attempt(lambda: self.method.load_state_dict(counters["method"]))
         if not all_finite(leaves(tensors), self.group):
             raise NotRestored("its weights or optimizer state are not finite")

@@ -50,7 +50,7 @@ def compare(described: Metadata, tensors: dict[str, Any], on_all_ranks: set[str]
         if found.size != tensor.shape:
             raise ValueError(f"{name} has the shape {tuple(found.size)} instead of {tuple(tensor.shape)}")
         if name.startswith("model.") and (dtype := found.properties.dtype) != tensor.dtype:
-            raise ValueError(f"{name} is {dtype} instead of {tensor.dtype}: see --dtype")
+            raise ValueError(f"{name} is {dtype} instead of {tensor.dtype}: see --precision")
     if more := sorted(name for name in stored if name.startswith("model.") and name not in on_all_ranks):
         raise ValueError(f"it holds {more[0]}, which this run has not: another method, or other settings, wrote it")
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from peft_pretraining.config import Config
 from peft_pretraining.config.precision_config import OF_DTYPE
-from peft_pretraining.flags import ParsedFlag
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
 
@@ -25,7 +22,7 @@ def settle(config: Config, problems: list[str]) -> Config:
     return config.replace(precision=meant) if asked == "auto" else config
 
 
-def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
+def check(config: Config, problems: list[str], warnings: list[str]) -> None:
     """Whether attention, method and update rule can compute so; adds what `bf16` costs to the warnings."""
     name, state_dtype = config.precision.precision, config.precision.state_dtype
     if config.model.attn_implementation == "flash_attention_2" and name in ("fp32", "fp64"):
@@ -41,8 +38,17 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
             problems.append(f"--precision bf16_sr: {who} cannot round weights stochastically: mixed, bf16 or fp32")
         elif name == "bf16" and state_dtype in ("float32", "weight") and not able:
             problems.append(f"--state_dtype {state_dtype}: {who} keeps its states in the weights' dtype")
-        if config.precision.basis_dtype != "auto" and "basis_dtype" in given and not spec.allows.stochastic_rounding:
-            problems.append(f"--basis_dtype {config.precision.basis_dtype}: {who} keeps no bases in another dtype")
+    if name == "bf16_sr" and state_dtype == "published":
+        problems.append(
+            "--precision bf16_sr and --state_dtype published contradict each other: published states are rounded to "
+            "nearest; float32 or weight"
+        )
+    accumulates = config.per_layer and (config.batch.gradient_accumulation or 1) > 1
+    if config.precision.gradient_sum_dtype == "weight" and not (accumulates and name in ("bf16", "bf16_sr")):
+        warnings.append(
+            "--gradient_sum_dtype has no effect: it is for per-layer updates of bfloat16 weights, over several "
+            "micro-batches"
+        )
     if name == "bf16":
         warnings += costs(config)
 

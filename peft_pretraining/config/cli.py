@@ -18,6 +18,7 @@ from peft_pretraining.config import (
     legacy,
     method_help,
     method_settings,
+    recorded_precision,
     schedule_problems,
     validate,
     validate_folders,
@@ -42,6 +43,8 @@ class ParsedArgs:
     facts: validate.FileFacts
     identity: dict[str, Any]
     warnings: tuple[str, ...]
+    names_layout: bool = False
+    """Whether --distributed_type was given: then one process of torchrun's is distributed, too."""
 
 
 def all_flags() -> list[Flag]:
@@ -73,6 +76,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
     chosen = legacy.choose(given, problems)
     settings, read = method_settings.settle(given, chosen, {}, problems)
     config = check_precision.settle(Config.from_settings(settings), problems)
+    config = recorded_precision.keep(config, problems)
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     warn_without_effect(given, config, read, warnings)
@@ -86,7 +90,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
             validate.read_data(config, facts, problems, warnings)
         config = _derive(config, given, facts, environ, problems, warnings)
         method_settings.check(config, given, problems, warnings)
-        check_precision.check(config, given, problems, warnings)
+        check_precision.check(config, problems, warnings)
         check_sharding.check(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
         if here:
@@ -99,7 +103,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
         problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     if problems:
         raise ConfigError(problems)
-    return ParsedArgs(config, facts, identity, tuple(map(one_line, warnings)))
+    return ParsedArgs(config, facts, identity, tuple(map(one_line, warnings)), "distributed_type" in given)
 
 
 def _derive(

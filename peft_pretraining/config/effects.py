@@ -39,7 +39,28 @@ def _only_warms_up_restarts(config: Config) -> bool:
     return config.schedule.scheduler == "cosine_restarts" and not _has_cycles_of_its_own(config)
 
 
+def _has_narrow_weights(config: Config) -> bool:
+    return config.precision.precision in ("bf16", "bf16_sr")
+
+
+def _keeps_bases(config: Config) -> bool:
+    spec = METHODS.get(config.method.method)
+    return spec is None or spec.allows.stored_bases
+
+
+_AS_WEIGHTS = "with --precision {precision}, whose states and bases are in the weights' dtype, float32 or better"
+
 CONDITIONS = (
+    Condition(("state_dtype",), _has_narrow_weights, _AS_WEIGHTS),
+    Condition(("basis_dtype",), _keeps_bases, "with --method {method}, which keeps no bases"),
+    Condition(
+        ("basis_dtype",), lambda c: c.precision.basis_dtype in ("auto", "int8") or _has_narrow_weights(c), _AS_WEIGHTS
+    ),
+    Condition(
+        ("matmul_precision",),
+        lambda c: c.precision.precision == "fp32",
+        "with --precision {precision}: it is for the float32 products of fp32, on CUDA",
+    ),
     Condition(("min_lr_ratio",), lambda c: c.schedule.scheduler in _CYCLIC, "with --scheduler {scheduler}"),
     Condition(
         ("cycle_length",),

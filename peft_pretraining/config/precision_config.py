@@ -43,9 +43,9 @@ class PrecisionConfig:
     )
     gradient_sum_dtype: str = setting(
         "float32",
-        choice("float32", "weight"),
-        "per-layer updates: sums of projected gradients over micro-batches; weight halves them beside bfloat16 "
-        "weights, rounded stochastically",
+        choice("float32", "weight", "int8"),
+        "per-layer updates beside bfloat16 weights: sums of gradients over micro-batches; weight keeps them in "
+        "bfloat16, int8 those of projected gradients in blocks of 8 bits, both rounded stochastically",
     )
 
 

@@ -13,12 +13,14 @@ from peft_pretraining.distributed.parallel import (
 )
 from peft_pretraining.distributed.process_group import CheckpointGroup, ProcessGroup, mean_over_processes
 from peft_pretraining.distributed.sharded_optimizer import own_share, sharded_optimizer
+from peft_pretraining.distributed.wide_sums import add_up_in_float32
 
 __all__ = [
     "CheckpointGroup",
     "LowRankReduction",
     "ProcessGroup",
     "Sharding",
+    "add_up_in_float32",
     "free_gathered_weights",
     "mean_over_processes",
     "own_share",

@@ -1,4 +1,4 @@
-"""All-reducing projected gradients instead of whole ones, in DDP's buckets and overlapping the backward pass.
+"""What DDP all-reduces in place of its buckets: projected gradients, float32 sums; overlapping the backward pass.
 
 Saves traffic, not memory: DDP's buckets are as large as before. Called once an update, after accumulation (`no_sync`).
 """
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from peft_pretraining.distributed.wide_sums import WideSums
+
 
 class LowRankReduction(Protocol):
     """What a training method says about its gradients."""
@@ -23,16 +25,22 @@ class LowRankReduction(Protocol):
         """The mean of R over the ranks. The parameter's `grad` is left unreduced, for nobody to read."""
 
 
-def reduce_low_rank(model: DistributedDataParallel, reduction: LowRankReduction) -> None:
-    """Let DDP reduce what `reduction` projects in low rank, and all other gradients as usual."""
+def reduce_in_its_place(
+    model: DistributedDataParallel, reduction: LowRankReduction | None, wide: WideSums | None
+) -> None:
+    """Let DDP reduce what `reduction` projects in low rank, and all other gradients as usual.
+
+    With `wide` these are float32 sums over micro-batches, averaged in float32; the mean is rounded once.
+    """
 
     @torch.no_grad()
     def hook(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        entries = [
-            (param, grad, reduction.project(param, grad))
-            for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
-        ]
-        parts = [grad if low is None else low for _, grad, low in entries]
+        entries, parts = [], []
+        for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            total = grad if wide is None else wide.total(param, grad)
+            low = None if reduction is None else reduction.project(param, total)
+            entries.append((param, grad, low))
+            parts.append(total if low is None else low)
         packed = torch.cat([part.reshape(-1) for part in parts]).div_(world_size)
 
         @torch.no_grad()
@@ -41,7 +49,7 @@ def reduce_low_rank(model: DistributedDataParallel, reduction: LowRankReduction)
             for (param, grad, low), mean in zip(entries, means, strict=True):
                 if low is None:
                     grad.copy_(mean.view_as(grad))
-                else:
+                elif reduction is not None:
                     reduction.receive(param, mean.view(low.shape))
             return bucket.buffer()
 

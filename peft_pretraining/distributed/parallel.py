@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_pretraining.distributed.gloo import one_thread_per_group
-from peft_pretraining.distributed.low_rank_reduction import LowRankReduction, reduce_low_rank
+from peft_pretraining.distributed.low_rank_reduction import LowRankReduction, reduce_in_its_place
 from peft_pretraining.distributed.process_group import ProcessGroup
+from peft_pretraining.distributed.wide_sums import WideSums
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class Sharding:
     """Free the gathered weights between forward and backward pass."""
     dimension: Callable[[str, Tensor], int | None] = lambda name, param: 0
     """The dimension along which a parameter is sharded, where its size allows; None: every device keeps all of it."""
+
+    compute_dtype: torch.dtype | None = None
+    """What weights of decoder layers are cast to when they are gathered; None: they are used as they are. So is the
+    rest of the model always: an embedding in fewer digits would add up its gradients in these."""
+    apart: Callable[[nn.Module], bool] = lambda module: False
+    """Modules whose parameters are used as they are in any case, and may have another dtype than the others: FSDP2
+    wants one dtype in what it gathers together."""
 
     def mesh(self, group: ProcessGroup) -> DeviceMesh:
         shards = group.world_size // self.replicas
@@ -63,6 +71,10 @@ def shard(
 
 def _shard_module(module: nn.Module, name: str, mesh: DeviceMesh, group: ProcessGroup, sharding: Sharding) -> None:
     """Shard the parameters of one module, `name` in the model, that are not sharded yet."""
+    apart = [each for each in module.modules() if sharding.apart(each) and not isinstance(each, FSDPModule)]
+    if apart:
+        policy = _policy(next(apart[0].parameters()).dtype)
+        fully_shard(apart, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
     prefix = f"{name}." if name else ""
     names = {param: prefix + key for key, param in module.named_parameters()}
     devices = group.world_size // sharding.replicas
@@ -77,28 +89,47 @@ def _shard_module(module: nn.Module, name: str, mesh: DeviceMesh, group: Process
     assert not any(param.requires_grad for param in replicated), "nobody would reduce their gradients"
     for param in replicated:  # FSDP2 moves the others
         param.data = param.data.to(group.device)
-    dtype = next(module.parameters()).dtype
+    of_apart = {param for each in apart for param in each.parameters()}
+    dtype = next(param for param in names if param not in of_apart).dtype
     fully_shard(
         module,
         mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32)),
+        mp_policy=_policy(dtype, sharding.compute_dtype if name else None),
         reshard_after_forward=sharding.reshard_after_forward,
         shard_placement_fn=placement,
         ignored_params=replicated,
     )
 
 
-def parallelize(model: nn.Module, group: ProcessGroup, low_rank: LowRankReduction | None = None) -> nn.Module:
-    """The module whose forward pass trains `model` on all processes; `model` itself for one, or when it is sharded.
+def _policy(dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
+    """For weights that are kept in `dtype`: gradients are added up and reduced in float32 at least."""
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
 
-    With `low_rank`, DDP reduces projected gradients.
+
+class Replicated(DistributedDataParallel):
+    """DDP, which may leave gradients of micro-batches to float32 sums."""
+
+    wide_sums: WideSums | None = None
+
+
+def parallelize(
+    model: nn.Module, group: ProcessGroup, low_rank: LowRankReduction | None = None, wide_sums: bool = False
+) -> nn.Module:
+    """The module whose forward pass trains `model` on all processes.
+
+    `model` itself where nothing is distributed, and when it is sharded.
+
+    With `low_rank`, DDP reduces projected gradients; with `wide_sums`, it adds up and averages those of 16-bit weights
+    in float32.
     """
-    if group.world_size == 1 or isinstance(model, FSDPModule):
+    if not group.is_collective or isinstance(model, FSDPModule):
         return model
     device_ids = [group.device.index] if group.device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if low_rank is not None:
-        reduce_low_rank(parallel, low_rank)
+    parallel = Replicated(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if wide_sums:
+        parallel.wide_sums = WideSums(model.parameters())
+    if low_rank is not None or wide_sums:
+        reduce_in_its_place(parallel, low_rank, parallel.wide_sums)
     return parallel
 
 
@@ -113,6 +144,15 @@ def synchronised_backward(parallel_model: nn.Module, now: bool) -> contextlib.Ab
     """Reduce gradients over the processes in this backward pass, or (`now=False`) only accumulate them here."""
     if isinstance(parallel_model, FSDPModule):
         parallel_model.set_requires_gradient_sync(now)
-    elif not now and isinstance(parallel_model, DistributedDataParallel):
-        return parallel_model.no_sync()
+    elif not now and isinstance(parallel_model, Replicated):
+        return _alone(parallel_model)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _alone(parallel_model: Replicated) -> Iterator[None]:
+    """Accumulate gradients in this process."""
+    with parallel_model.no_sync():
+        yield
+    if parallel_model.wide_sums is not None:
+        parallel_model.wide_sums.take()

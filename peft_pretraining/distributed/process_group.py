@@ -17,6 +17,15 @@ from peft_pretraining.runtime.processes import end_with_launcher
 
 T = TypeVar("T")
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a collective of the training waits for a rank that has not come to it. Nccl's own 10 minutes end a run in
+which one rank compiles, reads its first batches from a slow disk or takes its first bases of a large model's weights
+much later than the others. A rank that has died is noticed without it: by torchrun, or by its connection."""
+
+HOST_TIMEOUT = timedelta(hours=2)
+"""How long processes wait for what one of them does with files: the main process reads and hashes whole checkpoints,
+of tens of gigabytes, maybe several of them, maybe on a slow disk."""
+
 
 @dataclass(frozen=True)
 class ProcessGroup:
@@ -27,83 +36,98 @@ class ProcessGroup:
     local_rank: int
     local_world_size: int
     device: torch.device
+    of_one: bool = False
+    """With one process: its collectives are carried out, and its model is distributed, as those of several are."""
+    made: bool = False
+    """Whether torch's default group was made for this one, which leaves it, too."""
+    files: dist.ProcessGroup | None = None
+    """The same processes, on the CPU, for values that one of them has from files: others may wait long for them."""
 
     @classmethod
-    def start(cls, single_device: bool = False) -> ProcessGroup:
+    def start(cls, single_device: bool = False, of_one: bool = False) -> ProcessGroup:
         """Join the group that torchrun's environment describes: nccl on CUDA, gloo on the CPU.
+
+        single_device: make none, whatever the environment says. of_one: distribute over one process, too, where it is
+        one of torchrun's.
 
         Raises `ConfigError` where there is no device for this process, or the others cannot be reached.
         """
         end_with_launcher()  # for programs that are none of the scripts
         env = os.environ
-        grouped = not single_device and int(env.get("WORLD_SIZE", "1")) > 1
-        local_rank = int(env.get("LOCAL_RANK", "0")) if grouped else 0
-        if torch.cuda.is_available():
-            if local_rank >= (devices := torch.cuda.device_count()):
-                raise ConfigError(
-                    [
-                        f"LOCAL_RANK {local_rank}: this machine has {devices} CUDA device(s): start at most as many "
-                        "processes on it (torchrun --nproc-per-node)"
-                    ]
-                )
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        else:
-            device = torch.device("cpu")
+        size = int(env.get("WORLD_SIZE", "1"))
+        grouped = not single_device and (size > 1 or all(env.get(name) for name in _ENVIRONMENT))
+        device = _device(int(env.get("LOCAL_RANK", "0")) if grouped else 0)
         if not grouped:
             return cls(0, 1, 0, 1, device)
+        collective = size > 1 or of_one
         try:
             with one_thread_per_group():
                 dist.init_process_group(
                     "nccl" if device.type == "cuda" else "gloo",
-                    device_id=device if device.type == "cuda" else None,
+                    # Nccl connects at once only where there is something to reduce.
+                    device_id=device if device.type == "cuda" and collective else None,
+                    timeout=COLLECTIVE_TIMEOUT,
                     **_fresh_store(env),
                 )
+                files = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if collective else None
         except (dist.DistError, ValueError) as error:
             address = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
             why = str(error).splitlines()[0]
             raise ConfigError([f"the processes cannot meet at MASTER_ADDR:MASTER_PORT {address}: {why}"]) from error
-        local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, device)
+        return cls(
+            dist.get_rank(),
+            dist.get_world_size(),
+            int(env.get("LOCAL_RANK", "0")),
+            int(env.get("LOCAL_WORLD_SIZE", "1")),
+            device,
+            of_one=of_one and size == 1,
+            made=True,
+            files=files,
+        )
 
     def stop(self) -> None:
         """Leave the group."""
-        if self.world_size > 1:
+        if self.made:
             dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether models are distributed and collectives carried out: with several processes, or one that asks."""
+        return self.world_size > 1 or self.of_one
+
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all processes, in place."""
-        if self.world_size > 1:
+        if self.is_collective:
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over all processes, in place."""
-        return self.all_reduce_sum(tensor).div_(self.world_size) if self.world_size > 1 else tensor
+        return self.all_reduce_sum(tensor).div_(self.world_size) if self.is_collective else tensor
 
     def from_main(self, value: T) -> T:
-        """The main process's value (anything that pickles), on every process."""
-        if self.world_size == 1:
+        """The main process's value (anything that pickles), on every process, which wait for it up to two hours."""
+        if not self.is_collective:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.files)
         return box[0]
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        if self.is_collective:
+            dist.barrier(group=self.files)
 
     def checkpoint_group(self) -> CheckpointGroup:
         """Another group of the same processes; all must call it."""
-        if self.world_size == 1:
+        if not self.is_collective:
             return CheckpointGroup(0, 1, None)
         # A lost rank is noticed by its connection; the limit must allow for a large model on a slow disk.
         with one_thread_per_group():
-            group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+            group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         return CheckpointGroup(self.rank, self.world_size, group)
 
 
@@ -130,6 +154,33 @@ class CheckpointGroup:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets and torch needs to make a group."""
+
+
+def _device(local_rank: int) -> torch.device:
+    """This process's device, which can be used: `ConfigError` otherwise."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= (devices := torch.cuda.device_count()):
+        raise ConfigError(
+            [
+                f"LOCAL_RANK {local_rank}: this machine has {devices} CUDA device(s): start at most as many "
+                "processes on it (torchrun --nproc-per-node)"
+            ]
+        )
+    device = torch.device("cuda", local_rank)
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).item()  # one that is busy, full or broken says so at its first use
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            [f"{device} cannot be used: {why} (nvidia-smi shows who uses it; CUDA_VISIBLE_DEVICES= trains on the CPU)"]
+        ) from error
+    return device
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:

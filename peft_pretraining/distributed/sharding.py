@@ -133,16 +133,17 @@ def whole_norm(parts: Iterable[tuple[Tensor, ShardInfo]]) -> Tensor:
     return square.sqrt()
 
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes in which sums are not to be formed."""
 
 
 def _norm_of_parts(parts: list[Tensor]) -> Tensor:
     """torch's total norm; with parts of 16 bits among them not rounded to these, neither in part nor as a whole."""
-    half = [part for part in parts if part.dtype in _HALF]
+    half = [part for part in parts if part.dtype in HALF]
     if not half:
         return torch.nn.utils.get_total_norm(parts, foreach=True)
     norms = list(torch._foreach_norm(half, 2.0, torch.float32))
-    if wide := [part for part in parts if part.dtype not in _HALF]:
+    if wide := [part for part in parts if part.dtype not in HALF]:
         norms.append(torch.nn.utils.get_total_norm(wide, foreach=True).to(norms[0].device))
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     return total

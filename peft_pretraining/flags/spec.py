@@ -53,8 +53,10 @@ class Allows:
     fine_tuning: bool = False
     """The method may train any model of transformers, in its Trainer."""
     stochastic_rounding: bool = False
-    """Weights may be bfloat16 that move with stochastic rounding, and states and bases have a dtype of their own: every
+    """Weights may be bfloat16 that move with stochastic rounding, and states have a dtype of their own: every
     parameter group has what `methods.groups.state_settings` gives."""
+    stored_bases: bool = False
+    """The optimizer keeps bases, which may have a dtype of their own."""
     fp16: bool = False
     """Fine-tuning may scale the loss: no gradient is used before it is unscaled."""
 

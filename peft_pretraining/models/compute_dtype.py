@@ -58,6 +58,6 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             module.__class__ = RMSNorm
 
 
-def norms(model: nn.Module) -> list[nn.Module]:
-    """The model's norms, in its order."""
-    return [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is one of a LLaMA's norms."""
+    return isinstance(module, LlamaRMSNorm)

@@ -19,6 +19,9 @@ from peft_pretraining.models.loss import IGNORED
 _LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 """Numbers of a block of logits, by device: 16 MB in float32 stay in the cache of a CPU, 128 MB fill a GPU."""
 
+_PRODUCTS_AT_ONCE = 2**24
+"""Numbers of a product in 16 bits on its way to the head's gradient: 32 MB."""
+
 
 def fused_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Sum over all targets of the cross-entropy of `hidden @ weight.T`, in float32 at least; a scalar.
@@ -51,6 +54,13 @@ def _loss_alone(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return total
 
 
+def _add_product(of_weight: Tensor, gradient: Tensor, part: Tensor) -> None:
+    """of_weight (vocabulary, d) += gradientᵀ part, some rows at a time: the product is in another dtype."""
+    rows = max(1, _PRODUCTS_AT_ONCE // part.shape[1])
+    for sums, columns in zip(of_weight.split(rows), gradient.split(rows, 1), strict=True):
+        sums += columns.T @ part
+
+
 class _FusedTokenLoss(torch.autograd.Function):
     """The loss, and in the same pass its gradients, which the backward pass multiplies by that of the loss."""
 
@@ -78,7 +88,8 @@ class _FusedTokenLoss(torch.autograd.Function):
                 if wide == hidden.dtype:
                     of_weight.addmm_(gradient.T, part)
                 else:
-                    of_weight += gradient.T @ part
+                    _add_product(of_weight, gradient, part)
+            del logits, gradient  # before the next block's are made
         ctx.gradients = (of_hidden, of_weight)
         return total
 

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models.causal_lm import LlamaForCausalLM
-from peft_pretraining.models.compute_dtype import compute_in, norms
+from peft_pretraining.models.compute_dtype import compute_in, is_norm
 from peft_pretraining.models.initial_weights import WORTH_A_THREAD, initialize
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
 from peft_pretraining.models.model_keys import KEYS
@@ -24,6 +24,11 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torc
 
 _AT_ONCE = 2**27
 """Numbers of the layers that are drawn together before they are replaced: a decoder layer of 7B has 1.5 times that."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that torch has under this name."""
+    return _DTYPES[name]
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -65,8 +70,8 @@ def build_model(
     no memory until `materialize` gives it some.
     """
     dtype = resolve_dtype(precision.weight_dtype if precision else config.dtype, device)
-    norm_dtype = _DTYPES[precision.norm_dtype] if precision else dtype
-    compute_dtype = _DTYPES[precision.compute_dtype] if precision else dtype
+    norm_dtype = torch_dtype(precision.norm_dtype) if precision else dtype
+    compute_dtype = torch_dtype(precision.compute_dtype) if precision else dtype
     check_attention(config.attn_implementation, device, compute_dtype)
     if weights_from is not None:
         flag = "--model_name_or_path" if weights_from == config.model_name_or_path else "--warmed_up_model"
@@ -108,7 +113,7 @@ def _moved(model: PreTrainedModel, to: torch.device | torch.dtype) -> PreTrained
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
     """Norms' weights to one dtype, all others to another, one by one; buffers stay as they are."""
-    of_norms = {param for norm in norms(model) for param in norm.parameters()}
+    of_norms = {param for module in model.modules() if is_norm(module) for param in module.parameters()}
     for param in model.parameters():
         param.data = param.data.to(norm_dtype if param in of_norms else dtype)
     model.config.dtype = dtype

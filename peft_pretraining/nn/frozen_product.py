@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """y = x Wᵀ; the backward pass gives dY W, and adds dYᵀ X to `layer.full_gradient` if that is a tensor.
+    """y = x Wᵀ; the backward pass gives dY W, and adds dYᵀ X, or its projection, to `layer.full_gradient` if that is a
+    tensor.
 
     W keeps `requires_grad=False` throughout, so DistributedDataParallel never sees it: nothing is reduced that was not
     asked for, and no update needs `find_unused_parameters`. A quantised W is dequantised twice instead of being kept.
@@ -32,6 +33,6 @@ class FrozenProduct(torch.autograd.Function):
             (x,) = saved
             outputs = grad_output.reshape(-1, layer.out_features)  # (N, m)
             inputs = x.reshape(-1, layer.in_features)  # (N, n)
-            layer.add_to_full_gradient(outputs.T @ inputs.to(outputs.dtype))  # they differ under autocast alone
+            layer.gather_gradient(outputs, inputs.to(outputs.dtype))  # they differ under autocast alone
         grad_input = grad_output @ layer.dense_weight().to(grad_output.dtype) if ctx.needs_input_grad[0] else None
         return grad_input, None, None

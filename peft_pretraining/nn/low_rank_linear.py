@@ -26,6 +26,7 @@ from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, lo
 from peft_pretraining.nn import weight_rest
 from peft_pretraining.nn.frozen_product import FrozenProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Bases
 
 WEIGHT_REST = "weight_rest"
 """Of the rest in a layer's state dict."""
@@ -98,7 +99,10 @@ class LowRankLinear(nn.Module):
         if corrected and self.weight is not None and weight_rest.has_rest(dense.dtype):
             self._rest = torch.zeros_like(dense, dtype=torch.int16)
         self.full_gradient: Tensor | None = None
-        """While this is a tensor (m, n), backward passes add the gradient of the full weight to it."""
+        """While this is a tensor (m, n), backward passes add the gradient of the full weight to it. One number that is
+        expanded to that shape makes room when it is needed."""
+        self.gather_in: Bases | None = None
+        """With a basis, that gradient is projected before it is added up: `full_gradient` has the shape of R."""
         self.gradient_part: Callable[[Tensor], Tensor] | None = None
         """What makes of a gradient (m, n) the part that `full_gradient` has, where W is sharded."""
 
@@ -163,10 +167,23 @@ class LowRankLinear(nn.Module):
             return weight_rest.join(dense, local(rest))
         return dense.to(working_dtype(self.lora_A.dtype))
 
-    def add_to_full_gradient(self, gradient: Tensor) -> None:
-        """Add one backward pass's gradient of the full weight (m, n) to what has gathered."""
-        assert self.full_gradient is not None, "nobody asked for it"
-        self.full_gradient += gradient if self.gradient_part is None else self.gradient_part(gradient)
+    def gather_gradient(self, outputs: Tensor, inputs: Tensor) -> None:
+        """Add one backward pass's gradient of the full weight, dYᵀX (m, n), or its projection, to what has gathered:
+        from the gradients (N, m) of the outputs and the inputs (N, n)."""
+        gathered, basis = self.full_gradient, self.gather_in
+        assert gathered is not None, "nobody asked for it"
+        if basis is not None and LEFT in basis:
+            gradient = (outputs @ basis[LEFT].to(outputs.dtype)).T @ inputs  # (r, N) @ (N, n) -> (r, n)
+        elif basis is not None:
+            gradient = outputs.T @ (inputs @ basis[RIGHT].to(inputs.dtype).T)  # (m, N) @ (N, r) -> (m, r)
+        else:
+            gradient = outputs.T @ inputs
+        if self.gradient_part is not None:
+            gradient = self.gradient_part(gradient)
+        if gathered.numel() > 1 and not any(gathered.stride()):  # nothing has been added yet
+            self.full_gradient = gradient.to(gathered.dtype)
+        else:
+            gathered += gradient
 
     @property
     def sharded_as(self) -> Tensor:

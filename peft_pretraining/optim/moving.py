@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_pretraining.distributed.sharding import HALF
 from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.state.slots import Objects, Slot, keep_changes
 from peft_pretraining.optim.tensors.collectives import Phases, in_lots, phases, run, together
@@ -87,7 +88,7 @@ def _widen(member: Member, objects: Objects) -> None:
     """Let the rule see the first moment in the working dtype, where it is kept in fewer digits."""
     key, state = objects.rule.first_moment, member.update.state
     kept = state.get(key)
-    if objects.state_format == "weight" and kept is not None and kept.dtype == member.param.dtype != member.slot.dtype:
+    if objects.state_format == "weight" and kept is not None and kept.dtype in HALF and member.slot.dtype not in HALF:
         member.narrow, state[key] = kept, kept.to(member.slot.dtype)
 
 

@@ -22,7 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
 from peft_pretraining.optim import scaled_losses
+from peft_pretraining.optim.backward_hooks import remove_all, weak_end, weak_hook
 from peft_pretraining.optim.basis.subspace import Projected
+from peft_pretraining.optim.gradient_sums import GradientSums, Noise
 from peft_pretraining.optim.low_rank import LowRankOptimizer
 from peft_pretraining.optim.state.base import check_dense, gradient_of
 from peft_pretraining.optim.state.settings import check_number
@@ -46,7 +48,8 @@ class PerLayerUpdates:
     `reduce` averages a tensor over the ranks, in place. `clip` bounds the norm of each parameter's gradient (of R, or
     of G with `clip_full`), because the global norm is known only when the first parameters have moved; 0 is off.
     `early_first_bases` takes the very first SVD of each layer from the first micro-batch alone: otherwise all layers
-    would add up full gradients in that update.
+    would add up full gradients in that update. `sum_dtype`, one of `SUM_DTYPES`, keeps sums over micro-batches of
+    bfloat16 weights' gradients in fewer bytes, rounded stochastically with noise that `seed` decides on.
 
     For every update call `begin_update`, and `begin_micro_batch` before each forward pass. A parameter whose gradient
     is not finite stays as it is, with its refresh pending. While all of an update's gradients are zero (a batch without
@@ -66,13 +69,15 @@ class PerLayerUpdates:
         clip: float = 0.0,
         clip_full: bool = False,
         early_first_bases: bool = True,
+        sum_dtype: str = "float32",
+        seed: int = 0,
     ):
         check_number("clip", clip)
         if optimizer.has_followers:
             raise RuntimeError("the optimizer has per-layer updates already: close() them first")
         self._optimizer, self._reduce, self._clip, self._clip_full = optimizer, reduce, clip, clip_full
         self._early_first_bases = early_first_bases
-        self._sums: dict[Tensor, Tensor] = {}
+        self._sums = GradientSums(sum_dtype, seed)
         self._whole: set[Tensor] = set()  # those whose sum is of G, not of R
         self._kept: dict[Tensor, None] = {}  # without a projection: their sum is in `grad`
         self._early: dict[Tensor, Projected] = {}
@@ -83,7 +88,7 @@ class PerLayerUpdates:
         self._begun = self._frozen = self._moved = self._queued = False
         self._hooked: set[Tensor] = set()
         self._handles: list[RemovableHandle] = []
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._finalizer = weakref.finalize(self, remove_all, self._handles)
         self._finalizer.atexit = False
         self.attach()
         optimizer.follow(self)
@@ -120,7 +125,7 @@ class PerLayerUpdates:
             for param in group["params"]:
                 if param.requires_grad and param not in self._hooked:
                     self._hooked.add(param)
-                    self._handles.append(param.register_post_accumulate_grad_hook(_hook(weakref.ref(self))))
+                    self._handles.append(param.register_post_accumulate_grad_hook(weak_hook(self._arrives)))
 
     def begin_update(self, step: int, frozen: bool = False) -> None:
         """Before the first micro-batch of 0-based update `step`; `frozen` drops its gradients."""
@@ -156,6 +161,9 @@ class PerLayerUpdates:
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(list(self._squared_norms.values())).sum().sqrt()
 
+    def _arrives(self, param: Tensor) -> None:
+        self._arrived(param, self._optimizer.group_of(param))
+
     @torch.no_grad()
     def _arrived(self, param: Tensor, group: dict[str, Any]) -> None:
         """The hook: the gradient of one micro-batch, in `param.grad`, added to those before for unprojected ones."""
@@ -168,26 +176,32 @@ class PerLayerUpdates:
         last = self._index == self._count - 1
         if last and self._count > 1 and not self._queued:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(_end(weakref.ref(self)))
-        if param not in self._optimizer.subspaces:
-            self._kept[param] = None
-            if last:
-                self._complete(param, group)
-            return
-        subspace, state = self._optimizer.subspaces[param], self._optimizer.local_state(param)
-        grad, param.grad = gradient_of(param), None
-        full = self._needs_full_gradient(param, group, grad)
-        part = grad if full else subspace.project_in(self._bases(param, state), grad)
-        if param in self._sums:
-            self._sums[param].add_(part)
-        else:
-            # Whole gradients of all layers are kept in their own dtype, as autograd would: they are large.
-            wide = torch.promote_types(part.dtype, torch.float32)
-            self._sums[param] = part.to(part.dtype if self._optimizer.objects(param).reads_gradient else wide)
-        if full:
-            self._whole.add(param)
+            torch.autograd.Variable._execution_engine.queue_callback(weak_end(self.finish))
+        self._gather(param, group)
         if last:
             self._complete(param, group)
+
+    def _gather(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Add the gradient that has arrived, or its R, to those before."""
+        subspace, narrow = self._optimizer.subspaces.get(param), self._count > 1 and self._sums.narrows(param)
+        noise = Noise(self._optimizer.name_of(param), self._optimizer.step_of(param), self._index) if narrow else None
+        if subspace is None and not narrow:
+            self._kept[param] = None  # autograd adds to `grad`
+            return
+        if subspace is None:
+            self._sums.add(param, gradient_of(param), noise, low_rank=False)
+            param.grad = None
+            return
+        grad, param.grad = gradient_of(param), None
+        full = self._needs_full_gradient(param, group, grad)
+        if full:
+            self._whole.add(param)
+        if full and (self._count == 1 or self._optimizer.objects(param).reads_gradient):
+            # In its own dtype, as autograd would: of all layers they are large, and of one there is nothing to add.
+            self._sums[param] = self._sums[param].add_(grad) if param in self._sums else grad
+            return
+        part = grad if full else subspace.project_in(self._bases(param, self._optimizer.local_state(param)), grad)
+        self._sums.add(param, part, noise, low_rank=not full)
 
     def _complete(self, param: Tensor, group: dict[str, Any]) -> None:
         """All micro-batches that use a parameter have added to its gradient."""
@@ -197,10 +211,15 @@ class PerLayerUpdates:
             self._move(param, group, self._reduce(gradient_of(param)), None)
             param.grad = None
             return
-        total = self._reduce(self._sums.pop(param))
+        as_it_came = param in self._whole and (self._count == 1 or optimizer.objects(param).reads_gradient)
+        total = self._reduce(self._sums.pop(param) if as_it_came else self._sums.total(param))
+        subspace = optimizer.subspaces.get(param)
+        if subspace is None:
+            self._move(param, group, total.to(optimizer.dtype_of(param)), None)
+            return
         if param in self._whole:
             self._whole.remove(param)
-            subspace, state = optimizer.subspaces[param], optimizer.local_state(param)
+            state = optimizer.local_state(param)
             self._move(param, group, total, subspace.project(state, total, group, optimizer.step_of(param)))
             return
         projected = self._early.pop(param, None) or Projected(total)
@@ -276,30 +295,3 @@ class PerLayerUpdates:
             elif projected:
                 projected.scaled_by = factor
         self._optimizer.update(param, grad, group, projected)
-
-
-# Autograd keeps hooks where no garbage collector looks: they must not refer to what refers to their parameter.
-
-
-def _hook(updates: weakref.ref[PerLayerUpdates]) -> Callable[[Tensor], None]:
-    def arrived(param: Tensor) -> None:
-        if (found := updates()) is not None:
-            found._arrived(param, found._optimizer.group_of(param))
-
-    return arrived
-
-
-def _end(updates: weakref.ref[PerLayerUpdates]) -> Callable[[], None]:
-    def ends() -> None:
-        found = updates()
-        # With reentrant checkpointing this may be the end of a backward pass within another one.
-        if found is not None and torch._C._current_autograd_node() is None:
-            found.finish()
-
-    return ends
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()

@@ -41,16 +41,16 @@ class VectorAdamW8bit(VectorAdamW):
         part, shard = _rows(local(param.detach()), vectors), ShardInfo.of(param)
         rows, blocks = len(part), blockwise.blocks_of(part.shape[1])
         dim = None if shard.dim is None else (1 - shard.dim if vectors == 1 else shard.dim)
-        lengths = (None, None)
-        if dim is not None and shard.dim is not None:
+        length, total = None, None  # over all devices, of the dimension that they divide
+        if shard.dim is not None:
             length = shard.shape[shard.dim]
-            lengths = (length, length if dim == 0 else _total_blocks(blocks, shard, part.device))
+            total = length if dim == 0 else _total_blocks(blocks, shard, part.device)
         moments = {}
         for key in blockwise.SIGNED:
             codes = torch.zeros(part.shape, dtype=torch.uint8, device=part.device)
             scales = torch.zeros(rows, blocks, device=part.device)
-            moments[key] = distribute_like(codes, param, dim, lengths[0])
-            moments[f"{key}_absmax"] = distribute_like(scales, param, dim, lengths[1])
+            moments[key] = distribute_like(codes, param, dim, length)
+            moments[f"{key}_absmax"] = distribute_like(scales, param, dim, total)
         return moments
 
     def reset_vectors(self, param: Tensor, index: Tensor, counts: bool = True) -> None:

@@ -56,7 +56,7 @@ _TOKENIZER_FILES = (
 
 def run(launch: ParsedArgs) -> int:
     """Build and train; returns the exit code. Raises `ConfigError` for problems only the device or the data show."""
-    group = ProcessGroup.start(launch.config.run.single_gpu)
+    group = ProcessGroup.start(launch.config.run.single_gpu, of_one=launch.names_layout)
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours
     with ExitStack() as stack:
@@ -140,7 +140,11 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
 
 def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
     """With the precision that an `auto` means on this device: it is recorded, and a run keeps it wherever it goes."""
-    return replace(launch, config=launch.config.replace(precision=launch.config.resolved_precision(device_type).name))
+    precision = launch.config.resolved_precision(device_type)
+    settings = {"precision": precision.name}
+    if precision.weight_dtype == "bfloat16":
+        settings["state_dtype"] = precision.state_format
+    return replace(launch, config=launch.config.replace(**settings))
 
 
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:

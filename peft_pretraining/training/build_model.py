@@ -10,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_pretraining.config import Config
-from peft_pretraining.distributed import ProcessGroup, Sharding, parallelize, shard
+from peft_pretraining.distributed import ProcessGroup, Sharding, add_up_in_float32, parallelize, shard
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.causal_lm import LlamaForCausalLM, can_fuse_loss
-from peft_pretraining.models.llama import build_model, drawn_together, materialize, materialize_layers
+from peft_pretraining.models.compute_dtype import is_norm
+from peft_pretraining.models.llama import build_model, drawn_together, materialize, materialize_layers, torch_dtype
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, replace_linear
 from peft_pretraining.optim.state.gradient_owner import GradientOwner
 
@@ -34,7 +35,7 @@ def distributed_model(
     and one decoder layer; with `weights_from`, a folder or hub name, they are read.
     """
     distributed, seed = config.distributed, config.run.seed
-    sharded = distributed.distributed_type == "fsdp" and group.world_size > 1
+    sharded = distributed.distributed_type == "fsdp" and group.is_collective
     # Sharding a model moves it to the devices, layer by layer.
     made_on = torch.device("cpu") if sharded else group.device
     model = build_model(
@@ -55,7 +56,13 @@ def distributed_model(
                 replace_linear(model, layer, replacements.pop(layer))
 
     if sharded:
-        settings = Sharding(distributed.replicas, distributed.reshard_after_forward, method.sharded_dimension)
+        precision = config.resolved_precision(group.device.type)
+        settings = Sharding(
+            distributed.replicas,
+            distributed.reshard_after_forward,
+            method.sharded_dimension,
+            *((torch_dtype(precision.compute_dtype), is_norm) if precision.casts else ()),
+        )
         shard(model, group, settings, before=replace_within, after=_follow_sharding)
     else:
         replace_within("")
@@ -86,10 +93,16 @@ def reduced_model(
 ) -> nn.Module:
     """The module whose backward pass leaves gradients averaged over the ranks, or their projections.
 
-    Per-layer updates average them themselves: a gradient is gone before DDP could.
+    Per-layer updates average them themselves: a gradient is gone before DDP could. Beside 16-bit weights, gradients of
+    several micro-batches add up in float32, unless everything is to be as published.
     """
+    precision = config.resolved_precision(group.device.type)
+    wide = precision.weight_dtype == "bfloat16" and precision.state_format != "published"
+    sharded = config.distributed.distributed_type == "fsdp" and group.is_collective  # FSDP2 adds up in float32 itself
+    if wide and not sharded and (config.per_layer or not group.is_collective):
+        add_up_in_float32(model)
     if config.per_layer:
         return model
     allowed = METHODS[config.method.method].allows.projected_gradient
-    low_rank = allowed and config.distributed.reduce_low_rank is not False and group.world_size > 1
-    return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None)
+    low_rank = allowed and config.distributed.reduce_low_rank is not False and group.is_collective
+    return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None, wide)

@@ -88,7 +88,14 @@ def scaled_losses_are_refused(runs, case, tmp_path, task) -> None:
     assert "--fp16" in line and case.method in line
 
 
+def stochastic_rounding_is_refused(runs, case, tmp_path, task) -> None:
+    refused, lines = answer(runs, case, tmp_path, dtype="auto", precision="bf16_sr")
+    assert refused and len(lines) == 1 and "--precision bf16_sr" in lines[0] and case.method in lines[0]
+
+
 CHECKS = {
+    "stochastic_rounding": stochastic_rounding_is_refused,
+    "stored_bases": told("basis_dtype", "int8"),
     "projected_gradient": told("reduce_low_rank", "True"),
     "per_layer": told("per_layer", "True"),
     "quantized_weights": told("quantize", "8bit"),

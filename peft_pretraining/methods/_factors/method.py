@@ -90,7 +90,7 @@ class FactorMethod(TrainingMethod[Any]):  # each has an optimizer of its own
         for factor, params, ratio in (("lora_A", all_a, 1.0), ("lora_B", all_b, self.b_ratio)):
             if params:
                 own = {**state_settings(self.config), **self.own_settings(factor)}
-                groups.append({"params": params, "lr": lr * ratio, "initial_lr": lr * ratio, **own})
+                groups.append({**own, "params": params, "lr": lr * ratio, "initial_lr": lr * ratio})
         rate = lr * self.config.method.dense_lr_ratio
         dense = by_role(self.config, model, {"params": others, "lr": rate, "initial_lr": rate}, ())
         if rate != lr and self.config.roles.adam_lr is None and all(group["lr"] != rate for group in dense):

@@ -15,6 +15,7 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role, state_settings
 from peft_pretraining.models.targets import target_linears
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
+from peft_pretraining.optim.gradient_sums import sum_bytes
 from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sides
 
 if TYPE_CHECKING:
@@ -85,18 +86,19 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             clip=clip,
             clip_full=clip > 0 and method.clip_norm == "full",
             early_first_bases=bool(method.stagger_refresh),
+            sum_dtype=self.config.precision.gradient_sum_dtype,
+            seed=self.config.run.seed,
         )
-        log_per_layer_updates(optimizer, method, clip, self.config.batch.gradient_accumulation or 1)
+        log_per_layer_updates(optimizer, self.config)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def log_per_layer_updates(
-    optimizer: LowRankOptimizer, method: ProjectionSettings, clip: float, accumulation: int
-) -> None:
+def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:
     """Say what is different, and how many bytes of gradients exist at a time."""
+    method, clip, accumulation = config.method, config.optimizer.clip_grad_norm, config.batch.gradient_accumulation or 1
     log.info("per-layer updates: every parameter moves inside the backward pass")
     if clip:
         log.info("clipping: each parameter's gradient by its own norm, %g; no global norm exists in time", clip)
@@ -104,7 +106,7 @@ def log_per_layer_updates(
         log.info("online PCA needs whole gradients: with %d micro-batches every layer adds up its own", accumulation)
     elif method.stagger_refresh and accumulation > 1:
         log.info("the first bases come from the first micro-batch of update 0")
-    ordinary, refresh, whole = gradient_bytes(optimizer, method, accumulation)
+    ordinary, refresh, whole = gradient_bytes(optimizer, method, accumulation, config.precision.gradient_sum_dtype)
     log.info(
         "gradients held at a time: about %.1f MB in ordinary updates, up to %.1f MB in those that refresh bases, "
         "%.1f MB without per-layer updates",
@@ -112,7 +114,9 @@ def log_per_layer_updates(
     )
 
 
-def gradient_bytes(optimizer: LowRankOptimizer, method: ProjectionSettings, accumulation: int) -> tuple[int, int, int]:
+def gradient_bytes(
+    optimizer: LowRankOptimizer, method: ProjectionSettings, accumulation: int, sum_dtype: str = "float32"
+) -> tuple[int, int, int]:
     """The most bytes of gradients that exist at a time: in ordinary per-layer updates, in per-layer updates that
     refresh bases, and without per-layer updates."""
     subspaces = optimizer.subspaces
@@ -122,8 +126,11 @@ def gradient_bytes(optimizer: LowRankOptimizer, method: ProjectionSettings, accu
     if accumulation == 1:
         return largest, largest, whole
     kept = sum(param.numel() * param.element_size() for param in params if param not in subspaces)
-    summed = [4 * param.numel() for param in subspaces]  # G and R are added up in float32
-    low = sum(4 * space.projection.low_rank_shape(param.shape).numel() for param, space in subspaces.items())
+    summed = [sum_bytes(param, param.numel(), sum_dtype, low_rank=False) for param in subspaces]
+    low = sum(
+        sum_bytes(param, space.projection.low_rank_shape(param.shape).numel(), sum_dtype)
+        for param, space in subspaces.items()
+    )
     if method.proj_type in ONLINE_TYPES:
         return whole, whole, whole
     if method.clip_norm == "full":

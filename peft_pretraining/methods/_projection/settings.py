@@ -108,8 +108,12 @@ def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
 
 
 def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
-    """What updates in the backward pass cannot do."""
+    """What bases in 8 bits and updates in the backward pass cannot do."""
     method = config.method
+    if config.precision.basis_dtype == "int8" and method.proj_type in ONLINE_TYPES:
+        problems.append(
+            f"--basis_dtype int8: with {method.proj_type} bases move in every update, by less than 8 bits can show"
+        )
     if not method.per_layer:
         return
     if config.optimizer.skip_spikes > 0:
@@ -151,7 +155,13 @@ FAMILY = MethodSpec(
     update_rules=("adamw", "adamw8bit", "adafactor", "lion", "sgd"),
     state="mr + 2nr",
     allows=Allows(
-        projected_gradient=True, per_layer=True, fsdp=True, fine_tuning=True, stochastic_rounding=True, fp16=True
+        projected_gradient=True,
+        per_layer=True,
+        fsdp=True,
+        fine_tuning=True,
+        stochastic_rounding=True,
+        stored_bases=True,
+        fp16=True,
     ),
     tiny={"rank": 4, "update_proj_gap": 2},
     conditions=CONDITIONS,

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_pretraining.distributed.sharding import total_norm
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.nn import LowRankLinear
 from peft_pretraining.nn.adapter_subspace import AdapterSubspace
 from peft_pretraining.optim import LowRankOptimizer
-from peft_pretraining.optim.basis.subspace import Subspace
+from peft_pretraining.optim.backward_hooks import remove_all, weak_hook
+from peft_pretraining.optim.basis.subspace import Subspace, draw_bases
 from peft_pretraining.optim.tensors.projection import LEFT
 
 if TYPE_CHECKING:
@@ -74,7 +76,12 @@ class GoLoreAdapter(FactorMethod):
             **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
             refresh_accumulation=self.config.method.refresh_accumulation,
+            sums_low_rank=self._computes_in_bfloat16(model),
         )
+
+    def _computes_in_bfloat16(self, model: nn.Module) -> bool:
+        device = next(model.parameters()).device.type
+        return self.config.resolved_precision(device).compute_dtype == "bfloat16"
 
     def prepare(self, model: nn.Module, optimizer: Any, reduce: Callable[[Tensor], Tensor]) -> None:
         super().prepare(model, optimizer, reduce)
@@ -85,12 +92,28 @@ class GoLoreAdapter(FactorMethod):
 
 
 class AdapterOptimizer(LowRankOptimizer):
-    """Trains factors that are in the subspace already, and takes new bases from the full gradients of refreshes."""
+    """Trains factors that are in the subspace already, and takes new bases from the full gradients of refreshes.
 
-    def __init__(self, adapters: list[AdapterSubspace], scale: float, params: Any, **settings: Any):
+    `sums_low_rank`: refreshes whose bases are drawn add up R instead of G, where more digits do not make older runs go
+    on with the bits of a projected sum.
+    """
+
+    def __init__(
+        self,
+        adapters: list[AdapterSubspace],
+        scale: float,
+        params: Any,
+        *,
+        sums_low_rank: bool = False,
+        **settings: Any,
+    ):
         super().__init__(params, **settings)
+        self._sums_low_rank = sums_low_rank
         self._adapters, self._adapter_scale = adapters, float(scale)
         self._due_adapters: list[AdapterSubspace] = []
+        self._to_observe = 0
+        """Further total batches that are to come before the update's own."""
+        self._hooks: list[RemovableHandle] = []
         self.reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
         """Averages a tensor over the ranks, in place."""
         for adapter in adapters:
@@ -99,10 +122,53 @@ class AdapterOptimizer(LowRankOptimizer):
 
     def begin_update(self, step: int, frozen: bool = False) -> None:
         super().begin_update(step, frozen)
+        remove_all(self._hooks)
         self._due_adapters = [each for each in self._adapters if each.is_due(self.state[each.trained], step)]
         for adapter in self._adapters:
             adapter.subspace.forget_observed()
-            adapter.gather(adapter in self._due_adapters)
+            adapter.gather(False)
+        if self._sums_low_rank:
+            self._draw([each for each in self._due_adapters if not self._reads_gradient(each, step)], step)
+        for adapter in self._due_adapters:
+            if adapter.layer.gather_in is None:
+                adapter.gather(True)
+        self._to_observe = self.wants_extra_batches()
+
+    def _draw(self, adapters: list[AdapterSubspace], step: int) -> None:
+        """New bases of refreshes that do not depend on the gradient: of these, R adds up alone."""
+        drawn = [each for each in adapters if each.can_gather_low_rank]
+        with torch.no_grad():
+            found = draw_bases([each.arrival(self.local_state(each.trained), step) for each in drawn])
+        for adapter, bases in zip(drawn, found, strict=True):
+            if bases is not None:
+                adapter.gather_low_rank(bases)
+
+    def begin_micro_batch(self, index: int, count: int) -> None:
+        """Full gradients of the last micro-batch of an update that refreshes are used up layer by layer, inside its
+        backward pass: one exists at a time, or, with more micro-batches, the sums of all that are due."""
+        super().begin_micro_batch(index, count)
+        remove_all(self._hooks)
+        if index == count - 1 and not self._to_observe:
+            for adapter in self._due_adapters:
+                if adapter.gathers_whole:
+                    hook = weak_hook(self._arrived)
+                    self._hooks.append(adapter.trained.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _arrived(self, trained: Tensor) -> None:
+        """A layer has had its part in the last backward pass."""
+        (adapter,) = [each for each in self._due_adapters if each.trained is trained]
+        if not adapter.gathers_whole:
+            raise RuntimeError(
+                f"update {self.update_step} has taken its basis of {adapter.subspace.name} already: call "
+                "begin_micro_batch before every micro-batch"
+            )
+        self._choose_basis(adapter)
+
+    def _choose_basis(self, adapter: AdapterSubspace) -> None:
+        assert self.update_step is not None, "`begin_update` comes first"
+        with torch.no_grad():
+            adapter.reduce_gathered(self.reduce)
+        adapter.choose_basis(self.local_state(adapter.trained), self.update_step)
 
     def wants_extra_batches(self) -> int:
         further, step = self.refresh_accumulation - 1, self.update_step
@@ -114,23 +180,23 @@ class AdapterOptimizer(LowRankOptimizer):
         return adapter.subspace.rule.reads_gradient(step)
 
     def observe_gradients(self) -> None:
+        self._to_observe -= 1
         for adapter in self._due_adapters:
-            self._reduce_gradient(adapter)
-            adapter.observe()
-
-    def _reduce_gradient(self, adapter: AdapterSubspace) -> None:
-        if adapter.layer.gradient_part is None:  # which has averaged it over the devices
-            self.reduce(adapter.gathered_gradient)
+            if adapter.gathers_whole:
+                adapter.reduce_gathered(self.reduce)
+                adapter.observe()
 
     def grad_norm(self) -> Tensor:
         """Norm over R of the adapted weights, in this update's basis, and over the full gradients of everything else.
 
-        Chooses the new bases of a refresh: full gradients are reduced here, in these updates alone.
+        Chooses the new bases of a refresh where the backward pass has not: then full gradients are reduced here, in
+        these updates alone.
         """
+        remove_all(self._hooks)
         for adapter in self._due_adapters:
-            self._reduce_gradient(adapter)
-            assert self.update_step is not None, "`begin_update` comes first"
-            adapter.project(self.local_state(adapter.trained), self.update_step)
+            if adapter.projected is None:
+                self._choose_basis(adapter)
+            adapter.give_gradient()
         trained = {adapter.trained for adapter in self._adapters}
         gradients = [param.grad for param in self.in_norm_order() if param.grad is not None and param not in trained]
         low_rank = total_norm(each.trained.grad for each in self._adapters if each.trained.grad is not None)

@@ -21,6 +21,28 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
     projection.check_random(config, warnings)
     if config.method.clip_norm == "full":
         problems.append("--clip_norm full: method golore_adapter never forms the full gradients of ordinary updates")
+    if config.precision.basis_dtype != "auto":
+        problems.append(
+            f"--basis_dtype {config.precision.basis_dtype}: a basis of method golore_adapter is a factor of its "
+            "layer, in the dtype of the weights"
+        )
+
+
+def check_sharding(config: Config, inputs: Mapping[str, int], devices: int) -> list[str]:
+    """A trained factor that cannot be divided by columns is gathered when its moments move into a new basis: in 8 bits
+    they cannot be."""
+    uneven = {name: size for name, size in inputs.items() if size % devices and _is_target(config, name)}
+    if config.optimizer.optimizer != "adamw8bit" or not uneven:
+        return []
+    name, size = next(iter(uneven.items()))
+    return [
+        f"--optimizer adamw8bit: --distributed_type fsdp cannot divide the {size} inputs of {name} evenly over "
+        f"{devices} devices: use another number of them, --replicas, ddp, or adamw"
+    ]
+
+
+def _is_target(config: Config, name: str) -> bool:
+    return any(target in name for target in config.method.target_modules)
 
 
 SPEC = replace(
@@ -46,5 +68,6 @@ SPEC = replace(
     conditions=(*factors.FAMILY.conditions, *projection.FAMILY.conditions, *projection.RANDOM_CONDITIONS),
     resolve=projection.resolve,
     check=check,
+    check_sharding=check_sharding,
     check_fine_tuning=projection.check_fine_tuning,
 )

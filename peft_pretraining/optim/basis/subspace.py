@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
-from peft_pretraining.optim.basis.svd import LinAlgError, squared_norm
+from peft_pretraining.optim.basis.svd import LinAlgError, flags_of, squared_norm
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, phases, run, together
 from peft_pretraining.optim.tensors.projection import SCALES, Bases, Projection, overlap
@@ -186,6 +186,13 @@ class Arrival:
     step: int
 
 
+def draw_bases(arrivals: Sequence[Arrival]) -> list[Bases | None]:
+    """New bases that do not depend on the gradients, of which only shapes, dtypes and devices are read. Nothing is
+    stored; None, with a warning, where that fails."""
+    found = run(_new_bases(arrivals, {id(each): _refresh(each, each.grad) for each in arrivals}))
+    return [found.get(id(each)) for each in arrivals]
+
+
 def project_gradients(arrivals: Sequence[Arrival]) -> Phases[list[Projected]]:
     """R of each gradient in the basis that its update uses, a new one where a refresh is due. Nothing is stored.
 
@@ -215,7 +222,7 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
     seen = [each.subspace.mean_with_observed(each.grad) for each in due]
     reads = [each.subspace.rule.reads_gradient(each.step) for each in due]
     flags = [
-        Collective(torch.stack([~grad.isfinite().all(), grad.any()]).float(), each.subspace.projection.shard)
+        Collective(flags_of(grad), each.subspace.projection.shard)
         for each, grad, reading in zip(due, seen, reads, strict=True)
         if reading
     ]
@@ -226,11 +233,15 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
             not_finite, not_zero = next(answers).tolist()
             if not_finite or not not_zero:
                 continue
-        subspace, number = each.subspace, int(each.state["refreshes"])
-        refreshes[id(each)] = Refresh(
-            each.step, number, each.group["seed"], subspace.name, grad, subspace.projection, subspace.bases(each.state)
-        )
+        refreshes[id(each)] = _refresh(each, grad)
     return refreshes
+
+
+def _refresh(each: Arrival, grad: Tensor) -> Refresh:
+    """What a basis rule is told; `grad` may be the mean over several."""
+    subspace, number = each.subspace, int(each.state["refreshes"])
+    bases = subspace.bases(each.state)
+    return Refresh(each.step, number, each.group["seed"], subspace.name, grad, subspace.projection, bases)
 
 
 def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[dict[int, Bases]]:

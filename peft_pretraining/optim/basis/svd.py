@@ -99,6 +99,12 @@ def _gram_of_columns(a: Tensor) -> Tensor:
     return gram
 
 
+def flags_of(part: Tensor) -> Tensor:
+    """(2,) float32 numbers that are not zero if some entry of a matrix is not finite, and if some is not zero."""
+    flags = [torch.stack([~block.isfinite().all(), block.any()]) for block in _row_blocks(part)]
+    return (flags[0] if len(flags) == 1 else torch.stack(flags).any(0)).float()
+
+
 def squared_norm(part: Tensor) -> Tensor:
     """The square of a matrix's 2-norm, in float64: the squares of a small float32 gradient underflow."""
     squares = [torch.linalg.vector_norm(block, dtype=torch.float64).square() for block in _row_blocks(part)]

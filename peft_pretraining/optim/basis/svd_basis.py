@@ -100,8 +100,9 @@ class RandomBasis(BasisRule):
         """Draws in other threads, and decomposes on the device, one after the other, what has been drawn."""
         wanted = [(refresh, side) for refresh in refreshes for side in refresh.projection.sides]
         numbers = sum(_rows(*each) * each[0].projection.rank for each in wanted)
-        threads = min(share_of_cores(), len(wanted)) if numbers > _WORTH_THREADS else 1
-        drawn = ahead(_gaussian, wanted, threads)
+        if numbers <= _WORTH_THREADS:
+            return [self.compute_basis(refresh) for refresh in refreshes]
+        drawn = ahead(_gaussian, wanted, min(share_of_cores(), len(wanted)))
         return [
             {side: _random_basis(refresh, side, next(drawn)) for side in refresh.projection.sides}
             for refresh in refreshes

@@ -140,6 +140,10 @@ class SubspaceOptimizer(InPlaceOptimizer):
         """What a parameter is updated by."""
         return self._slots[param].objects
 
+    def name_of(self, param: Tensor) -> str:
+        """A parameter's name, or its place."""
+        return self._slots[param].name
+
     def dtype_of(self, param: Tensor) -> torch.dtype:
         """Of the gradients that the update rule sees, whatever the parameter has become since construction."""
         return self._slots[param].dtype

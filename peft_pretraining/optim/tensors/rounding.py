@@ -34,27 +34,39 @@ class Noise:
     shard: ShardInfo = WHOLE
     """Which part of the weight this device has."""
 
-    def block(self, rows: slice, columns: int, device: torch.device) -> Tensor:
-        """Whole numbers from 0 to 65535, int32 (rows, columns), for these rows of this device's part."""
-        keys = [rng.derive_seed(self.seed, f"rounding of {self.name}", self.step, index) for index in range(2)]
-        offsets = [self.shard.offset if self.shard.dim == dim else 0 for dim in range(2)]
-        by_row = _hashed(keys[0], offsets[0] + rows.start, rows.stop - rows.start, device)
-        by_column = _hashed(keys[1], offsets[1], columns, device)
-        x = by_row.unsqueeze(1) + by_column  # wraps around
-        x.mul_(_MULTIPLIERS[0])
-        x.bitwise_xor_(x >> 15)
-        x.mul_(_MULTIPLIERS[1])
-        # The upper half, which depends on all bits; the shift carries the sign along.
-        return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    def of_rows(self, rows: slice, device: torch.device) -> Tensor:
+        """32 bits for each of these rows of this device's part, int32."""
+        offset = self.shard.offset if self.shard.dim == 0 else 0
+        return _hashed(self._key(0), torch.arange(offset + rows.start, offset + rows.stop, device=device))
+
+    def of_columns(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """32 bits for each entry of a row of this device's part, which is of `shape`; int32, flat."""
+        if not self.shard.dim:
+            return _hashed(self._key(1), torch.arange(shape.numel(), device=device))
+        whole = self.shard.shape[1:]
+        index = torch.arange(whole.numel(), device=device).view(whole)
+        return _hashed(self._key(1), self.shard.part(index, self.shard.dim - 1).reshape(-1))
+
+    def _key(self, index: int) -> int:
+        return rng.derive_seed(self.seed, f"rounding of {self.name}", self.step, index)
 
 
-def _hashed(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """32 well-mixed bits for each of `count` consecutive numbers from `start` on, as int32."""
-    x = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
-    x.mul_(_GOLDEN).bitwise_xor_(key)  # a number, not a tensor: that would be copied, and waited for
+def _hashed(key: int, index: Tensor) -> Tensor:
+    """32 well-mixed bits for each number, int32. `index` (int64) is used up."""
+    x = index.add_(1).mul_(_GOLDEN).bitwise_xor_(key)
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         x.bitwise_xor_((x >> shift) & (2 ** (64 - shift) - 1)).mul_(multiplier)
     return (x >> 32).to(torch.int32)
+
+
+def _crossed(by_row: Tensor, by_column: Tensor) -> Tensor:
+    """Whole numbers from 0 to 65535, int32 (rows, columns)."""
+    x = by_row.unsqueeze(1) + by_column  # wraps around
+    x.mul_(_MULTIPLIERS[0])
+    x.bitwise_xor_(x >> 15)
+    x.mul_(_MULTIPLIERS[1])
+    # The upper half, which depends on all bits; the shift carries the sign along.
+    return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def round_stochastically(target: Tensor, wide: Tensor, noise: Noise, rows: slice | None = None) -> None:
@@ -62,17 +74,20 @@ def round_stochastically(target: Tensor, wide: Tensor, noise: Noise, rows: slice
 
     Numbers that bfloat16 has, infinities and NaN stay what they are. Weights of other dtypes are copied.
     """
-    if target.dtype != torch.bfloat16:
+    if target.dtype != torch.bfloat16 or not target.numel():
         target.copy_(wide)
         return
     wide = wide.float().contiguous()  # float64 has nothing to gain below the digits of float32
     flat = wide.view(wide.shape[0] if wide.ndim else 1, -1)
-    rows = rows or slice(0, flat.shape[0])
+    by_column = noise.of_columns(wide.shape[1:], wide.device)
+    first = rows.start if rows else 0
     for start in range(0, flat.shape[0], at_once := rows_at_once(flat)):
         part = flat[start : start + at_once]
-        bits = part.view(torch.int32)
-        within = slice(rows.start + start, rows.start + start + part.shape[0])
-        bits.add_(noise.block(within, part.shape[1], part.device)).bitwise_and_(-65536)
+        within = slice(first + start, first + start + part.shape[0])
+        not_numbers = part.isnan()  # a payload of ones, such as CUDA's, would carry over into the sign
+        drawn = _crossed(noise.of_rows(within, part.device), by_column)
+        part.view(torch.int32).add_(drawn).bitwise_and_(-65536)
+        part.masked_fill_(not_numbers, torch.nan)
     target.copy_(wide)
 
 

@@ -74,7 +74,8 @@ numbers. They are read in the working dtype."""
 
 
 def basis_storage(basis_dtype: str, state_format: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that bases of a weight of `dtype` are kept in."""
+    """The dtype that bases of a weight of `dtype` are kept in, from which they are read into the working dtype. `auto`:
+    as `state_format` says; `int8`: in 8 bits, with a float32 scale for every 256 numbers."""
     if basis_dtype == "auto":
         basis_dtype = "float32" if state_format == "float32" else "weight"
     if basis_dtype == "int8":

@@ -1,0 +1,85 @@
+"""The precision that a run began with, which it keeps when it goes on. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from peft_pretraining.checkpoint import resume, run_dir, train_state
+from peft_pretraining.checkpoint.plain_files import regular
+from peft_pretraining.config import Config
+from peft_pretraining.config.precision_config import OF_DTYPE, name_of, resolve
+
+_KEPT = ("state_dtype", "basis_dtype", "gradient_sum_dtype", "matmul_precision")
+_OF_SAVED_TENSORS = ("state_dtype", "basis_dtype")
+
+
+def keep(config: Config, problems: list[str]) -> Config:
+    """With the recorded precision in place of what is not asked for, where a run goes on; what contradicts it is a
+    problem that names both."""
+    found = _begun(config)
+    if found is None:
+        return config
+    what, begun = found
+    asked, name = config.precision, name_of(begun.precision, begun.model.dtype)
+    if asked.precision not in ("auto", name):
+        given = f"--precision {asked.precision}" if config.model.dtype == "auto" else f"--dtype {config.model.dtype}"
+        problems.append(f"{what}: it was begun with --precision {name}, which {given} contradicts: leave it out")
+        return config
+    default = type(asked)()
+    settings = {key: getattr(begun.precision if _is_default(config, key) else asked, key) for key in _KEPT}
+    for key in _OF_SAVED_TENSORS:
+        old, new = getattr(begun.precision, key), settings[key]
+        if key == "state_dtype":  # what `auto` is depends on the precision alone
+            old = resolve(begun.precision, begun.model.dtype, "cpu").state_format
+            new = old if new == "auto" else new
+        if getattr(asked, key) != getattr(default, key) and new != old and _matters(key, name):
+            problems.append(f"{what}: it was begun with --{key} {old}, not {new}: leave it out")
+    return config.replace(precision=name, dtype=begun.model.dtype, **settings)
+
+
+def _is_default(config: Config, key: str) -> bool:
+    return bool(getattr(config.precision, key) == getattr(type(config.precision)(), key))
+
+
+def _matters(key: str, name: str) -> bool:
+    """States of weights in float32 and more are the same in all formats."""
+    return key != "state_dtype" or name in ("bf16", "bf16_sr")
+
+
+def _begun(config: Config) -> tuple[str, Config] | None:
+    """Whose precision is to be kept, in words, and the settings of its precision; None where nothing says any."""
+    run = config.run
+    folders = []
+    if run.autoresume and run.save_dir:
+        folders.append((f"--save_dir {run.save_dir}", Path(run.save_dir), True))
+    if run.resume_from:
+        folders.append((f"--resume_from {run.resume_from}", Path(run.resume_from), False))
+    for what, folder, is_of_run in folders:
+        # What is wrong with the folder is said where it is checked.
+        with contextlib.suppress(OSError, ValueError):
+            if (begun := _read(folder, is_of_run)) is not None:
+                return what, begun
+    return None
+
+
+def _read(folder: Path, is_of_run: bool) -> Config | None:
+    """The settings of precision that a run's folder, or a checkpoint, has."""
+    if is_of_run:
+        record, _ = resume.record_of_folder(folder)
+        saved = [path for _, path in run_dir.completed_checkpoints(folder)]
+    else:
+        record, saved = resume.record_of(train_state.read_counters(folder)), [folder]
+        if record is None:
+            record, _ = resume.record_of_folder(folder.parent)
+    settings = record.settings if record is not None else {}
+    known = {name: settings[name] for name in ("precision", "dtype", *_KEPT) if name in settings}
+    begun = Config.from_settings(known)
+    if name_of(begun.precision, begun.model.dtype) != "auto":
+        return begun
+    for checkpoint in saved:  # written before the precision was recorded: the weights say it
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            dtype = json.loads(regular(checkpoint / "config.json").read_text())["dtype"]
+            return begun.replace(precision=OF_DTYPE[dtype])
+    return None

@@ -1,0 +1,145 @@
+"""Tokens per second, and what an update waits for and launches."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..lines import Lines
+from ..scene import Scene, known_flags
+from ..trainee import Trainee, settings_of
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full_rank": {"method": "full_rank"},
+    "galore": {"method": "galore", "update_proj_gap": 1000},
+    "galore per layer": {"method": "galore", "update_proj_gap": 1000, "per_layer": True},
+}
+RANKS = {"60m": 128, "350m": 256}
+FASTER = {"compiled": "compile", "fused head": "fused_head"}
+"""Settings that versions to come have, by the flag."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    tokens: float
+    """Per second, full-rank, eager, on an H100 or H200: nine tenths of what an H200 did are an H100's, less a tenth."""
+    compiled: float
+    """The same, compiled and with a fused head: the aim."""
+
+
+LIMITS = {"60m": Limits(390_000, 850_000), "350m": Limits(83_000, 190_000)}
+RATIO = {"galore": 0.75, "galore per layer": 0.2}
+"""Of full-rank's speed at 60M, eager; an H200 had 0.82 and 0.26. Larger models wait less."""
+WAITS = {"full_rank": 4, "galore": 6, "galore per layer": 90}
+LAUNCHES = {"full_rank": 1000, "galore": 1350, "galore per layer": 2700}
+"""Of an update of 60M; an H200 had 4 and 79 waits, 865, 1178 and 2408 launches."""
+
+_LAUNCHING = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+_WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def updates(scene: Scene, lines: Lines, case: str) -> None:
+    tokens = {}
+    for name, changes in KINDS.items():
+        rank = {"rank": scene.size(RANKS[case], 4)} if "method" in changes and changes["method"] != "full_rank" else {}
+        settings = settings_of(scene, case, name.replace(" ", "_"), **changes, **rank)
+        with Trainee(settings, scene.device) as trainee:
+            tokens[name] = _tokens_per_second(scene, trainee)
+            _speed(scene, lines, case, name, tokens)
+            if case == "60m":
+                _waits_and_launches(scene, lines, name, trainee)
+        if scene.on_cuda:
+            torch.cuda.empty_cache()
+    _faster(scene, lines, case)
+
+
+def _speed(scene: Scene, lines: Lines, case: str, name: str, tokens: dict[str, float]) -> None:
+    what = f"{case} {name}, eager"
+    if name != "full_rank":
+        ratio = tokens[name] / tokens["full_rank"]
+        if scene.on_cuda and not scene.quick:
+            lines.at_least(f"{what}: speed, of full_rank's", ratio, RATIO[name])
+        else:
+            lines.reports(f"{what}: speed, of full_rank's", ratio)
+    elif scene.on_cuda and not scene.quick and is_known(scene):
+        lines.at_least(what, tokens[name], LIMITS[case].tokens, "tokens/s")
+    else:
+        lines.reports(what, tokens[name], "tokens/s")
+
+
+def is_known(scene: Scene) -> bool:
+    """Whether the speeds of this card are known."""
+    return any(name in torch.cuda.get_device_name(scene.device) for name in ("H100", "H200"))
+
+
+def _tokens_per_second(scene: Scene, trainee: Trainee) -> float:
+    count, times = scene.size(5, 1), []
+    for turn in range(5):
+        trainee.synchronise()
+        began = time.perf_counter()
+        read = sum(trainee.update().tokens for _ in range(count))
+        trainee.synchronise()
+        if turn:  # kernels are chosen and bases taken in the first
+            times.append(read / (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def _waits_and_launches(scene: Scene, lines: Lines, name: str, trainee: Trainee) -> None:
+    counts = profiled(trainee, scene.on_cuda)
+    if not scene.on_cuda:
+        lines.absent(f"60m {name}: waits and launches of an update", "the CPU has none")
+        return
+    launches = sum(counts.get(each, 0) for each in _LAUNCHING)
+    waits = sum(counts.get(each, 0) for each in _WAITING)
+    if launches:
+        lines.at_most(f"60m {name}: launches of an update", launches, LAUNCHES[name])
+        lines.at_most(f"60m {name}: waits for the device in an update", waits, WAITS[name])
+    else:
+        lines.absent(f"60m {name}: launches of an update", "the profiler sees no kernels (is CUPTI allowed?)")
+    lines.at_most(f"60m {name}: calls that torch knows to wait", waiting_calls(trainee), WAITS[name])
+
+
+def profiled(trainee: Trainee, on_cuda: bool) -> dict[str, int]:
+    """How often an update called what, by torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
+    trainee.synchronise()
+    with torch.profiler.profile(activities=activities) as profiler:
+        trainee.update()
+    return {event.key: event.count for event in profiler.key_averages()}
+
+
+def waiting_calls(trainee: Trainee) -> int:
+    """Warnings of `torch.cuda.set_sync_debug_mode` in an update."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainee.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in caught)
+
+
+def _faster(scene: Scene, lines: Lines, case: str) -> None:
+    """Compiled, with a fused head: where this version has them."""
+    there = {name: flag for name, flag in FASTER.items() if flag in known_flags()}
+    for name in FASTER.keys() - there.keys():
+        lines.absent(f"{case} full_rank, {name}", "this version has none")
+    if not there:
+        return
+    settings = settings_of(scene, case, "faster", method="full_rank", **{flag: True for flag in there.values()})
+    with contextlib.ExitStack() as stack:
+        trainee = stack.enter_context(Trainee(settings, scene.device))
+        speed = _tokens_per_second(scene, trainee)
+    what = f"{case} full_rank, {' and '.join(there)}"
+    if scene.on_cuda and not scene.quick and is_known(scene) and len(there) == len(FASTER):
+        lines.at_least(what, speed, LIMITS[case].compiled, "tokens/s")
+    else:
+        lines.reports(what, speed, "tokens/s")
