@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,11 +37,11 @@ class ProcessGroup:
     local_rank: int
     local_world_size: int
     device: torch.device
-    of_one: bool = False
+    of_one: bool = field(default=False, kw_only=True)
     """With one process: its collectives are carried out, and its model is distributed, as those of several are."""
-    made: bool = False
+    made: bool = field(default=False, kw_only=True)
     """Whether torch's default group was made for this one, which leaves it, too."""
-    files: dist.ProcessGroup | None = None
+    files: dist.ProcessGroup | None = field(default=None, kw_only=True)
     """The same processes, on the CPU, for values that one of them has from files: others may wait long for them."""
 
     @classmethod

@@ -13,8 +13,8 @@ from ..trainee import GIB, Trainee, settings_of
 from .planned import simulated
 
 TOLERANCE, WORKSPACES = 1.02, 0.15
-"""Of what is simulated, and GiB beyond: rounding in the allocator, and cuBLAS's workspaces, of which an H200 had 0.06 to
-0.15, are not counted there."""
+"""Of what is simulated, and GiB beyond: rounding in the allocator and cuBLAS's workspaces, on an H200 0.06 to 0.15, are
+not counted there."""
 
 LARGE = {"batch_size": 32}
 LAYERWISE = {"optimizer": "adamw8bit", "per_layer": True}
