@@ -53,6 +53,28 @@ def test_stop_and_resume_changes_no_bit(
     helpers.assert_same_run(stopped, undisturbed(command, **METHODS[method]))  # which had no workers
 
 
+_slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "method, changes",
+    [
+        pytest.param("galore", {"precision": "bf16_sr", "state_dtype": "weight"}, marks=_slow),
+        ("full_rank", {"precision": "bf16_sr"}),
+        pytest.param("full_rank", {"precision": "bf16"}, marks=_slow),
+        pytest.param("galore", {"precision": "bf16", "state_dtype": "float32"}, marks=_slow),
+        pytest.param("galore", {"precision": "bf16_sr", "optimizer": "adamw8bit"}, marks=_slow),
+        pytest.param("galore", {"precision": "mixed"}, marks=_slow),
+    ],
+)
+def test_runs_of_every_precision_go_on_bit_by_bit(command, undisturbed, tmp_path, method, changes):
+    """Noise is a function of the update, and states keep their dtypes in a checkpoint."""
+    changes = {**METHODS[method], "dtype": "auto", "num_training_steps": 8, **changes}
+    stop_after(4, command(**changes))
+    assert helpers.run([*command(**changes), *RESUME]) == 0
+    helpers.assert_same_run(tmp_path / "run", undisturbed(command, **changes))
+
+
 @pytest.mark.parametrize("updates, workers", [(16, 1), (17, 0)])
 def test_resume_across_an_epoch_boundary(command, undisturbed, tmp_path, updates, workers, capsys):
     changes = {**GALORE, "total_batch_size": 12}  # 200 samples end within the 17th update
