@@ -56,6 +56,16 @@ _TOKENIZER_FILES = (
 
 def run(launch: ParsedArgs) -> int:
     """Build and train; returns the exit code. Raises `ConfigError` for problems only the device or the data show."""
+    try:
+        return _run(launch)
+    except torch.OutOfMemoryError as error:
+        log.debug("out of memory", exc_info=True)
+        seen = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
+        log.error("%s python -m peft_pretraining.report.plan with the same flags says what fits", seen)
+        return 1  # without leaving the group: the other ranks are in the middle of an update
+
+
+def _run(launch: ParsedArgs) -> int:
     group = ProcessGroup.start(launch.config.run.single_gpu, of_one=launch.names_layout)
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours

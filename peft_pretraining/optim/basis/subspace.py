@@ -279,10 +279,7 @@ def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[
 
 def _project(parts: Sequence[tuple[Projection, Bases, Tensor]]) -> Phases[list[Tensor]]:
     """R of gradients in given bases, summed up where devices hold different parts of what is projected away."""
-    found = []
-    for projection, bases, grad in parts:
-        dtype = next(iter(bases.values())).dtype
-        found.append(Collective(projection.project(bases, grad.to(dtype)), projection.sum_shard))
+    found = [Collective(projection.project(bases, grad), projection.sum_shard) for projection, bases, grad in parts]
     return (yield found)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 LARGEST = 512
-"""Bytes of a storage that has a twin."""
+"""Bytes of a storage that has a twin; of one that is made of nothing but storages with twins (flags of all layers in
+one tensor), `LARGEST_MADE`."""
+LARGEST_MADE = 2**15
 
 
 class SmallValues:
@@ -50,7 +52,10 @@ class SmallValues:
     ) -> None:
         """Do to the twins what was done on the device. `outs` are its results, some of them inputs changed in place;
         `unset`: they have no values yet."""
-        small = {id(out): out for out in outs if out.untyped_storage().nbytes() <= LARGEST}
+        on_device = [each for each in inputs if each.is_meta]
+        known = bool(on_device) and all(self.twin(each) is not None for each in on_device)
+        limit = LARGEST_MADE if known else LARGEST
+        small = {id(out): out for out in outs if out.untyped_storage().nbytes() <= limit}
         if not small:
             return
         new = {each for each, out in small.items() if self.twin(out) is None}
@@ -58,7 +63,7 @@ class SmallValues:
             storage = small[each].untyped_storage()
             twin = torch.zeros(storage.nbytes(), dtype=torch.uint8).untyped_storage()
             self._twins[storage._cdata] = (weakref.ref(storage), twin)
-        results = None if unset else self._computed(function, args, kwargs, inputs)
+        results = self._computed(function, args, kwargs) if not unset and (known or not on_device) else None
         for place, out in enumerate(outs):
             if id(out) not in small:
                 continue
@@ -69,11 +74,8 @@ class SmallValues:
             elif id(out) in new:  # others were changed in place
                 twin.copy_(results[place])
 
-    def _computed(self, function: Any, args: tuple, kwargs: dict, inputs: list[Tensor]) -> list[Tensor] | None:
-        """The results on the CPU; None where some input has no values."""
-        on_device = [tensor for tensor in inputs if tensor.is_meta]
-        if any(self.twin(tensor) is None for tensor in on_device):
-            return None
+    def _computed(self, function: Any, args: tuple, kwargs: dict) -> list[Tensor] | None:
+        """The results on the CPU; None where it cannot do that."""
         try:
             moved = tree_map_only(Tensor, lambda each: self.twin(each) if each.is_meta else each, (args, kwargs))
             on_cpu = {**moved[1], "device": torch.device("cpu")} if kwargs.get("device") is not None else moved[1]

@@ -59,11 +59,10 @@ def _counts(updates: Sequence[Update]) -> list[list[str]]:
 
 def _exchanged(updates: Sequence[Update]) -> str:
     names = sorted({name for each in updates for name in each.exchanged})
-    rows = [
-        [each.name, *(f"{each.exchanged.get(name, 0) / 1e6:,.1f}" for name in names)]
-        + [f"{sum(each.exchanged.values()) / 1e6:,.1f}"]
-        for each in updates
-    ]
+    rows = []
+    for each in updates:
+        sizes = [*(each.exchanged.get(name, 0) for name in names), sum(each.exchanged.values())]
+        rows.append([each.name, *(f"{size / 1e6:,.1f}" for size in sizes)])
     return _table(["", *(name.replace("_", "-") for name in names), "sum"], rows)
 
 
@@ -108,7 +107,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
         "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
         ).rstrip()
         for line in lines
     )

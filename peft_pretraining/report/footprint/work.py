@@ -29,7 +29,8 @@ def kernel(
 
 
 def _aligned(tensor: Tensor) -> bool:
-    steps = [step * tensor.element_size() for step, size in zip(tensor.stride(), tensor.shape) if size > 1 and step > 1]
+    size = tensor.element_size()
+    steps = [step * size for step, length in zip(tensor.stride(), tensor.shape, strict=True) if length > 1 and step > 1]
     return tensor.ndim < 2 or all(step % 16 == 0 for step in steps)
 
 
