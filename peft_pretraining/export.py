@@ -35,12 +35,12 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     plain = load_plain(checkpoint)
     wanted = dtype or plain.dtype
     method = load_method(config.method.method)(config)
-    model = load_plain(checkpoint)
+    trained = load_plain(checkpoint)
     precision = config.resolved_precision()
     norms_are_wider = precision.norm_dtype != precision.weight_dtype
     if norms_are_wider:  # than the one dtype that transformers gives all weights
-        cast_weights(model, plain.dtype, torch_dtype(precision.norm_dtype))
-    model = method.convert(model)
+        cast_weights(trained, plain.dtype, torch_dtype(precision.norm_dtype))
+    model = method.convert(trained)
     with quietly():
         try:
             tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))

@@ -89,6 +89,7 @@ PRECISIONS = {
         "dtype": "auto",
         "precision": precision,
         "clip_grad_norm": 0,
+        "reduce_low_rank": False,
     }
     for name in ("full_rank", "galore", "lora")
     for precision in ("mixed", "bf16_sr")
@@ -255,7 +256,8 @@ def test_bfloat16_is_computed_alike(folder, layout, method):
     """With the same micro-batches products are the same, and gradients add up in float32 everywhere. Those of bfloat16
     weights are rounded once where several devices have averaged them; so are they here in the run by one process.
 
-    Without clipping: a norm that differs in float32's last digit turns some bfloat16 number, and all that follows."""
+    Without clipping, and with whole gradients reduced: what differs in float32's last digit, as a norm over shards or
+    a sum of projections does, turns some bfloat16 number, and all that follows."""
     ours, expected = weights(folder / f"{layout} {method}"), weights(one(folder, method))
     assert ours.keys() == expected.keys()
     for name, weight in expected.items():

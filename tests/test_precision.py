@@ -149,6 +149,22 @@ def test_mixed_and_rounded_weights_compute_alike():
     assert torch.equal(generated, narrow.generate(ids[:, :3], max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.parametrize("method", [{}, LORA])
+def test_no_cast_weight_is_kept_for_the_backward_pass(words, tmp_path, method):
+    """It would cost half of what float32 weights do."""
+    kept = []
+
+    def pack(tensor):
+        kept.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        flags = {"batch_size": 3, "num_training_steps": 1, **method}  # activations of 48 tokens have other shapes
+        assert helpers.run(words(tmp_path / "run", precision="mixed", **flags)) == 0
+    assert kept
+    assert not [shape for shape, dtype in kept if dtype == torch.bfloat16 and shape in ((32, 16), (16, 32))]
+
+
 def test_checkpointed_activations_change_no_bit():
     shape = {**SHAPE, "num_attention_heads": 2, "vocab_size": 32}
     gradients = []

@@ -7,18 +7,42 @@ where FSDP2 casts weights while it gathers them, these casts do nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
+class _CastTwice(torch.autograd.Function):
+    """x Wᵀ for a W of another dtype, which is cast again in the backward pass: a cast W that is kept in between would
+    be half as large as the model's float32 weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype))  # (..., n) @ (n, m) -> (..., m)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad_output @ weight.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (x.flatten(0, -2).T @ grad_output.flatten(0, -2)).T.to(weight.dtype)  # as of `F.linear`
+        return of_x, of_weight
+
+
 class Linear(nn.Linear):
     """y = x Wᵀ + bias in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)  # (..., n) @ (n, m) -> (..., m)
+        if self.weight.dtype == x.dtype:
+            return super().forward(x)
+        product: Tensor = _CastTwice.apply(x, self.weight)
+        return product if self.bias is None else product + self.bias.to(x.dtype)
 
 
 class Embedding(nn.Embedding):

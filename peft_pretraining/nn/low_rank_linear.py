@@ -123,8 +123,8 @@ class LowRankLinear(nn.Module):
         low = F.linear(low, self.lora_B.to(low.dtype))  # (..., m)
         if self.lora_only:
             return low if bias is None else low + bias
-        if self.weight is not None and self.full_gradient is None:
-            return F.linear(x, self.weight.to(dtype), bias) + low
+        if self.weight is not None and self.full_gradient is None and self.weight.dtype == dtype:
+            return F.linear(x, self.weight, bias) + low
         # The trained factor goes along so that autograd visits the product even if x needs no gradient.
         product = FrozenProduct.apply(x, trained, self)
         return low + (product if bias is None else product + bias)

@@ -99,7 +99,8 @@ def reduced_model(
     precision = config.resolved_precision(group.device.type)
     wide = precision.weight_dtype == "bfloat16" and precision.state_format != "published"
     sharded = config.distributed.distributed_type == "fsdp" and group.is_collective  # FSDP2 adds up in float32 itself
-    if wide and not sharded and (config.per_layer or not group.is_collective):
+    several = (config.batch.gradient_accumulation or 1) > 1  # one product has no digits for more than 16 bits
+    if wide and several and not sharded and (config.per_layer or not group.is_collective):
         add_up_in_float32(model)
     if config.per_layer:
         return model
