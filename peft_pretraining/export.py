@@ -16,6 +16,7 @@ from peft_pretraining.checkpoint.train_state import read_counters
 from peft_pretraining.config import Config, config_flags
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
+from peft_pretraining.models.llama import cast_weights, torch_dtype
 from peft_pretraining.models.token_ids import adopt, read_tokenizer
 
 log = logging.getLogger("peft_pretraining")
@@ -34,7 +35,12 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
     plain = load_plain(checkpoint)
     wanted = dtype or plain.dtype
     method = load_method(config.method.method)(config)
-    model = method.convert(load_plain(checkpoint))
+    model = load_plain(checkpoint)
+    precision = config.resolved_precision()
+    norms_are_wider = precision.norm_dtype != precision.weight_dtype
+    if norms_are_wider:  # than the one dtype that transformers gives all weights
+        cast_weights(model, plain.dtype, torch_dtype(precision.norm_dtype))
+    model = method.convert(model)
     with quietly():
         try:
             tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))
@@ -43,6 +49,8 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
             raise ConfigError([f"{checkpoint} cannot be loaded: {error}"]) from error
     model.to(torch.promote_types(plain.dtype, torch.promote_types(wanted, torch.float32)))
     plain.to(wanted)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+    if norms_are_wider and dtype is None:
+        cast_weights(plain, wanted, torch_dtype(precision.norm_dtype))
     plain.load_state_dict(method.merged_state_dict(model))  # rounds
     plain.config.dtype = wanted
     return plain

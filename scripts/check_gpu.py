@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(arguments.json).resolve().parent.is_dir():
         parser.error(f"--json {arguments.json}: no such folder")
 
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # a scheduler's; the steps make their own groups
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["WANDB_MODE"] = "disabled"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve other processes

@@ -40,9 +40,9 @@ def main(path: Path) -> None:
             sent[-1] += tensor.numel() * tensor.element_size()
         return all_reduce(tensor, *args, **settings)
 
-    def counted_parallelize(model, group, low_rank):
+    def counted_parallelize(model, group, low_rank, *settings):
         assert low_rank is None
-        wrapped = parallelize(model, group)
+        wrapped = parallelize(model, group, low_rank, *settings)
         assert isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters
         wrapped.register_comm_hook(None, allreduce_hook)  # through `dist.all_reduce`, where bytes are counted
         return wrapped

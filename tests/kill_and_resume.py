@@ -74,6 +74,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layout", default="single", choices=["single", "ddp", "fsdp"])
     parser.add_argument("--fine_tuning", action="store_true", help="run_glue.py on a tiny BERT, by one process")
     parser.add_argument("--method", default="galore")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--updates", type=int, help="length of the run (default: 20 an interruption, at least 200)")
     parser.add_argument("--save_every", type=int, default=16)
     parser.add_argument("--async_save", action="store_true", help="write checkpoints beside the training")
@@ -101,7 +102,7 @@ class _PreTrainingRun:
             **{"model_config": model, "dataset_path": data, "eval_tokens": 100 * 64},
             **{"batch_size": 4, "total_batch_size": 8, "lr": 1e-2, "warmup_steps": 10, "workers": 1},
             **{"num_training_steps": options.updates, "save_every": options.save_every, "eval_every": _EVAL_EVERY},
-            **{"method": options.method, "keep_checkpoints": 3, "autoresume": True},
+            **{"method": options.method, "precision": options.precision, "keep_checkpoints": 3, "autoresume": True},
             **({"distributed_type": options.layout} if options.layout != "single" else {}),
             **({} if options.method == "full_rank" else {"rank": 4, "update_proj_gap": 10}),
         }

@@ -28,6 +28,8 @@ from peft_pretraining.optim import LowRankOptimizer
 UPDATES = 6
 SHAPES = ((12, 8), (8, 12), (8, 8))
 LOW_RANK = {"rank": 3, "update_proj_gap": 4}
+ROUNDED = {"rounding": "stochastic", "seed": 3, "dtype": torch.bfloat16}
+"""Without clipping: the norm's last digit depends on the order in which it is summed."""
 CASES = {
     "apollo": lambda: {**LOW_RANK, "lift": ScaledGradient(), "basis": GaussianProjection()},
     "apollo mini": lambda: {
@@ -43,6 +45,9 @@ CASES = {
     "online PCA, divided by rows": lambda: {**LOW_RANK, "proj_type": "continuous", "rows": True},
     "golore": lambda: {**LOW_RANK, "rand_ratio": 0.5, "num_training_steps": UPDATES},
     "torch's AdamW": lambda: {"rule": "torch_adamw"},
+    "bfloat16, torch's AdamW": lambda: {"rule": "torch_adamw", "state_format": "weight", **ROUNDED},
+    "bfloat16, SGD": lambda: {"rule": "sgd", "momentum": 0.9, "state_format": "float32", **ROUNDED},
+    "bfloat16, GaLore": lambda: {**LOW_RANK, "state_format": "float32", "rand_ratio": 0.0, **ROUNDED},
 }
 
 
@@ -53,8 +58,8 @@ def longer_side(param):
 def train(settings, divided):
     """The weights after the last update, and the number of collectives of each step."""
     torch.manual_seed(0)
-    by_rows = settings.pop("rows", False)
-    model = nn.Sequential(*[nn.Linear(n, m, bias=False, dtype=torch.float64) for m, n in SHAPES])
+    by_rows, dtype = settings.pop("rows", False), settings.pop("dtype", torch.float64)
+    model = nn.Sequential(*[nn.Linear(n, m, bias=False, dtype=dtype) for m, n in SHAPES])
     if divided:
         fully_shard(model, shard_placement_fn=(lambda param: Shard(0)) if by_rows else longer_side)
     optimizer = LowRankOptimizer([{"params": list(model.named_parameters()), **settings}], lr=0.01, weight_decay=0.1)
@@ -66,12 +71,14 @@ def train(settings, divided):
             x = torch.randn(16, layer.in_features, generator=generator, dtype=torch.float64)
             layer.weight.grad = None
             full = (x.T @ torch.randn(16, layer.out_features, generator=generator, dtype=torch.float64)).T.contiguous()
+            full = full.to(dtype)
             if divided:
                 layer.weight.grad = distribute_tensor(full, layer.weight.device_mesh, layer.weight.placements)
             else:
                 layer.weight.grad = full
         norm = optimizer.grad_norm()
-        optimizer.scale_((5.0 / norm).clamp(max=1.0))
+        if dtype == torch.float64:
+            optimizer.scale_((5.0 / norm).clamp(max=1.0))
         with _Counting() as counting:
             optimizer.step()
         counts.append(sum(counting.calls.values()))

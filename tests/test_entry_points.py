@@ -14,7 +14,7 @@ import pytest
 LIGHT = (
     *("torchrun_main.py", "pretokenize.py", "experiments/non_convergence.py"),
     *(f"scripts/{name}.py" for name in ("study", "sweep", "compare", "launch")),
-    *(f"scripts/{name}.py" for name in ("fetch_corpus", "export_merged", "architecture", "generate_docs")),
+    *(f"scripts/{name}.py" for name in ("fetch_corpus", "export_merged", "architecture", "generate_docs", "check_gpu")),
 )
 HEAVY = ("run_glue.py", "run_tasks.py")
 _SCRIPT = """

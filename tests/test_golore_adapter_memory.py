@@ -40,15 +40,10 @@ def held(adapters):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("rand_ratio, precision", [(2.0, "auto"), (0.0, "auto"), (0.0, "mixed")])
+@pytest.mark.parametrize("rand_ratio, precision", [(2.0, "auto"), (0.0, "auto"), (2.0, "mixed"), (0.0, "mixed")])
 @pytest.mark.parametrize("refresh_accumulation", [1, 2])
 def test_the_same_bits_as_from_gradients_that_are_kept(micro_batches, rand_ratio, precision, refresh_accumulation):
-    settings = {
-        "precision": precision,
-        "rand_ratio": rand_ratio,
-        "update_proj_gap": 2,
-        "refresh_accumulation": refresh_accumulation,
-    }
+    settings = {"precision": precision, "rand_ratio": rand_ratio, "refresh_accumulation": refresh_accumulation}
     ends = []
     for announced in (True, False):
         form = forms("adamw", 0.5, update_proj_gap=2, **settings)[0]
@@ -88,7 +83,7 @@ def test_drawn_bases_need_no_gradient_of_a_whole_weight():
         if precision == "mixed":
             low = [each.layer.full_gradient for each in adapter.subspaces]
         optimizer.grad_norm()
-        found.append([each.trained.grad for each in adapter.subspaces])
+        found.append([param.grad for param in model.parameters() if param.grad is not None])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
     assert [each.shape for each in low] == [each.trained.shape for each in adapter.subspaces]

@@ -155,6 +155,15 @@ def test_a_port_that_is_taken_is_said_at_once(torchrun, monkeypatch):
     assert "\n" not in problem
 
 
+def test_an_environment_that_cannot_be_torchruns(torchrun, command, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert helpers.run(command()) == 2
+    assert "RANK 1 must be below WORLD_SIZE 1" in capsys.readouterr().err
+    monkeypatch.delenv("MASTER_ADDR")  # not torchrun's: a plain process
+    group = ProcessGroup.start(of_one=True)
+    assert not group.made and not group.is_collective and group.rank == 0
+
+
 def test_a_device_that_cannot_be_used_is_said_in_one_line(monkeypatch):
     def busy(device):
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with ...\n")
@@ -166,6 +175,22 @@ def test_a_device_that_cannot_be_used_is_said_in_one_line(monkeypatch):
         ProcessGroup.start()
     (problem,) = raised.value.problems
     assert problem.startswith("cuda:0 cannot be used: CUDA error: all CUDA-capable devices are busy or unavailable (")
+
+
+def test_too_little_memory_is_one_line(command, monkeypatch, capsys):
+    def full(run):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB of which "
+            "1.2 GiB is free. Of the allocated memory 21 GiB is allocated by PyTorch. If reserved but unallocated ..."
+        )
+
+    monkeypatch.setattr(build, "train", full)
+    assert helpers.run(command()) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if "ERROR" in line or "Traceback" in line]
+    assert len(errors) == 1 and "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has" in errors[0]
+    assert errors[0].endswith(
+        "1.2 GiB is free. python -m peft_pretraining.report.plan with the same flags says what fits"
+    )
 
 
 def test_a_main_process_may_read_its_files_for_longer_than_a_collective_may_take(torchrun, monkeypatch):

@@ -233,5 +233,8 @@ def test_matrices_share_the_collectives_of_a_phase(alone):
         "online PCA": 1,
         "online PCA, divided by rows": 1,
         "golore": 0,
+        "bfloat16, torch's AdamW": 0,
+        "bfloat16, SGD": 0,
+        "bfloat16, GaLore": 0,
         "torch's AdamW": 0,
     }

@@ -171,6 +171,17 @@ def test_kill_ten_times_and_resume(tmp_path, capsys, method, more):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("method", "precision"), [("full_rank", "mixed"), ("galore", "bf16_sr"), ("lora", "bf16_sr"), ("lora", "bf16")]
+)
+def test_kill_four_times_in_bfloat16(tmp_path, capsys, method, precision):
+    options = ["--kills", 4, "--in_save", 2, "--stops", 2, "--method", method, "--precision", precision]
+    code = kill_and_resume.main([str(option) for option in [*options, "--work_dir", tmp_path]])
+    assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layout", ["single", "fsdp"])
 def test_kill_twelve_times_at_every_moment(tmp_path, capsys, layout):

@@ -18,6 +18,8 @@ GALORE, GOLORE = {"method": "galore"}, {"method": "golore"}
 DESCENT = {"method": "online_subspace_descent"}
 PER_LAYER = {"per_layer": True}
 TOGETHER = {"stagger_refresh": False}
+IN_8_BITS = {"basis_dtype": "int8", "gradient_sum_dtype": "int8", "precision": "bf16"}
+ADAPTER = {"method": "golore_adapter", "rand_ratio": 0.5, "optimizer": "adamw"}
 
 CASES = {
     # name: (flags, updates after which the run is stopped, {update: last refreshes by then})
@@ -41,6 +43,14 @@ CASES = {
     "per-layer, together": ({**GALORE, **PER_LAYER, **TOGETHER, "batch_size": 2}, (4, 5), {4: {0}, 5: {4}}),
     "per-layer, golore": ({**GOLORE, **PER_LAYER, "rand_ratio": 0.5, "optimizer": "adamw8bit"}, (7, 9), {}),
     "per-layer, online PCA": ({**DESCENT, **PER_LAYER, "proj_type": "continuous_lion"}, (5,), {5: {0}}),
+    "bases in 8 bits": ({**GOLORE, "rand_ratio": 0.5, "basis_dtype": "int8"}, (5, 9), {5: {4}, 9: {8}}),
+    "per-layer, in 8 bits": ({**GALORE, **PER_LAYER, **IN_8_BITS, "batch_size": 2}, (1, 6), {1: {0}}),
+    "per-layer, sums in bfloat16": (
+        {**GALORE, **PER_LAYER, "precision": "bf16", "gradient_sum_dtype": "weight", "batch_size": 2},
+        (5,),
+        {},
+    ),
+    "golore_adapter, in bfloat16": ({**ADAPTER, "precision": "mixed", "batch_size": 4}, (5, 9), {}),
     "full-rank adafactor": ({"optimizer": "adafactor", "beta1": 0.9, "rank": None, "update_proj_gap": None}, (5,), {}),
     "full-rank adamw8bit": ({"optimizer": "adamw8bit", "rank": None, "update_proj_gap": None}, (5,), {}),
     "full-rank sgd": ({"optimizer": "sgd", "beta1": 0.9, "rank": None, "update_proj_gap": None}, (1, 5), {}),

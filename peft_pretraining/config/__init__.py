@@ -6,6 +6,7 @@ torch, and so is what it imports.
 
 from peft_pretraining.config.derive import derive_batch, schedule_problems
 from peft_pretraining.config.precision_config import Precision, PrecisionConfig
+from peft_pretraining.config.run_config import RunConfig
 from peft_pretraining.config.sections import (
     SCHEDULERS,
     BatchConfig,
@@ -13,7 +14,6 @@ from peft_pretraining.config.sections import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
-    RunConfig,
     ScheduleConfig,
     TrackingConfig,
     config_flags,

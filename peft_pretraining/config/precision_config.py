@@ -32,8 +32,8 @@ class PrecisionConfig:
     matmul_precision: str | None = setting(
         None,
         choice("highest", "high", "medium"),
-        "float32 products on CUDA: highest (full), high (TF32), medium (bfloat16); bases and merges are always full "
-        "(default: high)",
+        "float32 products on CUDA: highest (full), high or medium (TF32, some 5 times as fast); bases and merges are "
+        "always full (default: high)",
     )
     basis_dtype: str = setting(
         "auto",

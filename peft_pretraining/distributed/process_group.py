@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from peft_pretraining.distributed.gloo import one_thread_per_group
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.runtime.launcher import is_launched
 from peft_pretraining.runtime.processes import end_with_launcher
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class ProcessGroup:
         end_with_launcher()  # for programs that are none of the scripts
         env = os.environ
         size = int(env.get("WORLD_SIZE", "1"))
-        grouped = not single_device and (size > 1 or all(env.get(name) for name in _ENVIRONMENT))
+        grouped = not single_device and is_launched(env)
         device = _device(int(env.get("LOCAL_RANK", "0")) if grouped else 0)
         if not grouped:
             return cls(0, 1, 0, 1, device)
@@ -154,10 +155,6 @@ class CheckpointGroup:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
-
-
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets and torch needs to make a group."""
 
 
 def _device(local_rank: int) -> torch.device:

@@ -53,7 +53,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             module.__class__ = Linear
         elif type(module) is nn.Embedding:
             module.__class__ = Embedding
-            module.compute_dtype = dtype
+            vars(module)["compute_dtype"] = dtype
         elif type(module) is LlamaRMSNorm:
             module.__class__ = RMSNorm
 

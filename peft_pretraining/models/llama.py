@@ -88,10 +88,10 @@ def build_model(
             attn_implementation=config.attn_implementation,
             revision=config.model_revision or "main",
         )
-        _cast(model, dtype, norm_dtype)
+        cast_weights(model, dtype, norm_dtype)
     else:
         model = _empty_model(config, shape, dtype)
-        _cast(model, dtype, norm_dtype)
+        cast_weights(model, dtype, norm_dtype)
         if seed is not None:
             materialize(model, device, seed)
     embeddings = model.get_input_embeddings()
@@ -111,7 +111,7 @@ def _moved(model: PreTrainedModel, to: torch.device | torch.dtype) -> PreTrained
     return model.to(to)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype, norm_dtype: torch.dtype) -> None:
     """Norms' weights to one dtype, all others to another, one by one; buffers stay as they are."""
     of_norms = {param for module in model.modules() if is_norm(module) for param in module.parameters()}
     for param in model.parameters():

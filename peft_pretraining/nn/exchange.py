@@ -22,6 +22,7 @@ from peft_pretraining.distributed.gathering import gather_columns
 from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.nn.low_rank_linear import working_dtype
 from peft_pretraining.nn.switching import Switch, SwitchedLinear
+from peft_pretraining.optim.tensors.full_precision import full_float32_products
 
 
 def to_device(lists: Sequence[list[int]], device: torch.device) -> list[Tensor]:
@@ -33,6 +34,7 @@ def to_device(lists: Sequence[list[int]], device: torch.device) -> list[Tensor]:
 
 
 @torch.no_grad()
+@full_float32_products()
 def exchange(switches: Sequence[tuple[SwitchedLinear, Switch]], drop: float = 0.0) -> list[Tensor]:
     """Carry out the switches; returns the correction (m, n), or this device's rows, that each layer's W got.
 

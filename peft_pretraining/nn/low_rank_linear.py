@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from peft_pretraining.distributed.gathering import meeting
 from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
 from peft_pretraining.nn import weight_rest
-from peft_pretraining.nn.frozen_product import FrozenProduct
+from peft_pretraining.nn.frozen_product import FrozenProduct, RefreshProduct
 from peft_pretraining.nn.quantized import QuantizedWeight
+from peft_pretraining.optim.tensors.full_precision import full_float32_products
 from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Bases
 
 WEIGHT_REST = "weight_rest"
@@ -103,6 +104,8 @@ class LowRankLinear(nn.Module):
         expanded to that shape makes room when it is needed."""
         self.gather_in: Bases | None = None
         """With a basis, that gradient is projected before it is added up: `full_gradient` has the shape of R."""
+        self.lean_refresh = False
+        """While `full_gradient` is gathered, the trained factor's own gradient is not needed."""
         self.gradient_part: Callable[[Tensor], Tensor] | None = None
         """What makes of a gradient (m, n) the part that `full_gradient` has, where W is sharded."""
 
@@ -112,6 +115,10 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype  # weights may have more digits (models/compute_dtype.py)
         bias = None if self.bias is None else self.bias.to(dtype)
+        trained = self.lora_A if self.lora_A.requires_grad else self.lora_B
+        if self.full_gradient is not None and self.lean_refresh and not (self.dropout.p and self.training):
+            product = RefreshProduct.apply(x, trained, self)
+            return product if bias is None else product + bias
         low = F.linear(self.dropout(x), self.lora_A.to(dtype)) * self.current_scale()  # (..., n) -> (..., r)
         low = F.linear(low, self.lora_B.to(low.dtype))  # (..., m)
         if self.lora_only:
@@ -119,7 +126,6 @@ class LowRankLinear(nn.Module):
         if self.weight is not None and self.full_gradient is None:
             return F.linear(x, self.weight.to(dtype), bias) + low
         # The trained factor goes along so that autograd visits the product even if x needs no gradient.
-        trained = self.lora_A if self.lora_A.requires_grad else self.lora_B
         product = FrozenProduct.apply(x, trained, self)
         return low + (product if bias is None else product + bias)
 
@@ -191,6 +197,7 @@ class LowRankLinear(nn.Module):
         return self.lora_B if self.weight is None else self.weight
 
     @torch.no_grad()
+    @full_float32_products()
     def delta_weight(self) -> Tensor:
         """s·B·A (m, n), or this device's part, in float32 or float64."""
         high = working_dtype(self.lora_A.dtype)

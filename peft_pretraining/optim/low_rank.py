@@ -199,10 +199,11 @@ class LowRankOptimizer(ProjectedGradients):
         """A parameter that is to move by a gradient, or by the projected one that waits for it."""
         slot, state, projected = self._slots[param], self.local_state(param), self.projected.get(param)
         objects, counted = slot.objects, is_counter(state["step"])
-        step = self.step_of(param) if counted or self.update_step is not None else -1
+        known = counted or self.update_step is not None or objects.rounds_stochastically
+        step = self.step_of(param) if known else -1
         if projected is None:
             assert grad is not None
-            low_rank_grad = grad if grad.dtype == slot.dtype else grad.to(slot.dtype)
+            low_rank_grad = grad if grad.dtype == slot.dtype or objects.rule.widens else grad.to(slot.dtype)
         else:
             low_rank_grad = projected.low_rank_grad
         rate = float(group["lr"]) if counted else math.nan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
-from peft_pretraining.optim.basis.subspace import Arrival, project_gradients
+from peft_pretraining.optim.basis.subspace import Arrival, project_now
 from peft_pretraining.optim.state.base import grad_of, gradient_of
 from peft_pretraining.optim.state.subspace_state import SubspaceOptimizer
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, run
@@ -73,7 +73,7 @@ class ProjectedGradients(SubspaceOptimizer):
             params.append(param)
             state, grad = self.local_state(param), gradient_of(param)
             arrivals.append(Arrival(subspace, state, grad, group, self.step_of(param)))
-        for param, projected in zip(params, run(project_gradients(arrivals)), strict=True):
+        for param, projected in zip(params, project_now(arrivals), strict=True):
             waiting, grad = self.projected.get(param), grad_of(param)
             projected.look_at(grad)
             if waiting and waiting.source is grad:  # further passes into the same tensor, or a change of it

@@ -134,10 +134,17 @@ class VectorAdamW(InPlaceOptimizer):
         None for rounding to nearest."""
         if group["rounding"] == "nearest" or param.dtype != torch.bfloat16:
             return None
-        place = next(place for place, other in enumerate(group["params"]) if other is param)
-        name = group["param_names"][place] if "param_names" in group else f"{place}"
+        name = self._name_of(param, group)
         step = int(state["step"].max()) - 1 if self.update_step is None else self.update_step
         return Noise(group["seed"], name, step, ShardInfo.of(param))
+
+    def _name_of(self, param: Tensor, group: dict[str, Any]) -> str:
+        """A parameter's name; without names, which one of which group it is."""
+        place = next(place for place, other in enumerate(group["params"]) if other is param)
+        if names := group.get("param_names"):
+            return str(names[place])
+        groups = [number for number, other in enumerate(self.param_groups) if other is group]
+        return f"{groups[0]}.{place}"
 
     def _move(
         self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]

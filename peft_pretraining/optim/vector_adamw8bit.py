@@ -79,7 +79,8 @@ class VectorAdamW8bit(VectorAdamW):
         rates, roots = group["lr"] / (1 - beta1**counts), (1 - beta2**counts).sqrt()
         noise = self._noise(param, state, group)
         if noise is not None and vectors == 1 and noise.shard.dim is not None:
-            noise = replace(noise, shard=replace(noise.shard, dim=1 - noise.shard.dim))
+            turned = replace(noise.shard, shape=torch.Size(reversed(noise.shard.shape)), dim=1 - noise.shard.dim)
+            noise = replace(noise, shard=turned)
         for rows in _lots(weight):
             own = slice(None) if vectors is None else rows  # one count for all, or one for each
             grad = gradient[rows].float()

@@ -25,6 +25,7 @@ COLUMNS = ("method", "validation perplexity", "optimizer-state MB", "tokens/s", 
 _COLOURS = ("#1f5fa8", "#c4501b", "#2e7d4f", "#7a4fa3", "#8a6d00", "#a33a5e", "#3f7f93")
 _SMOOTHED_SHARE = 50  # training losses are averaged over 1/50 of the run
 _UNKNOWN = "—"
+_OF_DTYPE = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class RunRecord:
     def method(self) -> str:
         return self.settings["method"]
 
+    @property
+    def precision(self) -> str:
+        """What it was kept and computed in; of a run from before that was recorded, what `--dtype` says of it."""
+        if isinstance(name := self.settings.get("precision"), str):
+            return name
+        return _OF_DTYPE.get(str(self.settings.get("dtype")), "of its device")
+
     def row(self) -> dict[str, Any]:
         """One line of the table: `COLUMNS`, and the perplexity before training. None is what the metrics do not say."""
         last, state = self.evaluations[-1], _number(self.evaluations[-1], "optimizer_state_bytes")
@@ -128,6 +136,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     ruler = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(COLUMNS), line(ruler), *map(line, cells)])
+
+
+def precisions(runs: Sequence[RunRecord]) -> str:
+    """One line where the runs differ in what they were computed in: then so do rounding, memory and speed."""
+    if len({run.precision for run in runs}) < 2:
+        return ""
+    return "precision: " + "; ".join(f"{run.label} {run.precision}" for run in runs)
 
 
 def _cell(value: Any, digits: int | None) -> str:
@@ -209,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = labelled(runs)
     rows = [run.row() for run in runs]
     print(table(rows))
+    if line := precisions(runs):
+        print(f"\n{line}")
     try:
         if arguments.plot:
             plot(runs, arguments.plot)

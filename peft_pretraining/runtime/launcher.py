@@ -21,12 +21,18 @@ def world_size(environ: Mapping[str, str], problems: list[str]) -> int:
     return 1 if number is None else number
 
 
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process as one of a group, be it the only one."""
+    size = environ.get("WORLD_SIZE")
+    return size is not None and (size != "1" or all(map(environ.get, _OF_A_GROUP)))
+
+
 def launcher_problems(environ: Mapping[str, str]) -> list[str]:
     """Returns what is wrong with the variables, one line each."""
     problems: list[str] = []
     numbers = {name: _whole_number(environ, name, problems) for name in _SMALLEST}
     size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
-    if problems or size is None or size == 1:
+    if problems or size is None or not is_launched(environ):
         return problems
     if missing := [name for name in _OF_A_GROUP if not environ.get(name)]:
         return [

@@ -56,6 +56,16 @@ _TOKENIZER_FILES = (
 
 def run(launch: ParsedArgs) -> int:
     """Build and train; returns the exit code. Raises `ConfigError` for problems only the device or the data show."""
+    try:
+        return _run(launch)
+    except torch.OutOfMemoryError as error:
+        log.debug("out of memory", exc_info=True)
+        seen = " ".join(str(error).split()).partition(" Of the allocated memory")[0]
+        log.error("%s python -m peft_pretraining.report.plan with the same flags says what fits", seen)
+        return 1  # without leaving the group: the other ranks are in the middle of an update
+
+
+def _run(launch: ParsedArgs) -> int:
     group = ProcessGroup.start(launch.config.run.single_gpu, of_one=launch.names_layout)
     start_logging(group.is_main)
     disable_progress_bar()  # transformers' bars for single files would break ours
@@ -89,6 +99,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     config = launch.config
     for warning in launch.warnings:
         log.warning(warning)
+    set_matmul_precision(config, group.device)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -145,6 +156,16 @@ def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
     if precision.weight_dtype == "bfloat16":
         settings["state_dtype"] = precision.state_format
     return replace(launch, config=launch.config.replace(**settings))
+
+
+def set_matmul_precision(config: Config, device: torch.device) -> None:
+    """How a model with float32 products multiplies on CUDA: by default in TF32, several times as fast. The optimizer
+    keeps bases and merges out of it (`optim.tensors.full_precision`). On the CPU products are always in full."""
+    asked = config.precision.matmul_precision
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(asked or "high")
+    elif asked not in (None, "highest"):
+        log.warning("without effect on the CPU, whose float32 products are in full: --matmul_precision")
 
 
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:

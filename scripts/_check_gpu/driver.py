@@ -39,11 +39,12 @@ def run(device: str, quick: bool, chosen: Sequence[str], file: Path, seconds: fl
         if problem:
             print(f"error: {problem}", file=sys.stderr)
             return 2
+        name = f"{device}:0" if device == "cuda" else device
         for step in STEPS:
             if step.name not in chosen or (quick and not step.quick):
                 continue
             left = began + seconds - time.monotonic()
-            new = _perform(step, Scene(torch.device(device), quick, shared, shared), devices, left, logs)
+            new = _perform(step, Scene(torch.device(name), quick, shared, shared), devices, left, logs)
             lines += new
             _say(new)
     finally:

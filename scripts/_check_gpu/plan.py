@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 PEAKS = (
     *("60m full_rank", "60m galore", "1b full_rank", "1b galore", "1b galore 8-bit per-layer", "1b lora"),
-    *("1b golore_adapter", "7b galore 8-bit per-layer", "7b galore 8-bit per-layer, accumulation 2"),
+    *("1b golore_adapter", "7b galore 8-bit per-layer"),
 )
 SPEEDS = ("60m", "350m")
 
@@ -34,7 +34,10 @@ STEPS = (
     Step("group of one", "groups.torchrun", 60, quick=False),
     Step("resume", "resume.killed", 100, "killed"),
     Step("resume", "resume.terminated", 60, "SIGTERM"),
-    *(Step("peaks", "peaks.peak", 70, case, quick=case == PEAKS[1]) for case in PEAKS),
+    *(
+        Step("peaks", "peaks.peak", 120 if case.startswith("7b") else 40, case, quick=case == PEAKS[1])
+        for case in PEAKS
+    ),
     Step("settings", "settings.every_one", 100),
     Step("refresh", "refresh.bases", 40),
     *(Step("speed", "speed.updates", 90, case, quick=case == SPEEDS[0]) for case in SPEEDS),

@@ -45,6 +45,12 @@ class Scene:
         """The JSON of a LLaMA of this size; of a tiny one where everything is quick."""
         return self.shared / "tiny.json" if self.quick else PROJECT / "configs" / f"llama_{name}.json"
 
+    def lacks(self, gib: float) -> str:
+        """Why something that needs so much memory cannot be tried; empty where it can."""
+        if not self.on_cuda or self.quick or gib <= self.memory():
+            return ""
+        return f"it needs {gib:.0f} GiB, this device has {self.memory():.0f}"
+
     def memory(self) -> float:
         """GiB of the device."""
         return torch.cuda.get_device_properties(self.device).total_memory / 2**30

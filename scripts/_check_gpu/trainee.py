@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,16 @@ def must_end(child: Child, seconds: float, code: int = 0) -> None:
         raise RuntimeError(f"a run did not end within {seconds:.0f} s: {child.last_words()}")
     if child.code != code:
         raise RuntimeError(f"a run ended with {child.code} instead of {code}: {child.last_words()}")
+
+
+def must_all_end(children: Sequence[Child], seconds: float) -> None:
+    """`must_end` of all; if one does not, the others are killed."""
+    try:
+        for child in children:
+            must_end(child, seconds)
+    finally:
+        for child in children:
+            child.kill()
 
 
 def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class GoLoreAdapter(FactorMethod):
             **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
             refresh_accumulation=self.config.method.refresh_accumulation,
-            sums_low_rank=self._computes_in_bfloat16(model),
+            lean_refreshes=self._computes_in_bfloat16(model),
         )
 
     def _computes_in_bfloat16(self, model: nn.Module) -> bool:
@@ -94,8 +94,9 @@ class GoLoreAdapter(FactorMethod):
 class AdapterOptimizer(LowRankOptimizer):
     """Trains factors that are in the subspace already, and takes new bases from the full gradients of refreshes.
 
-    `sums_low_rank`: refreshes whose bases are drawn add up R instead of G, where more digits do not make older runs go
-    on with the bits of a projected sum.
+    `lean_refreshes`: layers keep less for the backward pass of a refresh, and where bases are drawn R adds up instead
+    of G. Sums are in another order then: where products have more digits than bfloat16's, older runs go on with the
+    bits they had.
     """
 
     def __init__(
@@ -104,11 +105,11 @@ class AdapterOptimizer(LowRankOptimizer):
         scale: float,
         params: Any,
         *,
-        sums_low_rank: bool = False,
+        lean_refreshes: bool = False,
         **settings: Any,
     ):
         super().__init__(params, **settings)
-        self._sums_low_rank = sums_low_rank
+        self._lean_refreshes = lean_refreshes
         self._adapters, self._adapter_scale = adapters, float(scale)
         self._due_adapters: list[AdapterSubspace] = []
         self._to_observe = 0
@@ -126,8 +127,9 @@ class AdapterOptimizer(LowRankOptimizer):
         self._due_adapters = [each for each in self._adapters if each.is_due(self.state[each.trained], step)]
         for adapter in self._adapters:
             adapter.subspace.forget_observed()
+            adapter.layer.lean_refresh = self._lean_refreshes and adapter.layer.scaling is None
             adapter.gather(False)
-        if self._sums_low_rank:
+        if self._lean_refreshes:
             self._draw([each for each in self._due_adapters if not self._reads_gradient(each, step)], step)
         for adapter in self._due_adapters:
             if adapter.layer.gather_in is None:

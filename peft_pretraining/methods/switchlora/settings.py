@@ -96,7 +96,6 @@ SPEC = replace(
         "quantize": factors.QUANTISED_AGAIN,
         "force_disable_candidates": "leaves method {name} nothing to switch",
     },
-    allows=replace(factors.FAMILY.allows, stochastic_rounding=False),
     tiny={**factors.FAMILY.tiny, "switch_lora_interval": 2.0, "adam_warm_step": 1},
     conditions=(
         *factors.FAMILY.conditions,

@@ -15,6 +15,7 @@ from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
 from peft_pretraining.optim.basis.svd import LinAlgError, flags_of, squared_norm
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.collectives import Collective, Phases, phases, run, together
+from peft_pretraining.optim.tensors.full_precision import full_float32_products
 from peft_pretraining.optim.tensors.projection import SCALES, Bases, Projection, overlap
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter
 
@@ -123,7 +124,7 @@ class Subspace:
 
     def project(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any], step: int) -> Projected:
         """`project_gradients` for this weight alone."""
-        (projected,) = run(project_gradients([Arrival(self, state, grad, group, step)]))
+        (projected,) = project_now([Arrival(self, state, grad, group, step)])
         return projected
 
     def project_in(self, bases: Bases, grad: Tensor) -> Tensor:
@@ -146,6 +147,7 @@ class Subspace:
                     if key in state:
                         state[key].zero_()
 
+    @full_float32_products()
     def apply(
         self,
         state: dict[str, Tensor],
@@ -185,7 +187,17 @@ class Arrival:
     group: dict[str, Any]
     step: int
 
+    def is_due(self) -> bool:
+        return self.subspace.refresh_is_due(self.state, self.group, self.step)
 
+
+def project_now(arrivals: Sequence[Arrival]) -> list[Projected]:
+    """`project_gradients` from beginning to end; where bases are refreshed, in full float32."""
+    with full_float32_products(any(each.is_due() for each in arrivals)):
+        return run(project_gradients(arrivals))
+
+
+@full_float32_products()
 def draw_bases(arrivals: Sequence[Arrival]) -> list[Bases | None]:
     """New bases that do not depend on the gradients, of which only shapes, dtypes and devices are read. Nothing is
     stored; None, with a warning, where that fails."""
@@ -201,7 +213,7 @@ def project_gradients(arrivals: Sequence[Arrival]) -> Phases[list[Projected]]:
     starts at zero, an expert without tokens), which has no subspace. A random basis needs no look at the gradient,
     and must not depend on one: with per-layer updates each rank sees its own.
     """
-    due = [each for each in arrivals if each.subspace.refresh_is_due(each.state, each.group, each.step)]
+    due = [each for each in arrivals if each.is_due()]
     refreshes = yield from _usable_refreshes(due)
     new = yield from _new_bases(due, refreshes)
     bases = [new.get(id(each)) or each.subspace.bases(each.state) for each in arrivals]
@@ -251,12 +263,8 @@ def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[
         if id(each) in refreshes:
             by_rule.setdefault(id(each.subspace.rule), []).append(each)
     chosen = list(by_rule.values())
-    computed = yield from together(
-        [
-            phases(of_rule[0].subspace.rule.compute_bases([refreshes[id(each)] for each in of_rule]))
-            for of_rule in chosen
-        ]
-    )
+    asked = [(each[0].subspace.rule, [refreshes[id(one)] for one in each]) for each in chosen]
+    computed = yield from together([phases(rule.compute_bases(theirs)) for rule, theirs in asked])
     new = {}
     for of_rule, results in zip(chosen, computed, strict=True):
         for each, bases in zip(of_rule, results, strict=True):
@@ -271,15 +279,8 @@ def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[
 
 def _project(parts: Sequence[tuple[Projection, Bases, Tensor]]) -> Phases[list[Tensor]]:
     """R of gradients in given bases, summed up where devices hold different parts of what is projected away."""
-    return (
-        yield [
-            Collective(
-                projection.project(bases, grad.to(next(iter(bases.values())).dtype)),
-                projection.sum_shard,
-            )
-            for projection, bases, grad in parts
-        ]
-    )
+    found = [Collective(projection.project(bases, grad), projection.sum_shard) for projection, bases, grad in parts]
+    return (yield found)
 
 
 def _measure_energy(refreshed: Sequence[tuple[Arrival, Projected]]) -> Phases[None]:

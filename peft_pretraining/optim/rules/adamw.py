@@ -83,6 +83,8 @@ class TorchAdamW(AdamW):
 
     def in_format(self, state_format: str) -> UpdateRule:
         """torch's kernel wants states in the weight's dtype: where they are not, D is found in theirs."""
+        from peft_pretraining.optim.rules.wide_adamw import WideTorchAdamW
+
         return WideTorchAdamW() if state_format in ("float32", "weight") else super().in_format(state_format)
 
     def new_step(self, param: Tensor) -> Tensor:
@@ -114,16 +116,6 @@ class TorchAdamW(AdamW):
             eps=group["eps"],
             maximize=False,
         )
-
-
-class WideTorchAdamW(AdamW):
-    """torch's AdamW with states and arithmetic in another dtype than the weight's, which is rounded once."""
-
-    decays_first = True
-    name = "torch_adamw"
-
-    def __init__(self) -> None:
-        super().__init__(torch_epsilon=True)
 
 
 class AdamW8bit(AdamW):

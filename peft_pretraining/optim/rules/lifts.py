@@ -64,9 +64,9 @@ class Identity(Lift):
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
         for update in updates:
             assert update.direction is not None
+            direction, factor, _ = update.direction
             for rows, weight in update.moving_rows():
-                direction = update.direction.tensor
-                weight.add_(direction[rows] if direction.ndim else direction, alpha=-update.direction.factor)
+                weight.add_(direction if rows is None else direction[rows], alpha=-factor)
 
 
 class ProjectBack(Lift):

@@ -40,6 +40,8 @@ class UpdateRule:
     """The lift that goes with the rule; None: `project_back` where there is a basis, else `identity`."""
     moves_weights = False
     """Whether the rule goes without basis and lift, and moves the weights itself (`move`)."""
+    widens = False
+    """Whether a rule that moves weights takes gradients and moments in any dtype, and computes in float32 at least."""
     betas: tuple[float, float] | None = None
     """What `betas` are where a group does not say."""
     first_moment = "exp_avg"

@@ -89,12 +89,19 @@ class ParamUpdate:
         with self._moving(self.weight, whole) as weight:
             yield weight
 
-    def moving_rows(self) -> Iterator[tuple[slice, Tensor]]:
+    def moving_rows(self) -> Iterator[tuple[slice | None, Tensor]]:
         """As `moving`, a block of rows after the other where the weight is widened: a copy of all of it never exists.
-        Each comes with the rows that it is."""
-        if self.widened is None or self.weight.ndim == 0:
+        Each comes with the rows that it is; None: all of them."""
+        if self.widened is None:
+            if self.decay and self.decays_first:
+                self.weight.mul_(1 - self.decay)
+            yield None, self.weight
+            if self.decay and not self.decays_first:
+                self.weight.mul_(1 - self.decay)
+            return
+        if self.weight.ndim == 0:
             with self.moving() as weight:
-                yield slice(None), weight
+                yield None, weight
             return
         at_once = rows_at_once(self.weight)
         for start in range(0, self.weight.shape[0], at_once):

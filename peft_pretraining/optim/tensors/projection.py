@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.distributed.sharding import HALF, WHOLE, ShardInfo
 from peft_pretraining.optim.tensors.int8_blocks import dequantize, quantize_vectors
+from peft_pretraining.optim.tensors.rounding import rows_at_once
 
 LEFT, RIGHT = "left_basis", "right_basis"
 """Keys of P (m, r) and Q (r, n) in a parameter's optimizer state."""
@@ -143,8 +144,26 @@ class Projection:
         return {**bases, side: self.shard.part(bases[side], self.shard.dim)}
 
     def project(self, bases: Bases, grad: Tensor) -> Tensor:
-        """Projects: G (m, n) -> the shape of R, this device's share of a sum over `sum_shard`."""
+        """Projects: G (m, n) -> the shape of R, this device's share of a sum over `sum_shard`. A G in fewer digits than
+        the bases is widened some rows at a time."""
         bases = self._local(bases)
+        wide = next((basis.dtype for basis in bases.values()), grad.dtype)
+        if grad.dtype == wide or wide in HALF:
+            return self._projected(bases, grad.to(wide))
+        at_once = rows_at_once(grad)
+        parts: list[Tensor] = []
+        for start in range(0, max(len(grad), 1), at_once):
+            rows = slice(start, start + at_once)
+            of_rows = {**bases, LEFT: bases[LEFT][rows]} if LEFT in bases else bases
+            part = self._projected(of_rows, grad[rows].to(wide))
+            if LEFT in bases and parts:
+                parts[0] += part
+            else:
+                parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def _projected(bases: Bases, grad: Tensor) -> Tensor:
         if LEFT in bases:
             grad = bases[LEFT].T @ grad
         if RIGHT in bases:
@@ -154,7 +173,7 @@ class Projection:
     def _rows(self, bases: Bases, update: Tensor, rows: slice | None) -> tuple[Bases, Tensor]:
         """What these rows of this device's part of the weight are made of."""
         bases = self._local(bases)
-        if rows is None or rows == slice(None):
+        if rows is None:
             return bases, update
         if LEFT in bases:
             return {**bases, LEFT: bases[LEFT][rows]}, update

@@ -22,6 +22,8 @@ NUMBERS_AT_ONCE = 2**22
 # Odd multipliers with well-spread bits, as signed 32-bit numbers.
 _MULTIPLIERS = (0x2C1B3C6D, 0x297A2D39)
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_COLUMNS = 2**32
+"""Where the numbers of columns begin, beyond those of all rows."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,20 @@ class Noise:
     shard: ShardInfo = WHOLE
     """Which part of the weight this device has."""
 
-    def of_rows(self, rows: slice, device: torch.device) -> Tensor:
-        """32 bits for each of these rows of this device's part, int32."""
+    def vectors(self, rows: slice, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """32 bits for each of these rows of this device's part, and for each entry of a row, which is of `shape`:
+        int32, flat."""
         offset = self.shard.offset if self.shard.dim == 0 else 0
-        return _hashed(self._key(0), torch.arange(offset + rows.start, offset + rows.stop, device=device))
-
-    def of_columns(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """32 bits for each entry of a row of this device's part, which is of `shape`; int32, flat."""
-        if not self.shard.dim:
-            return _hashed(self._key(1), torch.arange(shape.numel(), device=device))
-        whole = self.shard.shape[1:]
-        index = torch.arange(whole.numel(), device=device).view(whole)
-        return _hashed(self._key(1), self.shard.part(index, self.shard.dim - 1).reshape(-1))
-
-    def _key(self, index: int) -> int:
-        return rng.derive_seed(self.seed, f"rounding of {self.name}", self.step, index)
+        of_rows = torch.arange(offset + rows.start, offset + rows.stop, device=device)
+        if self.shard.dim:
+            whole = self.shard.shape[1:]
+            of_columns = torch.arange(_COLUMNS, _COLUMNS + whole.numel(), device=device).view(whole)
+            of_columns = self.shard.part(of_columns, self.shard.dim - 1).reshape(-1)
+        else:
+            of_columns = torch.arange(_COLUMNS, _COLUMNS + shape.numel(), device=device)
+        key = rng.derive_seed(self.seed, f"rounding of {self.name}", self.step)
+        bits = _hashed(key, torch.cat((of_rows, of_columns)))
+        return bits[: len(of_rows)], bits[len(of_rows) :]
 
 
 def _hashed(key: int, index: Tensor) -> Tensor:
@@ -79,13 +80,11 @@ def round_stochastically(target: Tensor, wide: Tensor, noise: Noise, rows: slice
         return
     wide = wide.float().contiguous()  # float64 has nothing to gain below the digits of float32
     flat = wide.view(wide.shape[0] if wide.ndim else 1, -1)
-    by_column = noise.of_columns(wide.shape[1:], wide.device)
-    first = rows.start if rows else 0
+    by_row, by_column = noise.vectors(rows or slice(0, flat.shape[0]), wide.shape[1:], wide.device)
     for start in range(0, flat.shape[0], at_once := rows_at_once(flat)):
         part = flat[start : start + at_once]
-        within = slice(first + start, first + start + part.shape[0])
         not_numbers = part.isnan()  # a payload of ones, such as CUDA's, would carry over into the sign
-        drawn = _crossed(noise.of_rows(within, part.device), by_column)
+        drawn = _crossed(by_row[start : start + at_once], by_column)
         part.view(torch.int32).add_(drawn).bitwise_and_(-65536)
         part.masked_fill_(not_numbers, torch.nan)
     target.copy_(wide)

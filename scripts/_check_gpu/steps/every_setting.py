@@ -28,7 +28,9 @@ def _all() -> Iterator[tuple[str, dict[str, Any]]]:
         own |= {name: value for name, value in (("rank", 128), ("update_proj_gap", 4)) if name in spec.own}
         for rule in shown:
             yield f"{spec.name}, {rule}", {**own, "optimizer": rule, **_rate(rule)}
-    yield "full_rank, float32", {"method": "full_rank", "dtype": "float32"}
+    yield "full_rank, float32", {"method": "full_rank", "precision": "fp32"}
+    for precision in ("bf16", "bf16_sr"):
+        yield f"galore, {precision}", {**GALORE, "precision": precision}
     yield "full_rank, activation checkpointing", {"method": "full_rank", "activation_checkpointing": True}
     yield "full_rank, accumulation 2", {"method": "full_rank", "batch_size": 32, "total_batch_size": 64}
     yield "galore, adamw, per layer", {**GALORE, "per_layer": True}

@@ -11,9 +11,10 @@ from typing import Any
 from peft_pretraining.methods import METHODS
 
 from .. import PROJECT
+from ..children import Child
 from ..lines import Lines
 from ..scene import Scene, argv
-from ..trainee import largest_difference, must_end, saved_tensors, settings_of, whole_run
+from ..trainee import largest_difference, must_all_end, must_end, saved_tensors, settings_of, whole_run
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {"distributed_type": "ddp"},
@@ -30,24 +31,28 @@ OF_TWO = 1e-6
 def of_one(scene: Scene, lines: Lines, case: str) -> None:
     """One process with a group ends as one without; its checkpoints go on without a group."""
     backend = "nccl" if scene.on_cuda else "gloo"
-    for method in NAMES[:1] if scene.quick else NAMES:
-        settings = _settings(scene, method)
-        alone, grouped = scene.folder / f"{method}_alone", scene.folder / method
-        one = whole_run({**settings, "save_dir": alone}, scene.folder / f"{method}_alone.log")
-        other = whole_run(
-            {**settings, **LAYOUTS[case], "save_dir": grouped}, scene.folder / f"{method}.log", **_environment(0, 1)
-        )
-        must_end(one, 60)
-        must_end(other, 60)
-        expected = saved_tensors(alone / f"model_{UPDATES}")
-        apart = largest_difference(saved_tensors(grouped / f"model_{UPDATES}"), expected)
+    names, last = NAMES[:1] if scene.quick else NAMES, f"model_{UPDATES}"
+    alone = {method: scene.folder / f"{method}_alone" for method in names}
+    grouped = {method: scene.folder / method for method in names}
+
+    def start(method: str, log: str, environment: dict[str, str], **changes: Any) -> Child:
+        settings = {**_settings(scene, method), **changes}
+        return whole_run(settings, scene.folder / f"{method}_{log}.log", **environment)
+
+    runs = [start(method, "alone", {}, save_dir=folder) for method, folder in alone.items()]
+    for method, folder in grouped.items():
+        runs.append(start(method, "grouped", _environment(0, 1), save_dir=folder, **LAYOUTS[case]))
+    must_all_end(runs, 50)
+    expected = {method: saved_tensors(folder / last) for method, folder in alone.items()}
+    for method, folder in grouped.items():
+        apart = largest_difference(saved_tensors(folder / last), expected[method])
         lines.at_most(f"{method}, {case} over a group of one ({backend}): weights and states", apart, WEIGHTS)
-        shutil.rmtree(grouped / f"model_{UPDATES}")
-        resumed = whole_run(
-            {**settings, "save_dir": grouped, "autoresume": True}, scene.folder / f"{method}_resumed.log"
-        )
-        must_end(resumed, 60)
-        apart = largest_difference(saved_tensors(grouped / f"model_{UPDATES}"), expected)
+        shutil.rmtree(folder / last)
+    must_all_end(
+        [start(method, "again", {}, save_dir=folder, autoresume=True) for method, folder in grouped.items()], 50
+    )
+    for method, folder in grouped.items():
+        apart = largest_difference(saved_tensors(folder / last), expected[method])
         lines.at_most(f"{method}, {case}: its checkpoint goes on without a group", apart, WEIGHTS)
 
 
@@ -75,12 +80,7 @@ def of_two(scene: Scene, lines: Lines, case: str) -> None:
                 whole_run(flags, scene.folder / f"{method}_{layout}{rank}.log", **_environment(rank, 2, port))
                 for rank in range(2)
             ]
-            try:
-                for rank in ranks:
-                    must_end(rank, 60)
-            finally:
-                for rank in ranks:
-                    rank.kill()
+            must_all_end(ranks, 60)
             apart = largest_difference(saved_tensors(folder / f"model_{UPDATES}"), expected)
             lines.at_most(f"{method}, {layout} over two devices: weights and states", apart, OF_TWO)
 
@@ -89,7 +89,7 @@ def _settings(scene: Scene, method: str) -> dict[str, Any]:
     spec = METHODS[method]
     tiny = {**spec.tiny, **({"update_proj_gap": 3} if "update_proj_gap" in spec.own else {})}
     sizes = {"batch_size": 4, "total_batch_size": 4, "num_training_steps": UPDATES, "save_every": SAVED}
-    return settings_of(scene, "tiny", method, method=method, dtype="float64", **tiny, **sizes)
+    return settings_of(scene, "tiny", method, method=method, precision="fp64", **tiny, **sizes)
 
 
 def _environment(rank: int, size: int, port: int | None = None) -> dict[str, str]:

@@ -38,7 +38,7 @@ def same_as_the_cpu(scene: Scene, lines: Lines, case: str) -> None:
     for number, (name, changes) in enumerate(cases(scene.quick)):
         found = []
         for device in (torch.device("cpu"), scene.device):
-            settings = settings_of(scene, "tiny", f"{number}{device.type}{len(found)}", dtype="float64", **changes)
+            settings = settings_of(scene, "tiny", f"{number}{device.type}{len(found)}", precision="fp64", **changes)
             with Trainee({**settings, "batch_size": 4, "max_length": scene.length}, device) as trainee:
                 losses = [trainee.update().loss for _ in range(UPDATES)]
                 found.append((losses, trainee.effective_weights()))

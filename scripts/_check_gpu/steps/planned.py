@@ -1,4 +1,4 @@
-"""What an update is expected to need: from the simulation, where this version has it, or from a measured table."""
+"""What an update is expected to need, by the simulation that `report.plan` is made of."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ GIB = 2**30
 class Expected:
     peak: float
     """GiB of an ordinary update."""
-    first: float | None
-    """GiB of update 0, where it is known."""
-    source: str
+    first: float
+    """GiB of update 0."""
+    launches: int
+    """Kernels of an ordinary update; the simulation counts up to a sixth too many."""
+    waits: int
+    """Of the host for the device in it."""
 
 
-def simulated(scene: Scene, settings: dict[str, Any]) -> Expected | None:
-    """None where this version has no simulation. It replaces parts of torch, so it has a process of its own."""
-    try:
-        from peft_pretraining.report.footprint.drive import Simulation
-    except ImportError:
-        return None
+def simulated(scene: Scene, settings: dict[str, Any]) -> Expected:
+    """The simulation replaces parts of torch, so it has a process of its own."""
     result = scene.folder / "simulated.json"
 
     def act() -> None:
+        from peft_pretraining.report.footprint.drive import Simulation
+
         launch = cli.load(argv(settings), environ={})
         with Simulation(launch.config, launch.facts.model or {}) as simulation:
-            first, ordinary = (simulation.update(step).peak for step in (0, 1))
-        result.write_text(json.dumps([ordinary / GIB, first / GIB]))
+            first, ordinary = simulation.update(0).peak, simulation.update(1)
+            counts = [sum(each.values()) for each in (ordinary.counts.launches(), ordinary.counts.host_waits())]
+        result.write_text(json.dumps([ordinary.peak / GIB, first / GIB, *counts]))
 
     child = Child.start(act, scene.folder / "simulated.log")
     if not child.wait(40) or child.code:
         raise RuntimeError(f"the simulation failed: {child.last_words()}")
-    ordinary, first = json.loads(result.read_text())
-    return Expected(ordinary, first, "simulated")
+    return Expected(*json.loads(result.read_text()))

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from ..lines import Lines
-from ..scene import Scene, known_flags
+from ..scene import Scene
 from ..trainee import Trainee, settings_of
 
-FLAG = "precision"
 NAMES = ("fp32", "mixed", "bf16_sr", "bf16")
 NATS, MOVED, MOMENTS = 0.005, 0.95, 0.05
 """Above float32's loss; share of the norm weights that are not 1.0 any more; how far the mean root of the second
@@ -27,14 +26,10 @@ class Result:
 
 
 def compared(scene: Scene, lines: Lines, case: str) -> None:
-    names = NAMES if FLAG in known_flags() else ("fp32", "bf16")
-    for name in NAMES:
-        if name not in names:
-            lines.absent(f"9m, {name}: validation loss", "this version has none")
-    results = {name: _train(scene, name) for name in names}
+    results = {name: _train(scene, name) for name in NAMES}
     reference = results["fp32"]
     lines.reports("9m, fp32: validation loss", reference.loss, "nats")
-    for name in names[1:]:
+    for name in NAMES[1:]:
         result = results[name]
         above, root = result.loss - reference.loss, abs(result.root / reference.root - 1)
         if name == "bf16" or scene.quick:  # as published: reported, for it is not expected to hold
@@ -48,11 +43,13 @@ def compared(scene: Scene, lines: Lines, case: str) -> None:
 
 def _train(scene: Scene, name: str) -> Result:
     updates = scene.size(600, 3)
-    precision: dict[str, Any] = (
-        {FLAG: name} if FLAG in known_flags() else {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[name]}
-    )
-    settings = settings_of(scene, "9m", name, method="full_rank", **precision)
-    settings |= {"num_training_steps": updates, "scheduler": "cosine", "min_lr_ratio": 0.1}
+    settings = settings_of(scene, "9m", name, method="full_rank", precision=name)
+    settings |= {
+        "batch_size": scene.size(32, 4),
+        "num_training_steps": updates,
+        "scheduler": "cosine",
+        "min_lr_ratio": 0.1,
+    }
     settings |= {"warmup_steps": updates // 20, "lr": 2e-3}
     with Trainee(settings, scene.device) as trainee:
         for _ in range(updates):
