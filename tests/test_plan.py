@@ -53,7 +53,7 @@ def test_the_command_says_what_a_run_needs(model, tmp_path, capsys):
 
 def test_the_largest_micro_batch_just_fits(model):
     """Memory is nearly linear in it: one more sequence in a hundred no longer fits."""
-    config = footprint.config_of(method="full_rank", precision="bf16", batch_size=4)
+    config = footprint.config_of(method="full_rank", precision="bf16", batch_size=32, fused_loss="off")
     room = DEVICES["rtx3090"]
     found = make_plan(config, footprint.SHAPE, room, 1)
     largest = found.largest_micro_batch
@@ -93,12 +93,11 @@ def test_a_whole_command_line_is_taken(model):
     assert plan.split([*launched, "--devices", "3"])[2] == 3
 
 
-def test_neither_the_report_nor_training_imports_it():
-    code = (
-        "import sys; import peft_pretraining.report.compare, peft_pretraining.training.build; "
-        "sys.exit(any('footprint' in name for name in sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=helpers.PROJECT, timeout=120).returncode == 0
+def test_comparing_runs_does_not_import_it():
+    code = "import sys, peft_pretraining.report.compare; sys.exit(any(n in sys.modules for n in {FORBIDDEN}))"
+    forbidden = ("torch", "peft_pretraining.report.footprint")
+    command = [sys.executable, "-c", code.format(FORBIDDEN=forbidden)]
+    assert subprocess.run(command, cwd=helpers.PROJECT, timeout=120).returncode == 0
 
 
 # Several devices: the formulas of docs/distributed.md.
@@ -107,8 +106,10 @@ def test_neither_the_report_nor_training_imports_it():
 def exchanged(model, layout, devices, method="galore"):
     """Bytes of an update with a refresh, and of one without."""
     shape = json.loads(open(model).read())
-    settings = {"method": method, "precision": "fp32", "rank": RANK, "batch_size": 1, "devices": devices, **layout}
-    config = footprint.config_of(**settings).replace(max_length=16, update_proj_gap=5)
+    settings = {"method": method, "precision": "fp32", "batch_size": 1, "devices": devices, **layout}
+    if method != "full_rank":
+        settings |= {"rank": RANK, "update_proj_gap": 5}
+    config = footprint.config_of(**settings).replace(max_length=16)
     with Simulation(config, shape, devices) as simulation:
         refresh, _, ordinary = (simulation.update(step).counts.exchanged() for step in range(3))
     return refresh, ordinary
@@ -176,21 +177,23 @@ def test_the_peak_holds_every_state(model):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "galore", "per_layer": True, "optimizer": "adamw8bit", "activation_checkpointing": True},
-        {"method": "golore_adapter"},
+        {"method": "galore", "per_layer": True, "activation_checkpointing": True},
+        pytest.param({"method": "galore", "per_layer": True, "optimizer": "adamw8bit"}, marks=pytest.mark.slow),
+        pytest.param({"method": "golore_adapter"}, marks=pytest.mark.slow),
+        pytest.param({"method": "full_rank"}, marks=pytest.mark.slow),
     ],
 )
 def test_further_micro_batches_change_no_peak_and_cost_alike(settings, monkeypatch):
     from peft_pretraining.report.footprint import drive
 
-    config = footprint.config_of(**settings, precision="bf16", batch_size=2, gradient_accumulation=6)
+    config = footprint.config_of(**settings, precision="bf16", batch_size=2, gradient_accumulation=5)
 
     def measured():
         with Simulation(config, footprint.SHAPE) as simulation:
             return [simulation.update(step) for step in range(2)]
 
     three = measured()
-    monkeypatch.setattr(drive, "MICRO_BATCHES", 6)
+    monkeypatch.setattr(drive, "MICRO_BATCHES", 5)
     for few, all_of_them in zip(three, measured(), strict=True):
         assert few.peak == all_of_them.peak
         assert few.counts.launches() == all_of_them.counts.launches()
@@ -200,7 +203,8 @@ def test_further_micro_batches_change_no_peak_and_cost_alike(settings, monkeypat
 def test_a_measured_peak_of_an_h200():
     """LLaMA 60M, 64 x 256 tokens, all in bfloat16: 9.16 GiB on the device, 9.06 with 8-bit states."""
     shape = json.loads((helpers.PROJECT / "configs" / "llama_60m.json").read_text())
+    handles = 64 * footprint.MIB  # of cuBLAS, in two threads
     for more, gib in (({}, 9.16), ({"optimizer": "adamw8bit"}, 9.06)):
         settings = {"method": "full_rank", "precision": "bf16", "fused_loss": "off", "batch_size": 64, **more}
-        found = make_plan(footprint.config_of(**settings), shape, DEVICES["h200"], 1, search=False)
-        assert found.kinds[1].peak / GIB == pytest.approx(gib, rel=0.02)
+        with Simulation(footprint.config_of(**settings), shape) as simulation:
+            assert (simulation.update(0).peak + handles) / GIB == pytest.approx(gib, rel=0.02)

@@ -1,6 +1,6 @@
 """All settings of a pre-training run, from the command line to checked dataclasses.
 
-Imports of the package: `checkpoint`, `data`, `flags`, `methods`, `models`, `optim`, `report`, `runtime`. Free of
+Imports of the package: `checkpoint`, `data`, `flags`, `methods`, `models`, `optim`, `runtime`. Free of
 torch, and so is what it imports.
 """
 

@@ -1,4 +1,5 @@
-"""What runs have logged: read, mended after a resumption, compared.
+"""What runs have logged, compared; and what a run will need, simulated before it is launched.
 
-Imports of the package: `checkpoint`, `flags`. Free of torch.
+Imports of the package: `checkpoint`, `config`, `distributed`, `flags`, `methods`, `models`, `optim`, `training`. The
+comparison is free of torch.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,5 +60,5 @@ def _ranks(args: Any) -> tuple[int, ...]:
             except (RuntimeError, ValueError, KeyError):
                 continue
         if isinstance(each, str) and each not in ("sum", "avg", "max", "min"):
-            return tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(each)))
+            return tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(cast(Any, each))))
     return tuple(range(dist.get_world_size()))

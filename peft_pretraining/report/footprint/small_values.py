@@ -61,8 +61,8 @@ class SmallValues:
         new = {each for each, out in small.items() if self.twin(out) is None}
         for each in new:
             storage = small[each].untyped_storage()
-            twin = torch.zeros(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-            self._twins[storage._cdata] = (weakref.ref(storage), twin)
+            memory = torch.zeros(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+            self._twins[storage._cdata] = (weakref.ref(storage), memory)
         results = self._computed(function, args, kwargs) if not unset and (known or not on_device) else None
         for place, out in enumerate(outs):
             if id(out) not in small:
