@@ -1,0 +1,59 @@
+"""Parts of a decoder layer that keep less for the backward pass than autograd would, and compute the same.
+
+For (tokens, d) activations in bfloat16, transformers' norm leaves a float32 copy of its input, and the normed input, to
+the backward pass: 6 bytes a number, twice a layer. Here the input itself, which the residual stream keeps anyway, and
+one number per token are kept. Of silu(gate) * up, silu is computed again instead of being kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Norm(torch.autograd.Function):
+    """w * x / rms(x), with rms in float32 at least: y in the dtype of x (arXiv 1910.07467, equation 4).
+
+    As transformers computes it: x / rms(x) is rounded to the dtype of x before it is multiplied by w.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = _wide(x).pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (weight * (_wide(x) * scale).to(x.dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, of_weight = _wide(x) * scale, None
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0, dtype=scale.dtype).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, None
+        of_normed = _wide(grad) * weight
+        # dx = (g - n mean(g n)) / rms
+        along = (of_normed * normed).mean(-1, keepdim=True)
+        return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), of_weight, None
+
+
+class GatedProduct(torch.autograd.Function):
+    """silu(gate) * up, in the dtype of both (arXiv 2002.05202, SwiGLU)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return of_gate, F.silu(gate).mul_(grad)
