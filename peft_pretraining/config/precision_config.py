@@ -27,7 +27,8 @@ class PrecisionConfig:
         "auto",
         choice("auto", "float32", "weight", "published"),
         "optimizer states beside bfloat16 weights: float32; weight (first moments and bases bfloat16, second moments "
-        "float32); published (all bfloat16, as the papers' runs) (default: published with bf16, else float32)",
+        "float32); published (all bfloat16, as the papers' runs) (default: published with bf16 and 8-bit moments, else "
+        "float32)",
     )
     matmul_precision: str | None = setting(
         None,
@@ -65,6 +66,8 @@ class Precision:
     """How weights in fewer digits than the update move: nearest or stochastic."""
     state_format: str
     """Of optimizer states: published, weight or float32. Beside weights of 32 bits and more they are all the same."""
+    compact: bool = False
+    """Whether the update rule's moments are in 8 bits."""
 
     @property
     def casts(self) -> bool:
@@ -75,7 +78,9 @@ class Precision:
     def state_dtype(self) -> str:
         """Of moments and bases, unless a flag or a rule says otherwise; in words."""
         if self.weight_dtype != "bfloat16":
-            return self.weight_dtype
+            return f"8 bits, bases {self.weight_dtype}" if self.compact else self.weight_dtype
+        if self.compact:
+            return f"8 bits, bases {'float32' if self.state_format == 'float32' else 'bfloat16'}"
         words = {"float32": "float32", "published": "bfloat16", "weight": "bfloat16 but second moments float32"}
         return words[self.state_format]
 
@@ -114,18 +119,21 @@ def name_of(config: PrecisionConfig, dtype: str, device_type: str | None = None)
     return OF_DTYPE.get(dtype) or by_device.get(device_type, "fp32")
 
 
-def resolve(config: PrecisionConfig, dtype: str, device_type: str) -> Precision:
-    """What the settings come to on a device.
+def resolve(config: PrecisionConfig, dtype: str, device_type: str, compact: bool = False) -> Precision:
+    """What the settings come to on a device, with an update rule that is `compact` or not.
 
     >>> resolve(PrecisionConfig(), "bfloat16", "cuda").state_format
     'published'
+    >>> [resolve(PrecisionConfig("bf16_sr"), "auto", "cuda", compact).state_format for compact in (False, True)]
+    ['float32', 'published']
     """
     name = name_of(config, dtype, device_type)
     weights, norms, compute = _KINDS[name]
     state_format = config.state_dtype
     if state_format == "auto" or weights != "bfloat16":
-        state_format = "float32" if name == "bf16_sr" else "published"
-    return Precision(name, weights, norms, compute, "stochastic" if name == "bf16_sr" else "nearest", state_format)
+        state_format = "float32" if name == "bf16_sr" and not compact else "published"
+    rounding = "stochastic" if name == "bf16_sr" else "nearest"
+    return Precision(name, weights, norms, compute, rounding, state_format, compact)
 
 
 WEIGHT_BYTES = {"fp64": 8, "fp32": 4, "mixed": 4, "bf16": 2, "bf16_sr": 2, "auto": 2}

@@ -234,7 +234,8 @@ class Config:
 
     def resolved_precision(self, device_type: str = "cpu") -> Precision:
         """What the run computes in on a device of this type, which matters only where no precision was asked for."""
-        return resolve(self.precision, self.model.dtype, device_type)
+        rule = RULES.get(self.optimizer.optimizer)
+        return resolve(self.precision, self.model.dtype, device_type, compact=rule is not None and rule.compact)
 
     def rate_multiplier(self, step: int) -> float:
         """Of `optimizer.lr`, in an update."""

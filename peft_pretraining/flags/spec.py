@@ -88,6 +88,8 @@ class RuleSpec:
     fine_tuning: bool = True
     keeps_formats: bool = True
     """Whether states may have another dtype than weights, and weights be rounded stochastically."""
+    compact: bool = False
+    """Whether it is there to save memory: beside bfloat16 weights, what it keeps beside its own format is bfloat16."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Settings with which it learns within ten updates of a toy model: for tests of every rule."""
 

@@ -47,7 +47,12 @@ class SGDSettings(RuleSettings):
 _SPECS = (
     RuleSpec("adamw", "AdamW", AdamSettings, "1711.05101", state="2k"),
     RuleSpec(
-        "adamw8bit", "AdamW with 8-bit moments", AdamSettings, "2110.02861", state="2k bytes, and 4 per 256 of them"
+        "adamw8bit",
+        "AdamW with 8-bit moments",
+        AdamSettings,
+        "2110.02861",
+        state="2k bytes, and 4 per 256 of them",
+        compact=True,
     ),
     RuleSpec(
         "adam_zero",

@@ -97,10 +97,12 @@ def reduced_model(
     several micro-batches add up in float32, unless everything is to be as published.
     """
     precision = config.resolved_precision(group.device.type)
-    wide = precision.weight_dtype == "bfloat16" and precision.state_format != "published"
+    published = precision.state_format == "published" and precision.rounding == "nearest"
+    wide = precision.weight_dtype == "bfloat16" and not published
     sharded = config.distributed.distributed_type == "fsdp" and group.is_collective  # FSDP2 adds up in float32 itself
     several = (config.batch.gradient_accumulation or 1) > 1  # one product has no digits for more than 16 bits
-    if wide and several and not sharded and (config.per_layer or not group.is_collective):
+    narrow_sums = config.per_layer and config.precision.gradient_sum_dtype != "float32"
+    if wide and several and not narrow_sums and not sharded and (config.per_layer or not group.is_collective):
         add_up_in_float32(model)
     if config.per_layer:
         return model
