@@ -33,12 +33,12 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, of_weight = _wide(x) * scale, None
+        normed, of_weight, wide = _wide(x) * scale, None, _wide(grad)
         if ctx.needs_input_grad[1]:
-            of_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0, dtype=scale.dtype).to(weight.dtype)
+            of_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None
-        of_normed = _wide(grad) * weight
+        of_normed = wide * weight
         # dx = (g - n mean(g n)) / rms
         along = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), of_weight, None
