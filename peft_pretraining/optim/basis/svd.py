@@ -88,9 +88,11 @@ def _eigenvectors(gram: Tensor, in_place: bool) -> Tensor:
     """Of a symmetric matrix, by ascending eigenvalues. `in_place`: in its memory, from its other triangle, which may
     differ in the last digits."""
     if not in_place:
-        return torch.linalg.eigh(gram)[1]
+        vectors: Tensor = torch.linalg.eigh(gram)[1]
+        return vectors
     columns = gram.mT  # LAPACK and cuSOLVER store matrices by columns
-    return torch.linalg.eigh(columns, out=(gram.new_empty(len(gram)), columns))[1]
+    torch.linalg.eigh(columns, out=(gram.new_empty(len(gram)), columns))
+    return columns
 
 
 def _row_blocks(a: Tensor) -> tuple[Tensor, ...]:
