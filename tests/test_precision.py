@@ -103,8 +103,9 @@ def test_what_nearest_rounding_costs_is_said(words, tmp_path):
     assert not any("precision" in line for line in loaded(words, tmp_path, precision="mixed").warnings)
 
 
-def test_settings_without_effect_are_named(words, tmp_path):
-    given = {"state_dtype": "weight", "matmul_precision": "high", "basis_dtype": "int8", "gradient_sum_dtype": "weight"}
+@pytest.mark.parametrize("sums", ["weight", "int8"])
+def test_settings_without_effect_are_named(words, tmp_path, sums):
+    given = {"state_dtype": "weight", "matmul_precision": "high", "basis_dtype": "int8", "gradient_sum_dtype": sums}
     said = loaded(words, tmp_path, precision="mixed", **given).warnings
     assert all(any(f"--{name}" in line and "effect" in line for line in said) for name in given)
 
@@ -217,6 +218,15 @@ def test_stopping_and_going_on_changes_no_bit(words, tmp_path, name, method):
     helpers.assert_same_run(parts, whole)
     assert yaml.safe_load((parts / "config.yaml").read_text())["settings"]["precision"] == name
     assert exported_dtype(parts) == (torch.float32 if name == "mixed" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("method", ["galore", "lora"])
+def test_moments_in_8_bits_beside_rounded_weights_go_on(words, tmp_path, method):
+    settings = {"precision": "bf16_sr", "optimizer": "adamw8bit", **RUNS[method]}
+    assert helpers.run(words(tmp_path / "whole", **settings)) == 0
+    helpers.stop_after(4, words(tmp_path / "parts", **settings))
+    assert helpers.run([*words(tmp_path / "parts", **settings), *helpers.RESUME]) == 0
+    helpers.assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
