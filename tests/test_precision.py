@@ -236,6 +236,14 @@ def mixed_run(words, tmp_path_factory):
     return folder
 
 
+def test_sums_may_be_kept_otherwise_when_a_run_goes_on(words, tmp_path):
+    begun = {"precision": "bf16_sr", "per_layer": True, "num_training_steps": 1, **GALORE}
+    assert helpers.run(words(tmp_path / "run", gradient_sum_dtype="int8", **begun)) == 0
+    for asked, kept in (({}, "int8"), ({"gradient_sum_dtype": "float32"}, "float32")):
+        config = loaded(words, tmp_path, autoresume=True, **begun, **asked).config
+        assert config.precision.gradient_sum_dtype == kept
+
+
 @pytest.mark.parametrize("given", [{"precision": "fp32"}, {"dtype": "bfloat16"}])
 def test_another_precision_than_the_run_began_with_is_refused(words, mixed_run, tmp_path, given):
     (name, value), *_ = given.items()
@@ -266,6 +274,7 @@ def test_older_runs_keep_what_they_were_trained_in(words, tmp_path, begun, dtype
     config = loaded(words, tmp_path, autoresume=True, num_training_steps=8).config
     assert config.resolved_precision("cuda").name == begun
     assert config.resolved_precision("cuda").state_format == "published"
+    assert config.precision.matmul_precision == "highest"  # there was no TF32
     assert helpers.run([*words(tmp_path / "run", num_training_steps=8), *helpers.RESUME]) == 0
     assert helpers.checkpoints(tmp_path / "run") == [6, 8]
 
