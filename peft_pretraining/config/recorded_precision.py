@@ -79,7 +79,7 @@ def _read(folder: Path, is_of_run: bool) -> Config | None:
     settings = record.settings if record is not None else {}
     known = {name: settings[name] for name in ("precision", "dtype", *_KEPT) if name in settings}
     begun = Config.from_settings(known)
-    if settings and "precision" not in settings:  # TF32 came together with it
+    if "precision" not in settings:  # TF32 came together with it
         begun = begun.replace(matmul_precision="highest")
     if name_of(begun.precision, begun.model.dtype) != "auto":
         return begun
