@@ -60,6 +60,22 @@ def test_a_wider_weight_has_a_gradient_of_its_own_width():
     assert errors[1] <= 1.02 * errors[0] < 0.05
 
 
+def test_a_head_in_16_bits_is_multiplied_in_the_memory_of_its_gradient(monkeypatch):
+    """For no more tokens than the width; of those blocks, too, that are shorter than others."""
+    monkeypatch.setattr(fused_loss, "_LOGITS_AT_ONCE", {"cpu": 50 * 7})
+    monkeypatch.setattr(fused_loss, "_PRODUCTS_AT_ONCE", 36 * 8)
+    generator, results = torch.Generator().manual_seed(0), []
+    values = [torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 11, 36), (50, 36))]
+    for loss, dtype in ((plain, torch.float64), (plain, torch.bfloat16), (fused_token_loss, torch.bfloat16)):
+        hidden, weight = (each.to(dtype, copy=True).requires_grad_() for each in values)
+        if dtype == torch.bfloat16:
+            assert fused_loss._sums_in_place(hidden.flatten(0, -2), weight)
+        (loss(hidden, weight, inputs(dtype)[2]) / 7).backward()
+        results.append([hidden.grad.double(), weight.grad.double()])
+    for exact, theirs, ours in zip(*results, strict=True):
+        assert (ours - exact).norm() < 1.5 * (theirs - exact).norm() < 0.01 * exact.norm()
+
+
 def test_nothing_to_predict_is_a_loss_of_zero_without_gradient():
     hidden, weight, labels = inputs(torch.float32)
     loss = fused_token_loss(hidden, weight, torch.full_like(labels, IGNORED))

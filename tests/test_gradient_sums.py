@@ -4,8 +4,16 @@ import pytest
 import torch
 from per_layer_helpers import loss, setup, weights
 
+from peft_pretraining import rng
 from peft_pretraining.optim import PerLayerUpdates, gradient_sums
-from peft_pretraining.optim.gradient_sums import GradientSums, Noise, random_bits, to_bfloat16
+from peft_pretraining.optim.gradient_sums import (
+    GradientSums,
+    Noise,
+    keyed,
+    places,
+    random_bits,
+    rounded_to_bfloat16_,
+)
 
 
 def parameter(dtype=torch.bfloat16):
@@ -63,18 +71,25 @@ def test_lots_of_numbers_give_the_same_bits(monkeypatch):
     assert all(torch.equal(summed(kind, given), was) for kind, was in zip(("weight", "int8"), expected, strict=True))
 
 
+def bits_of(count, key):
+    return random_bits(count, *keyed(key, *places(256, torch.device("cpu"))))
+
+
 def test_random_bits():
-    bits = random_bits(0, 2**16, 12345, torch.device("cpu"))
-    assert torch.equal(random_bits(1000, 24, 12345, torch.device("cpu")), bits[1000:1024])
-    shares = [((bits >> place) & 1).float().mean() for place in range(32)]
-    assert all(abs(share - 0.5) < 0.01 for share in shares) and bits.unique().numel() > 65000
-    together = torch.corrcoef(torch.stack([bits[:-1].double(), bits[1:].double()]))[0, 1]
-    assert abs(together) < 0.02
+    bits = bits_of(2**16, 12345)
+    assert bits.min() == 0 and bits.max() == 2**16 - 1
+    assert bits.unique().numel() > 0.98 * (1 - 1 / torch.e) * 2**16  # as many as independent draws would give
+    shares = [((bits >> place) & 1).float().mean() for place in range(16)]
+    assert all(abs(share - 0.5) < 0.01 for share in shares)
+    keys = [rng.derive_seed(0, "sum of weight", 0, micro_batch) for micro_batch in range(16)]
+    others = [bits.roll(1), bits.roll(256), *(bits_of(2**16, key) for key in keys)]
+    together = torch.corrcoef(torch.stack([bits, *others]).double()).fill_diagonal_(0)
+    assert together.abs().max() < 0.02
 
 
 def test_rounding_to_bfloat16():
     wide = torch.tensor([1.0, 1.0 + 2**-9, -1.0 - 2**-9, float("inf"), float("nan"), 0.0]).repeat_interleave(4096)
-    found = to_bfloat16(wide, random_bits(0, wide.numel(), 1, torch.device("cpu"))).view(6, 4096)
+    found = rounded_to_bfloat16_(wide, bits_of(wide.numel(), 1)).bfloat16().view(6, 4096)
     assert found[0].eq(1).all() and found[3].isinf().all() and found[4].isnan().all() and found[5].eq(0).all()
     assert set(found[1].tolist()) == {1.0, 1.0 + 2**-7} and abs(float(found[1].float().mean()) - 1 - 2**-9) < 5e-4
     assert abs(float(found[2].float().mean()) + 1 + 2**-9) < 5e-4

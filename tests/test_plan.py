@@ -51,6 +51,17 @@ def test_the_command_says_what_a_run_needs(model, tmp_path, capsys):
     assert written["largest_micro_batch"] >= written["dividing_micro_batch"] == 8
 
 
+@pytest.mark.slow
+def test_the_recipe_of_7b_fits_a_card_of_24_gb(tmp_path, capsys):
+    """32 micro-batches: the first update, ordinary ones, those that refresh a basis, and a save."""
+    script = ["bash", str(helpers.PROJECT / "scripts" / "pretrain.sh"), "7b", "galore", "--dry_run", "--nproc", "1"]
+    command = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()
+    _, written = planned(tmp_path, [*command, "--device", "rtx4090", "--search", "no"], capsys)
+    assert written["accumulation"] == 32 and written["fits"]
+    assert {each["name"] for each in written["kinds"]} >= {"first", "ordinary", "refresh", "saving"}
+    assert 20 * GIB < written["peak"] <= 22 * GIB
+
+
 def test_the_largest_micro_batch_just_fits(model):
     """Memory is nearly linear in it: one more sequence in a hundred no longer fits."""
     config = footprint.config_of(method="full_rank", precision="bf16", batch_size=32, fused_loss="off")

@@ -61,7 +61,7 @@ def test_elements_updates_seeds_and_names_are_not_correlated():
 def test_the_noise_is_even_over_all_sixteen_bits():
     device = torch.device("cpu")
     noise = Noise(0, "weight", 0)
-    drawn = rounding._crossed(*noise.vectors(slice(0, 1024), torch.Size((1024,)), device))
+    drawn = rounding.crossed(*noise.vectors(slice(0, 1024), torch.Size((1024,)), device))
     assert drawn.min() >= 0 and drawn.max() < 2**16
     counts = torch.bincount(drawn.flatten() // 256, minlength=256).double()
     expected = drawn.numel() / 256
@@ -129,7 +129,7 @@ def test_the_noise_is_what_its_formula_says():
     noise = Noise(42, "model.layers.0.mlp.up_proj.weight", 7)
     key = rng.derive_seed(42, "rounding of model.layers.0.mlp.up_proj.weight", 7)
     device = torch.device("cpu")
-    drawn = rounding._crossed(*noise.vectors(slice(2, 6), torch.Size((5,)), device))
+    drawn = rounding.crossed(*noise.vectors(slice(2, 6), torch.Size((5,)), device))
     for row in range(4):
         for column in range(5):
             x = (in_whole_numbers(key, row + 2) + in_whole_numbers(key, 2**32 + column)) * 0x2C1B3C6D % 2**32

@@ -3,7 +3,7 @@
 Logits, their log-softmax and its gradient are three matrices of (tokens, vocabulary) in float32: at 60M weights, two
 thirds of the memory of an update. Here the gradients are made in the forward pass, block by block, and each block of
 logits is gone before the next one comes. Same arithmetic as the plain loss, but for the order of sums: float32 at
-least for logits and softmax, float32 sums for the gradient of the head's weight.
+least for logits and softmax, float32 sums for the gradient of the head's weight, or one product for all of it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,19 @@ def _loss_alone(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return total
 
 
+def _sums_in_place(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the gradient of a head in 16 bits is one product at the end, with the gradients of all logits in the
+    memory that it will have itself: for up to d tokens they find room there, and no float32 sum is needed."""
+    return weight.dtype == hidden.dtype != _wide(hidden.dtype) and len(hidden) <= hidden.shape[1]
+
+
+def _multiply_in_place(of_logits: Tensor, hidden: Tensor) -> None:
+    """(vocabulary, d) whose first columns are the gradients of logits, (vocabulary, tokens) -> their product with
+    `hidden`, some rows at a time."""
+    for rows in of_logits.split(max(1, _PRODUCTS_AT_ONCE // hidden.shape[1])):
+        rows.copy_(rows[:, : len(hidden)] @ hidden)
+
+
 def _add_product(of_weight: Tensor, gradient: Tensor, part: Tensor) -> None:
     """of_weight (vocabulary, d) += gradientᵀ part, some rows at a time: the product is in another dtype."""
     rows = max(1, _PRODUCTS_AT_ONCE // part.shape[1])
@@ -69,7 +82,10 @@ class _FusedTokenLoss(torch.autograd.Function):
         wide = _wide(hidden.dtype)
         total = hidden.new_zeros((), dtype=wide)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        at_the_end = ctx.needs_input_grad[1] and _sums_in_place(hidden, weight)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.empty_like(weight) if at_the_end else torch.zeros_like(weight, dtype=wide)
         weight = weight.to(hidden.dtype)
         for rows, targets in _blocks(hidden, weight, labels):
             part = hidden[rows]
@@ -81,15 +97,20 @@ class _FusedTokenLoss(torch.autograd.Function):
             sums = logits.exp_().sum(1, keepdim=True)
             total += (sums.log() - chosen).masked_fill(~counts, 0.0).sum()
             logits.mul_(counts / sums).scatter_add_(1, places, -counts.to(wide))
-            gradient = logits.to(hidden.dtype)
+            if at_the_end and of_weight is not None:
+                gradient = of_weight[:, : len(hidden)][:, rows].copy_(logits.T).T
+            else:
+                gradient = logits.to(hidden.dtype)
             if of_hidden is not None:
                 torch.mm(gradient, weight, out=of_hidden[rows])
-            if of_weight is not None:
+            if of_weight is not None and not at_the_end:
                 if wide == hidden.dtype:
                     of_weight.addmm_(gradient.T, part)
                 else:
                     _add_product(of_weight, gradient, part)
             del logits, gradient  # before the next block's are made
+        if at_the_end and of_weight is not None:
+            _multiply_in_place(of_weight, hidden)
         ctx.gradients = (of_hidden, of_weight)
         return total
 

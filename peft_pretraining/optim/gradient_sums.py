@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peft_pretraining import rng
 from peft_pretraining.optim.tensors.int8_blocks import BLOCK, dequantize, quantize, scales_shape
+from peft_pretraining.optim.tensors.rounding import crossed, hashed
 
 SUM_DTYPES = ("float32", "weight", "int8")
 """How sums are kept: in float32; in the weight's dtype; those of R in blocks of 8 bits with a float32 scale, whole
@@ -37,8 +38,8 @@ def sum_bytes(param: Tensor, numbers: int, kept: str, low_rank: bool = True) -> 
     return numbers + 4 * -(-numbers // BLOCK)
 
 
-_NUMBERS_AT_ONCE = 2**22
-"""That are added in float32: temporaries of 16 MB."""
+_NUMBERS_AT_ONCE = 2**23
+"""That are added in float32: temporaries of 32 MB."""
 
 
 class Noise(NamedTuple):
@@ -68,6 +69,8 @@ class GradientSums(dict[Tensor, Tensor]):
         self._scales: dict[Tensor, Tensor] = {}
         """Of sums in 8 bits, whose codes are in one row."""
         self._shapes: dict[Tensor, torch.Size] = {}
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        """Bits of rows of `BLOCK` numbers, for as many as any sum has had, and of the places in a row."""
 
     def narrows(self, param: Tensor) -> bool:
         """Whether sums of this parameter's gradients have fewer digits than float32."""
@@ -85,8 +88,16 @@ class GradientSums(dict[Tensor, Tensor]):
         if first:
             self._begin(param, part, low_rank)
         key = rng.derive_seed(self._seed, f"sum of {noise.name}", noise.update, noise.micro_batch)
+        by_row, by_column = keyed(key, *self._places_of(flat.numel(), flat.device))
         for begin, end in _lots(flat.numel()):
-            self._add(param, begin, end, flat[begin:end], first, key)
+            self._add(param, begin, end, flat[begin:end], first, (by_row[begin // BLOCK :], by_column))
+
+    def _places_of(self, numbers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        rows = -(-numbers // BLOCK)
+        by_row, by_column = self._places.get(device) or (torch.empty(0), torch.empty(0))
+        if len(by_row) < rows:
+            by_row, by_column = self._places[device] = places(rows, device)
+        return by_row[:rows], by_column
 
     def _begin(self, param: Tensor, part: Tensor, low_rank: bool) -> None:
         self._shapes[param] = part.shape
@@ -97,24 +108,25 @@ class GradientSums(dict[Tensor, Tensor]):
         else:
             self[param] = torch.empty(part.numel(), dtype=param.dtype, device=part.device)
 
-    def _add(self, param: Tensor, begin: int, end: int, part: Tensor, first: bool, key: int) -> None:
-        """The numbers from `begin` to `end`, which are whole blocks."""
+    def _add(
+        self, param: Tensor, begin: int, end: int, part: Tensor, first: bool, noise: tuple[Tensor, Tensor]
+    ) -> None:
+        """The numbers from `begin` to `end`, which are whole blocks; `noise` goes on beyond them."""
         kept, scales = self[param][begin:end], self._scales.get(param)
         if scales is not None:
             scales = scales[begin // BLOCK : -(-end // BLOCK)]
-        wide = part.float()
-        if not first:
-            before = kept.float() if scales is None else dequantize(kept, scales, 0, torch.float32)
-            wide = before.add_(wide)
-        elif scales is None and part.dtype == kept.dtype:
+        elif first and part.dtype == kept.dtype:
             kept.copy_(part)
             return
-        noise = random_bits(begin, end - begin, key, part.device)
-        if scales is None:
-            kept.copy_(to_bfloat16(wide, noise))
+        if first:
+            wide = part.to(torch.float32, copy=True)
         else:
-            uniform = (noise >> 8).bitwise_and_(0xFFFFFF).float().mul_(2**-24)
-            codes, its = quantize(wide, 0, uniform)
+            before = kept.float() if scales is None else dequantize(kept, scales, 0, torch.float32)
+            wide = before.add_(part)
+        if scales is None:
+            kept.copy_(rounded_to_bfloat16_(wide, random_bits(end - begin, *noise)))
+        else:
+            codes, its = quantize(wide, 0, random_bits(end - begin, *noise).float().mul_(2**-16))
             kept.copy_(codes)
             scales.copy_(its)
 
@@ -136,21 +148,26 @@ def _lots(numbers: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + _NUMBERS_AT_ONCE, numbers)) for begin in range(0, numbers, _NUMBERS_AT_ONCE))
 
 
-def random_bits(first: int, count: int, key: int, device: torch.device) -> Tensor:
-    """int32 numbers `first` to `first + count` of a sequence that `key` names: a hash of their places, the same on
-    every kind of device (C. Wellons' lowbias32)."""
-    bits = torch.arange(first, first + count, dtype=torch.int32, device=device)
-    for word in (key & 0x7FFFFFFF, (key >> 31) & 0x7FFFFFFF):
-        bits.bitwise_xor_(word)
-        bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
-        bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
-        bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
-    return bits
+def places(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """32 well-mixed bits for each of so many rows of `BLOCK` numbers, and for each place in a row: int32."""
+    index = torch.arange(-BLOCK, rows, device=device)
+    bits = hashed(0, index)
+    return bits[BLOCK:], bits[:BLOCK]
 
 
-def to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
-    """float32 numbers rounded to one of their two neighbours in bfloat16, the nearer one more often: right on average.
-    What is not finite stays so."""
-    words = wide.view(torch.int32)
-    rounded = (words + (bits >> 16).bitwise_and_(0xFFFF)).bitwise_and_(-0x10000).view(torch.float32)
-    return torch.where(wide.isfinite(), rounded, wide).to(torch.bfloat16)
+def keyed(key: int, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of another sequence, which `key` (63 bits) names."""
+    return by_row ^ (key & 0x7FFFFFFF), by_column + ((key >> 31) & 0x7FFFFFFF)
+
+
+def random_bits(count: int, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """`count` whole numbers from 0 to 65535, int32, from the first row on: the same on every kind of device."""
+    return crossed(by_row[: -(-count // BLOCK)], by_column).view(-1)[:count]
+
+
+def rounded_to_bfloat16_(wide: Tensor, bits: Tensor) -> Tensor:
+    """float32 numbers, rounded in place to one of their two neighbours in bfloat16, the nearer one more often: right
+    on average. What is not finite stays so."""
+    not_numbers = wide.isnan()  # a payload of ones would carry over into the sign
+    wide.view(torch.int32).add_(bits).bitwise_and_(-65536)
+    return wide.masked_fill_(not_numbers, torch.nan)

@@ -212,10 +212,11 @@ class PerLayerUpdates:
             param.grad = None
             return
         as_it_came = param in self._whole and (self._count == 1 or optimizer.objects(param).reads_gradient)
-        total = self._reduce(self._sums.pop(param) if as_it_came else self._sums.total(param))
+        total: Any = self._reduce(self._sums.pop(param) if as_it_came else self._sums.total(param))
         subspace = optimizer.subspaces.get(param)
         if subspace is None:
-            self._move(param, group, total.to(optimizer.dtype_of(param)), None)
+            grad, total = total.to(optimizer.dtype_of(param)), None  # a float32 sum is not kept beside it
+            self._move(param, group, grad, None)
             return
         if param in self._whole:
             self._whole.remove(param)
@@ -223,7 +224,7 @@ class PerLayerUpdates:
             self._move(param, group, total, subspace.project(state, total, group, optimizer.step_of(param)))
             return
         projected = self._early.pop(param, None) or Projected(total)
-        projected.low_rank_grad = total.to(optimizer.dtype_of(param))
+        projected.low_rank_grad, total = total.to(optimizer.dtype_of(param)), None
         self._move(param, group, None, projected)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from peft_pretraining.distributed.sharding import HALF
 from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Bases
 
 if TYPE_CHECKING:  # torch does not export it for type checkers
@@ -78,9 +79,18 @@ def _exact(matrix: Tensor, rank: int, sides: tuple[str, ...]) -> Bases:
 def _gram(matrix: Tensor, rank: int, sides: tuple[str, ...]) -> Bases:
     tall = matrix.shape[0] >= matrix.shape[1]
     a = matrix if tall else matrix.T  # (long, short)
-    _, vectors = torch.linalg.eigh(_gram_of_columns(a))  # eigenvalues ascend
+    vectors = _eigenvectors(_gram_of_columns(a), in_place=a.dtype in HALF)
     short = vectors[:, -rank:].flip(1)  # (short, r)
     return _both_sides(a, short, tall, sides)
+
+
+def _eigenvectors(gram: Tensor, in_place: bool) -> Tensor:
+    """Of a symmetric matrix, by ascending eigenvalues. `in_place`: in its memory, from its other triangle, which may
+    differ in the last digits."""
+    if not in_place:
+        return torch.linalg.eigh(gram)[1]
+    columns = gram.mT  # LAPACK and cuSOLVER store matrices by columns
+    return torch.linalg.eigh(columns, out=(gram.new_empty(len(gram)), columns))[1]
 
 
 def _row_blocks(a: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +104,7 @@ def _gram_of_columns(a: Tensor) -> Tensor:
     wide = first.double()
     gram = wide.T @ wide
     for block in others:
+        del wide  # before the next block is converted
         wide = block.double()
         gram.addmm_(wide.T, wide)
     return gram

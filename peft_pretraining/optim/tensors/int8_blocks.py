@@ -24,7 +24,9 @@ def quantize(values: Tensor, dim: int, noise: Tensor | None = None) -> tuple[Ten
     [0, 1) and in the same shape, stochastically: then the mean over the noise is `values`."""
     values = values.float()
     length = values.shape[dim]
-    padded = F.pad(values.movedim(dim, -1), (0, -length % BLOCK))
+    padded = values.movedim(dim, -1)
+    if length % BLOCK:
+        padded = F.pad(padded, (0, -length % BLOCK))
     scales = torch.unflatten(padded, -1, (-1, BLOCK)).abs().amax(-1) / _LARGEST
     steps = _times(values, (1 / scales).nan_to_num_(posinf=0.0).movedim(-1, dim), dim)
     rounded = steps.round_() if noise is None else steps.add_(noise).floor_()

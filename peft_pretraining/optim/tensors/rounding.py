@@ -48,11 +48,11 @@ class Noise:
         else:
             of_columns = torch.arange(_COLUMNS, _COLUMNS + shape.numel(), device=device)
         key = rng.derive_seed(self.seed, f"rounding of {self.name}", self.step)
-        bits = _hashed(key, torch.cat((of_rows, of_columns)))
+        bits = hashed(key, torch.cat((of_rows, of_columns)))
         return bits[: len(of_rows)], bits[len(of_rows) :]
 
 
-def _hashed(key: int, index: Tensor) -> Tensor:
+def hashed(key: int, index: Tensor) -> Tensor:
     """32 well-mixed bits for each number, int32. `index` (int64) is used up."""
     x = index.add_(1).mul_(_GOLDEN).bitwise_xor_(key)
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
@@ -60,7 +60,7 @@ def _hashed(key: int, index: Tensor) -> Tensor:
     return (x >> 32).to(torch.int32)
 
 
-def _crossed(by_row: Tensor, by_column: Tensor) -> Tensor:
+def crossed(by_row: Tensor, by_column: Tensor) -> Tensor:
     """Whole numbers from 0 to 65535, int32 (rows, columns)."""
     x = by_row.unsqueeze(1) + by_column  # wraps around
     x.mul_(_MULTIPLIERS[0])
@@ -84,7 +84,7 @@ def round_stochastically(target: Tensor, wide: Tensor, noise: Noise, rows: slice
     for start in range(0, flat.shape[0], at_once := rows_at_once(flat)):
         part = flat[start : start + at_once]
         not_numbers = part.isnan()  # a payload of ones, such as CUDA's, would carry over into the sign
-        drawn = _crossed(by_row[start : start + at_once], by_column)
+        drawn = crossed(by_row[start : start + at_once], by_column)
         part.view(torch.int32).add_(drawn).bitwise_and_(-65536)
         part.masked_fill_(not_numbers, torch.nan)
     target.copy_(wide)
