@@ -83,3 +83,20 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
     assert share_of_cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
     assert share_of_cores() == 1
+
+
+def test_a_system_without_threads_is_an_error_and_nothing_waits(monkeypatch):
+    """Threads that have begun end, too."""
+    begun, start = [], threading.Thread.start
+
+    def refuse_the_second(thread):
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        list(ahead(lambda number: number, range(4), threads=3))
+    begun[0].join(timeout=20)
+    assert not begun[0].is_alive()

@@ -5,6 +5,7 @@ import torch
 from optimizer_kinds import backward, parameters, through_a_file, train, values
 from per_layer_helpers import loss, setup
 
+from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.basis.svd import random_stiefel
 from peft_pretraining.optim.tensors.int8_blocks import dequantize, quantize, quantize_vectors, scales_shape
@@ -74,6 +75,17 @@ def test_the_basis_is_the_one_that_later_updates_read():
     assert state[side].dtype == torch.int8 and state[f"{side}_scales"].dtype == torch.float32
     torch.testing.assert_close(projection.bases(state)[side], new, rtol=1e-6, atol=0)
     torch.testing.assert_close(projection.project(projection.bases(state), params[0].grad), low, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("working", [torch.float32, torch.bfloat16])
+def test_a_refresh_projects_with_the_basis_that_it_keeps(working):
+    """Read in bfloat16 and rounded to 8 bits once more, one number in twelve would be another."""
+    projection = Projection((RIGHT,), 16, ShardInfo(torch.Size((600, 300))), torch.int8, working)
+    basis = {RIGHT: random_stiefel(300, 16, torch.Generator().manual_seed(0)).T}
+    read, state = projection.as_read(basis), projection.stored_bases(basis)
+    state = {key: torch.zeros_like(kept) for key, kept in state.items()}
+    projection.store(state, read)
+    assert read[RIGHT].dtype == working and torch.equal(projection.bases(state)[RIGHT], read[RIGHT])
 
 
 @pytest.mark.parametrize("rand_ratio", [None, 0.0])

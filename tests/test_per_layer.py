@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import GALORE, poison, poisoned_gradient, refreshes, stop_after
 
+from peft_pretraining.config import Config
+from peft_pretraining.methods import load_method
 from peft_pretraining.methods._projection import method as projection
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 
@@ -243,3 +245,22 @@ def test_skip_batches(command, tmp_path):
     assert helpers.different_tensors(run / "model_3", run / "model_5") == []
     assert helpers.different_tensors(run / "model_5", run / "model_6") != []
     assert skipped(run) == [4, 5] and helpers.counters(run / "model_6")["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize("precision, dtypes", [("bf16_sr", {torch.float32}), ("bf16", {torch.bfloat16})])
+def test_ranks_average_gradients_in_float32_unless_all_is_as_published(precision, dtypes):
+    settings = {"method": "galore", "per_layer": True, "rank": 2, "precision": precision, "target_modules": ("mlp",)}
+    config = Config.from_settings({**settings, "optimizer": "adamw", "scale": 1.0, "stagger_refresh": False})
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(6, 4, bias=False), "head": torch.nn.Linear(4, 2)}).bfloat16()
+    method, seen = load_method("galore")(config), set()
+    optimizer = method.build_optimizer(model)
+
+    def reduce(tensor):
+        seen.add(tensor.dtype)
+        return tensor
+
+    method.prepare(model, optimizer, reduce)
+    optimizer.begin_update(0)
+    optimizer.begin_micro_batch(0, 1)
+    model["head"](model["mlp"](torch.ones(3, 6, dtype=torch.bfloat16))).sum().backward()
+    assert dtypes <= seen and (torch.bfloat16 in seen) == (precision == "bf16")

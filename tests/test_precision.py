@@ -103,8 +103,9 @@ def test_what_nearest_rounding_costs_is_said(words, tmp_path):
     assert not any("precision" in line for line in loaded(words, tmp_path, precision="mixed").warnings)
 
 
-def test_settings_without_effect_are_named(words, tmp_path):
-    given = {"state_dtype": "weight", "matmul_precision": "high", "basis_dtype": "int8", "gradient_sum_dtype": "weight"}
+@pytest.mark.parametrize("sums", ["weight", "int8"])
+def test_settings_without_effect_are_named(words, tmp_path, sums):
+    given = {"state_dtype": "weight", "matmul_precision": "high", "basis_dtype": "int8", "gradient_sum_dtype": sums}
     said = loaded(words, tmp_path, precision="mixed", **given).warnings
     assert all(any(f"--{name}" in line and "effect" in line for line in said) for name in given)
 
@@ -219,11 +220,28 @@ def test_stopping_and_going_on_changes_no_bit(words, tmp_path, name, method):
     assert exported_dtype(parts) == (torch.float32 if name == "mixed" else torch.bfloat16)
 
 
+@pytest.mark.parametrize("method", ["galore", "lora"])
+def test_moments_in_8_bits_beside_rounded_weights_go_on(words, tmp_path, method):
+    settings = {"precision": "bf16_sr", "optimizer": "adamw8bit", **RUNS[method]}
+    assert helpers.run(words(tmp_path / "whole", **settings)) == 0
+    helpers.stop_after(4, words(tmp_path / "parts", **settings))
+    assert helpers.run([*words(tmp_path / "parts", **settings), *helpers.RESUME]) == 0
+    helpers.assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def mixed_run(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("begun") / "run"
     assert helpers.run(words(folder, precision="mixed")) == 0
     return folder
+
+
+def test_sums_may_be_kept_otherwise_when_a_run_goes_on(words, tmp_path):
+    begun = {"precision": "bf16_sr", "per_layer": True, "num_training_steps": 1, **GALORE}
+    assert helpers.run(words(tmp_path / "run", gradient_sum_dtype="int8", **begun)) == 0
+    for asked, kept in (({}, "int8"), ({"gradient_sum_dtype": "float32"}, "float32")):
+        config = loaded(words, tmp_path, autoresume=True, **begun, **asked).config
+        assert config.precision.gradient_sum_dtype == kept
 
 
 @pytest.mark.parametrize("given", [{"precision": "fp32"}, {"dtype": "bfloat16"}])
@@ -256,6 +274,7 @@ def test_older_runs_keep_what_they_were_trained_in(words, tmp_path, begun, dtype
     config = loaded(words, tmp_path, autoresume=True, num_training_steps=8).config
     assert config.resolved_precision("cuda").name == begun
     assert config.resolved_precision("cuda").state_format == "published"
+    assert config.precision.matmul_precision == "highest"  # there was no TF32
     assert helpers.run([*words(tmp_path / "run", num_training_steps=8), *helpers.RESUME]) == 0
     assert helpers.checkpoints(tmp_path / "run") == [6, 8]
 

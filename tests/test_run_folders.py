@@ -246,7 +246,7 @@ def test_no_manifest_ends_in_an_exception(finished, content):
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_good_run_is_not_started_over_for_another_setting(finished, command, capsys, monkeypatch, restart):
     """It is whole: who asks for a new start means damaged ones. Nothing looks at settings before the tensors here."""
-    monkeypatch.setattr(recorded_precision, "keep", lambda config, problems: config)
+    monkeypatch.setattr(recorded_precision, "keep", lambda config, given, problems: config)
     before = {path: path.read_bytes() for path in finished.glob("model_*/**/*") if path.is_file()}
     code, err = resumed(command, capsys, dtype="bfloat16", allow_restart=restart)
     assert code == 2 and "is torch.float32 instead of torch.bfloat16: see --precision" in err

@@ -38,13 +38,14 @@ def check(config: Config, problems: list[str], warnings: list[str]) -> None:
             problems.append(f"--precision bf16_sr: {who} cannot round weights stochastically: mixed, bf16 or fp32")
         elif name == "bf16" and state_dtype in ("float32", "weight") and not able:
             problems.append(f"--state_dtype {state_dtype}: {who} keeps its states in the weights' dtype")
-    if name == "bf16_sr" and state_dtype == "published":
+    compact = rule is not None and rule.compact  # what is not in 8 bits is published by default, and recorded so
+    if name == "bf16_sr" and state_dtype == "published" and not compact:
         problems.append(
             "--precision bf16_sr and --state_dtype published contradict each other: published states are rounded to "
             "nearest; float32 or weight"
         )
     accumulates = config.per_layer and (config.batch.gradient_accumulation or 1) > 1
-    if config.precision.gradient_sum_dtype == "weight" and not (accumulates and name in ("bf16", "bf16_sr")):
+    if config.precision.gradient_sum_dtype != "float32" and not (accumulates and name in ("bf16", "bf16_sr")):
         warnings.append(
             "--gradient_sum_dtype has no effect: it is for per-layer updates of bfloat16 weights, over several "
             "micro-batches"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from peft_pretraining.checkpoint import resume, run_dir, train_state
@@ -15,9 +16,9 @@ _KEPT = ("state_dtype", "basis_dtype", "gradient_sum_dtype", "matmul_precision")
 _OF_SAVED_TENSORS = ("state_dtype", "basis_dtype")
 
 
-def keep(config: Config, problems: list[str]) -> Config:
+def keep(config: Config, given: Collection[str], problems: list[str]) -> Config:
     """With the recorded precision in place of what is not asked for, where a run goes on; what contradicts it is a
-    problem that names both."""
+    problem that names both. `given`: names of the flags of the command line."""
     found = _begun(config)
     if found is None:
         return config
@@ -28,7 +29,7 @@ def keep(config: Config, problems: list[str]) -> Config:
         problems.append(f"{what}: it was begun with --precision {name}, which {given} contradicts: leave it out")
         return config
     default = type(asked)()
-    settings = {key: getattr(begun.precision if _is_default(config, key) else asked, key) for key in _KEPT}
+    settings = {key: getattr(asked if _is_asked(config, key, given) else begun.precision, key) for key in _KEPT}
     for key in _OF_SAVED_TENSORS:
         old, new = getattr(begun.precision, key), settings[key]
         if key == "state_dtype":  # what `auto` is depends on the precision alone
@@ -39,8 +40,10 @@ def keep(config: Config, problems: list[str]) -> Config:
     return config.replace(precision=name, dtype=begun.model.dtype, **settings)
 
 
-def _is_default(config: Config, key: str) -> bool:
-    return bool(getattr(config.precision, key) == getattr(type(config.precision)(), key))
+def _is_asked(config: Config, key: str, given: Collection[str]) -> bool:
+    """Whether a value is wanted: of saved tensors another than the default, which leaves it to the run."""
+    is_default = getattr(config.precision, key) == getattr(type(config.precision)(), key)
+    return key in given and not (is_default and key in _OF_SAVED_TENSORS)
 
 
 def _matters(key: str, name: str) -> bool:
@@ -76,6 +79,8 @@ def _read(folder: Path, is_of_run: bool) -> Config | None:
     settings = record.settings if record is not None else {}
     known = {name: settings[name] for name in ("precision", "dtype", *_KEPT) if name in settings}
     begun = Config.from_settings(known)
+    if "precision" not in settings:  # TF32 came together with it
+        begun = begun.replace(matmul_precision="highest")
     if name_of(begun.precision, begun.model.dtype) != "auto":
         return begun
     for checkpoint in saved:  # written before the precision was recorded: the weights say it

@@ -130,6 +130,8 @@ class MethodSpec:
     """Settings, beside those marked `identity=True`, without which saved tensors would compute something else."""
     reads: tuple[str, ...] = ()
     """Settings of other sections that it gives a meaning of its own."""
+    period: str | None = None
+    """The setting that counts updates from one that does more than usual (refreshes, merges) to the next."""
     conditions: tuple[Condition, ...] = ()
     """When its settings act."""
     resolve: Callable[[Config, Mapping[str, ParsedFlag]], Config] | None = None

@@ -69,8 +69,12 @@ def _single_threaded(threads: int) -> ThreadPoolExecutor:
         ready.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="drawing", initializer=begin)
-    for _ in range(threads):  # a thread is started for each task that no idle one can take, and none is idle yet
-        pool.submit(int)
+    try:
+        for _ in range(threads):  # a thread is started for each task that no idle one can take, and none is idle yet
+            pool.submit(int)
+    except RuntimeError:  # the system gives no more threads: those that wait would wait for ever
+        ready.abort()
+        raise
     ready.wait()
     torch.set_num_threads(before)  # for this thread, and for those that begin later
     return pool

@@ -282,8 +282,9 @@ def _describe(
     trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
     log.info("run folder %s", save_dir)
     log.info(
-        "%s on %d x %s: %.2fM parameters, %.2fM trainable",
+        "%s on %d x %s, torch.%s: %.2fM parameters, %.2fM trainable",
         *(config.method.method, group.world_size, group.device.type),
+        config.resolved_precision(group.device.type).weight_dtype,
         *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
     )
     for line in (config.resolved_precision(), *groups):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.distributed.sharding import HALF, ShardInfo
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods._projection.settings import ONLINE_TYPES
 from peft_pretraining.methods.base import TrainingMethod
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from peft_pretraining.methods._projection.settings import ProjectionSettings
 
 log = logging.getLogger("peft_pretraining")
+
+AS_PUBLISHED = ("published", "nearest")
+"""State format and rounding of runs in which everything is in the weight's dtype."""
 
 
 class GradientProjection(TrainingMethod[LowRankOptimizer]):
@@ -80,6 +83,8 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
         if any(ShardInfo.of(param).dim is not None for param in model.parameters()):
             reduce = _as_it_is  # FSDP2's gradients arrive reduced
+        elif any((group["state_format"], group["rounding"]) != AS_PUBLISHED for group in optimizer.param_groups):
+            reduce = _in_float32(reduce)
         self._updates = PerLayerUpdates(
             optimizer,
             reduce,
@@ -94,6 +99,15 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _in_float32(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Averages 16-bit gradients in float32, as DDP does beside them (distributed/wide_sums.py), in place."""
+
+    def averaged(tensor: Tensor) -> Tensor:
+        return tensor.copy_(reduce(tensor.float())) if tensor.dtype in HALF else reduce(tensor)
+
+    return averaged
 
 
 def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:

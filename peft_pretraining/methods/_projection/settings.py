@@ -150,6 +150,7 @@ FAMILY = MethodSpec(
     summary="",
     family="projected gradients",
     settings=ProjectionSettings,
+    period="update_proj_gap",
     defaults={"adam_eps": 1e-6},
     values={"proj_type": PROJECTION_TYPES},
     update_rules=("adamw", "adamw8bit", "adafactor", "lion", "sgd"),

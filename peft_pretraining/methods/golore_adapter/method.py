@@ -76,12 +76,13 @@ class GoLoreAdapter(FactorMethod):
             **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
             refresh_accumulation=self.config.method.refresh_accumulation,
-            lean_refreshes=self._computes_in_bfloat16(model),
+            lean_refreshes=self._computes_in_bfloat16,
         )
 
-    def _computes_in_bfloat16(self, model: nn.Module) -> bool:
-        device = next(model.parameters()).device.type
-        return self.config.resolved_precision(device).compute_dtype == "bfloat16"
+    @property
+    def _computes_in_bfloat16(self) -> bool:
+        """Not of fine-tuning, which has no precision of its own: it keeps its bits on every device."""
+        return self.config.resolved_precision().compute_dtype == "bfloat16"
 
     def prepare(self, model: nn.Module, optimizer: Any, reduce: Callable[[Tensor], Tensor]) -> None:
         super().prepare(model, optimizer, reduce)

@@ -54,6 +54,7 @@ SPEC = replace(
     summary="GoLore as factors: no full gradients between refreshes",
     settings=GoLoreAdapterSettings,
     defaults=projection.FAMILY.defaults,
+    period=projection.FAMILY.period,
     refused={
         "lora_only": factors.CHANGES_FROZEN,
         "quantize": factors.QUANTISED_AGAIN,

@@ -73,6 +73,7 @@ SPEC = replace(
     refused={"lora_only": factors.CHANGES_FROZEN},
     tiny={**factors.FROZEN.tiny, "relora": 2},
     reads=("cycle_length",),
+    period="relora",
     resolve=resolve,
     check=check,
     check_schedule=check_schedule,

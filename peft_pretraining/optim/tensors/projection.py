@@ -24,6 +24,14 @@ SCALES = "_scales"
 
 Bases = dict[str, Tensor]
 
+
+class _BasesAsRead(Bases):
+    """Bases that were rounded to 8 bits, with what they were read from: read in bfloat16, they would not round to the
+    same numbers again."""
+
+    kept: dict[str, Tensor]
+
+
 SIDES = ("std", "reverse_std", "left", "right", "full")
 
 
@@ -103,11 +111,15 @@ class Projection:
     def as_read(self, bases: Bases) -> Bases:
         """Bases with what storing takes from them: those that later updates will read."""
         kept = self.stored_bases(bases)
-        return {side: self._read(kept[side], kept.get(side + SCALES), side) for side in bases}
+        read = _BasesAsRead({side: self._read(kept[side], kept.get(side + SCALES), side) for side in bases})
+        if self.stored == torch.int8:
+            read.kept = kept
+        return read
 
     def store(self, state: Mapping[str, Tensor], bases: Bases) -> None:
         """Put bases into the state's tensors."""
-        for key, kept in self.stored_bases(bases).items():
+        known = getattr(bases, "kept", None)
+        for key, kept in (known or self.stored_bases(bases)).items():
             state[key].copy_(kept)
 
     def low_rank_shape(self, shape: torch.Size) -> torch.Size:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft_pretraining.config import Config
+from peft_pretraining.methods import METHODS
 from peft_pretraining.report.footprint.devices import GIB, Device
 from peft_pretraining.report.footprint.drive import Measured, Simulation
 from peft_pretraining.report.footprint.roofline import Time, times
@@ -149,10 +150,9 @@ def _later_updates(simulation: Simulation) -> tuple[tuple[int, Measured], tuple[
 
 def _period(config: Config) -> int | None:
     """Updates between two in which a method does more than usual."""
-    for name in ("update_proj_gap", "relora"):
-        if value := getattr(config.method, name, None):
-            return int(value)
-    return None
+    name = METHODS[config.method.method].period
+    value = getattr(config.method, name, None) if name else None
+    return int(value) if value else None
 
 
 def _staggered(config: Config) -> bool:
