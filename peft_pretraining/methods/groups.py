@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from peft_pretraining.methods.registry import METHODS
 from peft_pretraining.optim.model_groups import role_settings, roles_of, split_by_role
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def state_settings(config: Config) -> dict[str, Any]:
         settings["state_format"] = precision.state_format
     if precision.rounding != "nearest":
         settings |= {"rounding": precision.rounding, "seed": config.run.seed}
-    if basis_dtype != "auto":
+    if basis_dtype != "auto" and METHODS[config.method.method].allows.stored_bases:
         settings["basis_dtype"] = basis_dtype
     return settings
 
