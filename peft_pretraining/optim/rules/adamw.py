@@ -82,7 +82,7 @@ class TorchAdamW(AdamW):
         super().__init__(torch_epsilon=True)
 
     def in_format(self, state_format: str) -> UpdateRule:
-        """torch's kernel wants states in the weight's dtype: where they are not, D is found in theirs."""
+        """torch's kernel wants states in the weight's dtype: where they are not, float32 copies of rows are moved."""
         from peft_pretraining.optim.rules.wide_adamw import WideTorchAdamW
 
         return WideTorchAdamW() if state_format in ("float32", "weight") else super().in_format(state_format)
@@ -97,14 +97,37 @@ class TorchAdamW(AdamW):
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> None:
-        beta1, beta2 = group["betas"] or self.betas
-        adamw(
+        self._fused(
             [update.weight for update in updates],
             [update.low_rank_grad for update in updates],
             [update.state["exp_avg"] for update in updates],
             [update.state["exp_avg_sq"] for update in updates],
-            [],
             [update.state["step"] for update in updates],
+            group,
+            found_inf,
+            grad_scale,
+        )
+
+    def _fused(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        steps: list[Tensor],
+        group: dict[str, Any],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """torch's kernel, for lists of tensors of one dtype each."""
+        beta1, beta2 = group["betas"] or self.betas
+        adamw(
+            weights,
+            grads,
+            first,
+            second,
+            [],
+            steps,
             fused=True,
             grad_scale=grad_scale,
             found_inf=found_inf,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from peft_pretraining.optim.rules.adamw import TorchAdamW
 from peft_pretraining.optim.rules.update_rule import UpdateRule
@@ -56,28 +55,12 @@ class WideTorchAdamW(TorchAdamW):
     def _move(
         self, pieces: Sequence[_Piece], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None
     ) -> None:
-        beta1, beta2 = group["betas"] or self.betas
         kept = [_tensors(piece) for piece in pieces]
         wide = [[tensor.to(_wide(tensor.dtype)).contiguous() for tensor in tensors] for tensors in kept]
         steps = [piece.update.state["step"] for piece in pieces]
-        adamw(
-            [tensors[0] for tensors in wide],
-            [tensors[1] for tensors in wide],
-            [tensors[2] for tensors in wide],
-            [tensors[3] for tensors in wide],
-            [],
-            [step if piece.last else step.clone() for piece, step in zip(pieces, steps, strict=True)],
-            fused=True,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        weights, grads, first, second = (list(tensors) for tensors in zip(*wide, strict=True))
+        counts = [step if piece.last else step.clone() for piece, step in zip(pieces, steps, strict=True)]
+        self._fused(weights, grads, first, second, counts, group, found_inf, grad_scale)
         for piece, (weight, _, *moments), (moved, _, *new) in zip(pieces, kept, wide, strict=True):
             for moment, value in zip(moments, new, strict=True):
                 if value is not moment:
