@@ -76,6 +76,8 @@ class LowRankOptimizer(ProjectedGradients):
     construction. Settings and groups that make no sense raise `ValueError`, and leave nothing behind.
     """
 
+    masks_updates = True
+
     def __init__(
         self,
         params: Any,
