@@ -120,7 +120,8 @@ class Projection:
         """Put bases into the state's tensors."""
         known = getattr(bases, "kept", None)
         for key, kept in (known or self.stored_bases(bases)).items():
-            state[key].copy_(kept)
+            if kept is not state[key]:
+                state[key].copy_(kept)
 
     def low_rank_shape(self, shape: torch.Size) -> torch.Size:
         """Of R, for a weight, or a part of one, of `shape`."""
