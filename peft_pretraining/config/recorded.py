@@ -28,7 +28,8 @@ def keep_speed(config: Config, given: Collection[str]) -> Config:
 
 
 def folders(config: Config) -> list[tuple[str, Path, bool]]:
-    """Where a run may have been begun: (flag and folder in words, folder, whether it is a run's and not a checkpoint's)."""
+    """Where a run may have been begun: flag and folder in words, the folder, and whether it is a run's, not a
+    checkpoint's."""
     run, found = config.run, []
     if run.autoresume and run.save_dir:
         found.append((f"--save_dir {run.save_dir}", Path(run.save_dir), True))

@@ -81,7 +81,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watch(self, what: str, factor: int) -> Iterator[None]:
-        """The body may take `factor` times as long as an update. Within another, that one's time begins anew after it."""
+        """The body may take `factor` times as long as an update. What it is within has its time anew afterwards."""
         if not self._seconds:
             yield
             return
