@@ -42,7 +42,8 @@ class ProcessGroup:
     made: bool = field(default=False, kw_only=True)
     """Whether torch's default group was made for this one, which leaves it, too."""
     files: dist.ProcessGroup | None = field(default=None, kw_only=True)
-    """The same processes, on the CPU, for values that one of them has from files: others may wait long for them."""
+    """The same processes, on the CPU: for values that one of them has from files, which others may wait long for, and
+    for what no device has to know."""
 
     @classmethod
     def start(cls, single_device: bool = False, of_one: bool = False) -> ProcessGroup:
@@ -109,6 +110,14 @@ class ProcessGroup:
     def all_reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over all processes, in place."""
         return self.all_reduce_sum(tensor).div_(self.world_size) if self.is_collective else tensor
+
+    def sum_on_host(self, number: int) -> int:
+        """Sum over all processes of a number that the host knows; no device is asked."""
+        if not self.is_collective:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.files)
+        return int(total)
 
     def from_main(self, value: T) -> T:
         """The main process's value (anything that pickles), on every process, which wait for it up to two hours."""

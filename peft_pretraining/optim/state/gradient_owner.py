@@ -35,6 +35,10 @@ class GradientOwner:
         may have left. `frozen`: its gradients are to move nothing, not even inside the backward pass."""
         self.update_step = step
 
+    def read_late(self) -> None:
+        """The loop reads what becomes of an update late, and tells it by `settle`; it never makes an update without
+        targets. What moves inside the backward pass is to read nothing back in between, either."""
+
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the forward pass of micro-batch `index` of `count`."""
 
