@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -107,6 +107,11 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         return tensor
 
+    @property
+    def averaging(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`all_reduce_mean`, or `as_it_is` where that does nothing."""
+        return self.all_reduce_mean if self.is_collective else as_it_is
+
     def all_reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over all processes, in place."""
         return self.all_reduce_sum(tensor).div_(self.world_size) if self.is_collective else tensor
@@ -187,6 +192,11 @@ def _device(local_rank: int) -> torch.device:
             [f"{device} cannot be used: {why} (nvidia-smi shows who uses it; CUDA_VISIBLE_DEVICES= trains on the CPU)"]
         ) from error
     return device
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over one process."""
+    return tensor
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:

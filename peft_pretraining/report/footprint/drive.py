@@ -97,7 +97,7 @@ class Simulation:
         for param in model.parameters():  # before the method's own hooks, which may free the gradient
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._gradient_arrived)
-        method.prepare(model, optimizer, group.all_reduce_mean)
+        method.prepare(model, optimizer, group.averaging)
         gradients = gradient_owner(optimizer, model)
         parallel_model = reduced_model(config, group, model, gradients)
         if isinstance(parallel_model, DistributedDataParallel):
