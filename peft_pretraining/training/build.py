@@ -121,7 +121,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     if resumed is None:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
-    method.prepare(model, optimizer, group.all_reduce_mean)
+    method.prepare(model, optimizer, group.averaging)
     gradients = gradient_owner(optimizer, model)
     parallel_model = reduced_model(config, group, model, gradients)
     if not exists:

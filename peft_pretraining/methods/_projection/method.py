@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from peft_pretraining.distributed.process_group import as_it_is
 from peft_pretraining.distributed.sharding import HALF, ShardInfo
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods._projection.settings import ONLINE_TYPES
@@ -82,7 +83,7 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             return
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
         if any(ShardInfo.of(param).dim is not None for param in model.parameters()):
-            reduce = _as_it_is  # FSDP2's gradients arrive reduced
+            reduce = as_it_is  # FSDP2's gradients arrive reduced
         elif any((group["state_format"], group["rounding"]) != AS_PUBLISHED for group in optimizer.param_groups):
             reduce = _in_float32(reduce)
         self._updates = PerLayerUpdates(
@@ -97,12 +98,10 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         log_per_layer_updates(optimizer, self.config)
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _in_float32(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Averages 16-bit gradients in float32, as DDP does beside them (distributed/wide_sums.py), in place."""
+    if reduce is as_it_is:
+        return reduce
 
     def averaged(tensor: Tensor) -> Tensor:
         return tensor.copy_(reduce(tensor.float())) if tensor.dtype in HALF else reduce(tensor)
