@@ -31,7 +31,7 @@ from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.methods import load_method
+from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.compiled import why_not
 from peft_pretraining.models.token_ids import adopt_saved
@@ -157,6 +157,8 @@ def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
     settings = {"precision": precision.name, "compile": _compile_or_not(launch.config.model.compile, device_type)}
     if precision.weight_dtype == "bfloat16":
         settings["state_dtype"] = precision.state_format
+    if (for_device := METHODS[launch.config.method.method].for_device) is not None:
+        settings |= for_device(launch.config, device_type)
     return replace(launch, config=launch.config.replace(**settings))
 
 
