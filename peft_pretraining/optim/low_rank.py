@@ -132,7 +132,7 @@ class LowRankOptimizer(MaskedUpdates):
     def low_rank_reduction(self) -> LowRankReduction | None:
         from peft_pretraining.optim.low_rank_gradients import LowRankGradients
 
-        projected = [self.objects(param) for param in self.subspaces]
+        projected = [self.objects(param) for param in self.subspaces if not self._comes_projected(param)]
         if self.full_norm or all(objects.reads_gradient for objects in projected):
             return None
         return LowRankGradients(self)
@@ -187,7 +187,10 @@ class LowRankOptimizer(MaskedUpdates):
         """Move parameters by their gradients, projected ones by those that wait for them."""
         counted = [param for param, _ in moving if is_counter(self.state[param]["step"])]
         known = dict(zip(counted, counts([self.state[param]["step"] for param in counted]), strict=True))
-        members = (self._member(param, group, gradient_of(param), mask, known.get(param)) for param, group in moving)
+        members = (
+            self._member(param, group, None if param.grad is None else gradient_of(param), mask, known.get(param))
+            for param, group in moving
+        )
         divided = any(self._slots[param].shard.dim is not None for param, _ in moving)
         move(members, divided, self.refresh_metrics, found_inf, grad_scale, mask)
 
@@ -255,24 +258,33 @@ class LowRankOptimizer(MaskedUpdates):
         return Member(param, slot, update, self.state[param], group, projected)
 
     @torch.no_grad()
-    def update(
+    def update_together(
         self,
-        param: Tensor,
-        grad: Tensor | None,
-        group: dict[str, Any],
-        projected: Projected | None,
-        mask: Mask | None = None,
+        moving: Sequence[tuple[Tensor, Tensor | None, dict[str, Any], Projected | None]],
+        masks: Sequence[Mask | None] | None = None,
     ) -> None:
-        """Move one parameter at once. `projected` is its gradient after `project` and whatever scaling since, or None
-        for a parameter without a projection; `grad` (m, n) is the full gradient, where the parameter's objects read
-        it. `mask`: of a parameter whose objects mask and which stores no new basis; the caller settles it."""
-        if projected is not None:
-            self.projected[param] = projected
-        move([self._member(param, group, grad, mask)], False, self.refresh_metrics, mask=mask)
-        self.projected.pop(param, None)
+        """Move some parameters at once, each by its gradient after `project` and whatever scaling since (None: it is
+        not projected) and by the full one (m, n), where there is no projection or its objects read it.
+
+        `masks`: one for each; of parameters whose objects mask and which store no new basis. The caller settles them.
+        """
+        self.projected.update({param: projected for param, _, _, projected in moving if projected is not None})
+        members = [
+            self._member(param, group, grad, mask)
+            for (param, grad, group, _), mask in zip(moving, masks or [None] * len(moving), strict=True)
+        ]
+        move(members, any(self._slots[param].shard.dim is not None for param, *_ in moving), self.refresh_metrics)
+        for param, *_ in moving:
+            self.projected.pop(param, None)
+
+    def update(self, param: Tensor, grad: Tensor | None, group: dict[str, Any], projected: Projected | None) -> None:
+        """`update_together` for one parameter."""
+        self.update_together([(param, grad, group, projected)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, projected ones included: a refresh that was not stored stays due. What was observed
         for this update stays, too."""
         self.projected.clear()
+        if self.backward is not None:
+            self.backward.drop()
         super().zero_grad(set_to_none)
