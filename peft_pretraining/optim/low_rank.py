@@ -132,7 +132,7 @@ class LowRankOptimizer(ProjectedGradients):
     def low_rank_reduction(self) -> LowRankReduction | None:
         from peft_pretraining.optim.low_rank_gradients import LowRankGradients
 
-        projected = [self.objects(param) for param in self.subspaces]
+        projected = [self.objects(param) for param in self.subspaces if not self._comes_projected(param)]
         if self.full_norm or all(objects.reads_gradient for objects in projected):
             return None
         return LowRankGradients(self)
@@ -180,7 +180,9 @@ class LowRankOptimizer(ProjectedGradients):
         grad_scale: Tensor | None = None,
     ) -> None:
         """Move parameters by their gradients, projected ones by those that wait for them."""
-        members = (self._member(param, group, gradient_of(param)) for param, group in moving)
+        members = (
+            self._member(param, group, None if param.grad is None else gradient_of(param)) for param, group in moving
+        )
         divided = any(self._slots[param].shard.dim is not None for param, _ in moving)
         move(members, divided, self.refresh_metrics, found_inf, grad_scale)
 
@@ -248,4 +250,6 @@ class LowRankOptimizer(ProjectedGradients):
         """Drop the gradients, projected ones included: a refresh that was not stored stays due. What was observed
         for this update stays, too."""
         self.projected.clear()
+        if self.backward is not None:
+            self.backward.drop()
         super().zero_grad(set_to_none)

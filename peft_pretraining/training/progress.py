@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from peft_pretraining.checkpoint.failures import NotFinite, TrainingFailed
+from peft_pretraining.models.compiled import compilation_of
 from peft_pretraining.training import spikes
 from peft_pretraining.training.profiling import peak_memory
 from peft_pretraining.training.tracking import log
@@ -69,6 +70,7 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
         **update.metrics,
+        **(compilation.news() if (compilation := compilation_of(run.model)) else {}),
     )
     bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
     bar.update()

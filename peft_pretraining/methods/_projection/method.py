@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from peft_pretraining.methods._projection.settings import ONLINE_TYPES
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role, state_settings
 from peft_pretraining.models.targets import target_linears
+from peft_pretraining.nn.projected_linear import project_backward
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.gradient_sums import sum_bytes
 from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sides
@@ -79,6 +80,9 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
     def prepare(self, model: nn.Module, optimizer: LowRankOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
         if optimizer.full_norm and self.config.distributed.reduce_low_rank is not False:
             log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
+        if self.config.method.projected_backward == "on":
+            for reason, names in by_reason(project_backward(model, optimizer, reduce)).items():
+                log.info("the gradient of %s is formed in full, %s: %s", len(names), reason, ", ".join(names))
         if not self.config.method.per_layer:
             return
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
@@ -96,6 +100,14 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             seed=self.config.run.seed,
         )
         log_per_layer_updates(optimizer, self.config)
+
+
+def by_reason(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by what is said of them."""
+    found: dict[str, list[str]] = {}
+    for name, reason in names.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def _in_float32(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

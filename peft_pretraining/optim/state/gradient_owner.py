@@ -53,6 +53,12 @@ class GradientOwner:
         """How DDP can average projected gradients in place of whole ones; None where whole ones are needed."""
         return None
 
+    @property
+    def leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Weights that have no gradients -> parameters of no model whose gradients are to be averaged over the ranks in
+        their place."""
+        return MappingProxyType({})
+
     def in_norm_order(self) -> Iterable[Tensor]:
         """Parameters that have a gradient."""
         every = self.norm_order or [param for group in self.param_groups for param in group["params"]]
