@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 
 import helpers
 import pytest
@@ -11,8 +10,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_pretraining.checkpoint import run_dir
+from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.models.compiled import compile_layers
+from peft_pretraining.models import compiled
 from peft_pretraining.models.compute_dtype import compute_in
 from peft_pretraining.nn.projected_linear import project_backward
 from peft_pretraining.optim import LowRankOptimizer
@@ -67,7 +68,7 @@ def losses(model, optimizer, updates=20, accumulation=1):
         optimizer.scale_((0.1 / (norm + 1e-6)).clamp(max=1))
         optimizer.step()
         optimizer.zero_grad()
-    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def assert_same_updates(rule="adamw", accumulation=1, **settings):
@@ -157,12 +158,12 @@ def llama_losses(model, projects, updates=9, **settings):
     for step in range(updates):
         optimizer.begin_update(step)
         ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(step))
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         found.append(loss.item())
-    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def test_recomputed_layers_project_as_well():
@@ -171,13 +172,13 @@ def test_recomputed_layers_project_as_well():
     torch.testing.assert_close(llama_losses(model, True), expected, rtol=0, atol=1e-12)
 
 
-def test_compiled_layers_project_as_well():
-    """Refreshes run eagerly, everything else by one graph."""
-    expected, model = llama_losses(llama(), False), llama()
-    compilation = compile_layers(model, "aot_eager")
-    torch.testing.assert_close(llama_losses(model, True, **RANDOM), llama_losses(llama(), False, **RANDOM))
+def test_compiled_layers_project_as_well(monkeypatch):
+    """Refreshes that need G run eagerly, everything else by one graph."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    expected, model = llama_losses(llama(), False, **RANDOM), llama()
+    compilation = compiled.compile_layers(model)
+    torch.testing.assert_close(llama_losses(model, True, **RANDOM), expected, rtol=0, atol=1e-12)
     assert compilation.compilations == 1 and not compilation.failed
-    assert len(expected) == 9
 
 
 @pytest.mark.parametrize("kind", ["std", "full"])
@@ -222,8 +223,6 @@ def test_layers_that_cannot_project_keep_their_gradients():
     optimizer = optimizer_of(model, ("0.", "2.", "5."))
     reasons = project_backward(model, optimizer)
     assert sorted(reasons.values()) == ["a Linear is no plain linear layer", "several modules have it"]
-    expected = network()
-    expected.extend([model[5], model[6]])
     optimizer.begin_update(0)
     backward_pass(model, 0)
     assert [weight.grad is None for weight in optimizer.subspaces] == [False, True, False]
@@ -231,25 +230,18 @@ def test_layers_that_cannot_project_keep_their_gradients():
     assert {int(optimizer.state[weight]["step"]) for weight in optimizer.subspaces} == {1}
 
 
-def test_what_reads_full_gradients_goes_without(command, caplog):
+def test_what_reads_full_gradients_goes_without(command):
     with pytest.raises(ConfigError, match="--projected_backward on: --clip_norm full needs"):
-        cli(command(method="galore", rank=4, clip_norm="full", projected_backward="on"))
+        cli.load(command(method="galore", rank=4, clip_norm="full", projected_backward="on"))
     with pytest.raises(ConfigError, match="--projected_backward on: method online_subspace_descent reads"):
-        cli(command(method="online_subspace_descent", rank=4, projected_backward="on"))
+        cli.load(command(method="online_subspace_descent", rank=4, projected_backward="on"))
 
 
-def cli(argv):
-    from peft_pretraining.config import cli as command_line
-
-    return command_line.load(argv[0:])
-
-
-def test_a_new_run_projects_and_an_older_one_goes_on_as_it_was(command, tmp_path, caplog):
+def test_a_new_run_projects_and_an_older_one_goes_on_as_it_was(command, tmp_path):
     flags = {"method": "golore", "rank": 4, "update_proj_gap": 3, "rand_ratio": 0.5, "num_training_steps": 4}
     assert helpers.run(command(**flags)) == 0
     assert recorded(tmp_path / "run") == "on"
     assert helpers.run(command(**flags, save_dir=tmp_path / "off", projected_backward="off")) == 0
-    caplog.set_level(logging.INFO)
     assert (
         helpers.run([*command(**{**flags, "num_training_steps": 6}, save_dir=tmp_path / "off"), *helpers.RESUME]) == 0
     )
@@ -257,6 +249,4 @@ def test_a_new_run_projects_and_an_older_one_goes_on_as_it_was(command, tmp_path
 
 
 def recorded(folder):
-    import yaml
-
-    return yaml.safe_load((folder / "training_config.yaml").read_text())["projected_backward"]
+    return run_dir.read_run_config(folder)["settings"]["projected_backward"]
