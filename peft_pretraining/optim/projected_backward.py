@@ -8,7 +8,7 @@ all this, new bases are stored in the step alone: an update that is skipped leav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from peft_pretraining.distributed.gathering import mean_part
 from peft_pretraining.distributed.sharding import HALF, ShardInfo, local
 from peft_pretraining.optim.basis.subspace import Arrival, Projected, draw_bases
 from peft_pretraining.optim.low_rank import LowRankOptimizer
-from peft_pretraining.optim.tensors.projection import Bases, Projection
+from peft_pretraining.optim.tensors.projection import Projection
 
 _NUMBERS_AT_ONCE = 2**24
 """Of R that are averaged over devices by one collective, where no wrapper of the model averages them: 64 MB."""
@@ -60,10 +60,11 @@ class ProjectedBackward:
     """
 
     def __init__(
-        self, optimizer: LowRankOptimizer, layers: dict[nn.Parameter, Layer], reduce: Callable[[Tensor], Tensor]
+        self, optimizer: LowRankOptimizer, layers: Mapping[nn.Parameter, Layer], reduce: Callable[[Tensor], Tensor]
     ):
         self._optimizer, self._reduce = optimizer, reduce
-        self.sources: dict[nn.Parameter, _Source] = {weight: _Source(layer) for weight, layer in layers.items()}
+        self.sources: dict[Tensor, _Source] = {weight: _Source(layer) for weight, layer in layers.items()}
+        self._weights = list(layers)
         self._is_sharded = any(ShardInfo.of(weight).dim is not None for weight in layers)
         self._index, self._count, self._to_observe = 0, 1, 0
         self._averaged = False
@@ -81,7 +82,7 @@ class ProjectedBackward:
     @property
     def leaves(self) -> dict[nn.Parameter, nn.Parameter]:
         """Weights -> parameters whose gradients are to be averaged over the ranks in their place."""
-        return {} if self._is_sharded else {weight: source.leaf for weight, source in self.sources.items()}
+        return {} if self._is_sharded else {weight: self.sources[weight].leaf for weight in self._weights}
 
     # An update's passes.
 
@@ -194,13 +195,13 @@ class ProjectedBackward:
             lot.append(part)
             if place == len(parts) - 1 or sum(each.numel() for each in lot) >= _NUMBERS_AT_ONCE:
                 means = self._reduce(torch.cat([each.reshape(-1) for each in lot]))
-                for each, mean in zip(lot, means.split([each.numel() for each in lot]), strict=True):
+                for each, mean in zip(lot, torch.split(means, [each.numel() for each in lot]), strict=True):
                     each.copy_(mean.view_as(each))
                 lot = []
 
     def take(self, weight: Tensor) -> Projected:
         """R as the update rule sees it, and what becomes of the bases with it."""
-        source, optimizer = self.sources[weight], self._optimizer
+        optimizer, source = self._optimizer, self.sources[weight]
         found, arrived = source.projected, source.leaf.grad
         if arrived is None:
             assert found is not None, "it has not arrived"
