@@ -29,6 +29,7 @@ OPERATIONAL = {
         "activation_checkpointing",
         "fused_loss",
         "no_offload_candidates",
+        "projected_backward",
         "deterministic",
     ),
     "acts on a GPU, or with several processes": (

@@ -76,6 +76,8 @@ class LowRankOptimizer(ProjectedGradients):
     construction. Settings and groups that make no sense raise `ValueError`, and leave nothing behind.
     """
 
+    masks_updates = True
+
     def __init__(
         self,
         params: Any,
@@ -130,7 +132,7 @@ class LowRankOptimizer(ProjectedGradients):
     def low_rank_reduction(self) -> LowRankReduction | None:
         from peft_pretraining.optim.low_rank_gradients import LowRankGradients
 
-        projected = [self.objects(param) for param in self.subspaces]
+        projected = [self.objects(param) for param in self.subspaces if not self._comes_projected(param)]
         if self.full_norm or all(objects.reads_gradient for objects in projected):
             return None
         return LowRankGradients(self)
@@ -178,7 +180,9 @@ class LowRankOptimizer(ProjectedGradients):
         grad_scale: Tensor | None = None,
     ) -> None:
         """Move parameters by their gradients, projected ones by those that wait for them."""
-        members = (self._member(param, group, gradient_of(param)) for param, group in moving)
+        members = (
+            self._member(param, group, None if param.grad is None else gradient_of(param)) for param, group in moving
+        )
         divided = any(self._slots[param].shard.dim is not None for param, _ in moving)
         move(members, divided, self.refresh_metrics, found_inf, grad_scale)
 
@@ -229,17 +233,23 @@ class LowRankOptimizer(ProjectedGradients):
         return Member(param, slot, update, self.state[param], group, projected)
 
     @torch.no_grad()
+    def update_together(self, moving: Sequence[tuple[Tensor, Tensor | None, dict[str, Any], Projected | None]]) -> None:
+        """Move some parameters at once, each by its gradient after `project` and whatever scaling since (None: it is
+        not projected) and by the full one (m, n), where there is no projection or its objects read it."""
+        self.projected.update({param: projected for param, _, _, projected in moving if projected is not None})
+        members = [self._member(param, group, grad) for param, grad, group, _ in moving]
+        move(members, any(self._slots[param].shard.dim is not None for param, *_ in moving), self.refresh_metrics)
+        for param, *_ in moving:
+            self.projected.pop(param, None)
+
     def update(self, param: Tensor, grad: Tensor | None, group: dict[str, Any], projected: Projected | None) -> None:
-        """Move one parameter at once. `projected` is its gradient after `project` and whatever scaling since, or None
-        for a parameter without a projection; `grad` (m, n) is the full gradient, where the parameter's objects read
-        it."""
-        if projected is not None:
-            self.projected[param] = projected
-        move([self._member(param, group, grad)], False, self.refresh_metrics)
-        self.projected.pop(param, None)
+        """`update_together` for one parameter."""
+        self.update_together([(param, grad, group, projected)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, projected ones included: a refresh that was not stored stays due. What was observed
         for this update stays, too."""
         self.projected.clear()
+        if self.backward is not None:
+            self.backward.drop()
         super().zero_grad(set_to_none)

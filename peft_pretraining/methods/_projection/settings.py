@@ -76,6 +76,12 @@ class ProjectionSettings(LowRankSettings, BasisSettings):
         identity=True,
     )
     per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+    projected_backward: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "let the backward pass return projected gradients and form no full ones between refreshes; auto: in new runs "
+        "that allow it",
+    )
 
 
 def _reads_gradients(config: Config) -> bool:
@@ -111,9 +117,29 @@ def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
     return config.replace(stagger_refresh=config.per_layer) if config.method.stagger_refresh is None else config
 
 
+def for_device(config: Config, device_type: str) -> dict[str, str]:
+    """Whether the backward pass projects, where that is left open."""
+    asked = config.method.projected_backward
+    return {"projected_backward": ("off" if why_not_projected(config) else "on") if asked == "auto" else asked}
+
+
+def why_not_projected(config: Config) -> str | None:
+    """Why the backward pass cannot return R alone, in words; None where it can."""
+    method = config.method
+    if method.proj_type not in PROJECTION_TYPES:
+        return f"method {method.method} reads full gradients"
+    if method.clip_norm == "full":
+        return "--clip_norm full needs the norm of full gradients"
+    if method.per_layer:
+        return "--per_layer updates read full gradients"
+    return None
+
+
 def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What bases in 8 bits and updates in the backward pass cannot do."""
     method = config.method
+    if method.projected_backward == "on" and (reason := why_not_projected(config)):
+        problems.append(f"--projected_backward on: {reason}")
     if config.precision.basis_dtype == "int8" and method.proj_type in ONLINE_TYPES:
         problems.append(
             f"--basis_dtype int8: with {method.proj_type} bases move in every update, by less than 8 bits can show"
@@ -141,6 +167,8 @@ def check_random(config: Config, warnings: list[str]) -> None:
 
 
 def check_fine_tuning(config: Config, problems: list[str]) -> None:
+    if getattr(config.method, "projected_backward", "off") == "on":
+        problems.append("--projected_backward on: fine-tuning takes the gradients that autograd leaves in the weights")
     if config.method.refresh_accumulation > 1:
         problems.append(
             f"--refresh_accumulation {config.method.refresh_accumulation}: fine-tuning has no further batches for a "
@@ -173,5 +201,6 @@ FAMILY = MethodSpec(
     resolve=resolve,
     check=check,
     check_fine_tuning=check_fine_tuning,
+    for_device=for_device,
 )
 """What is so for each of them, unless it says otherwise."""
