@@ -43,6 +43,21 @@ class MaskedUpdates(ProjectedGradients):
             return projected.changes_bases
         return subspace is not None and subspace.refresh_is_due(self.state[param], group, self.step_of(param))
 
+    def _alike_together(
+        self, moving: Sequence[tuple[Tensor, dict[str, Any]]]
+    ) -> Sequence[tuple[Tensor, dict[str, Any]]]:
+        """By shape within each group, where rules stack what is alike: so that a lot has few shapes."""
+        if all(param.device.type == "cpu" for param, _ in moving):
+            return moving
+        places = {id(group): place for place, group in enumerate(self.param_groups)}
+        return sorted(moving, key=lambda each: (places[id(each[1])], tuple(each[0].shape)))
+
+    def _lots(self, params: Sequence[Tensor]) -> int:
+        """For `move`."""
+        if any(self._slots[param].shard.dim is not None for param in params):
+            return 4
+        return 1 if all(param.device.type == "cpu" for param in params) else 2
+
     def settle(self, skipped: bool | None = None) -> None:
         """Tells whether the last update that went on without a look at `found_inf` was to be left out: what was counted
         for it is taken back then. None looks at it now."""
