@@ -49,8 +49,8 @@ def move(
     """Moves all weights, those of one group by one call of each of its objects, and the collectives of all groups
     together.
 
-    `members` may be a generator. `lots`: how many times `_NUMBERS_AT_ONCE` numbers move at a time. `found_inf` and `grad_scale` are for
-    rules that move weights themselves, `mask` is what the others heed.
+    `members` may be a generator. `lots`: how many times `_NUMBERS_AT_ONCE` numbers move at a time. `found_inf` and
+    `grad_scale` are for rules that move weights themselves, `mask` is what the others heed.
     """
     for lot in in_lots(members, _numbers, lots * _NUMBERS_AT_ONCE):
         groups: dict[int, list[Member]] = {}
