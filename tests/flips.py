@@ -30,6 +30,7 @@ OPERATIONAL = {
         "fused_loss",
         "compile",
         "no_offload_candidates",
+        "projected_backward",
         "deterministic",
     ),
     "acts on a GPU, or with several processes": (

@@ -10,7 +10,10 @@ from typing import Any
 from peft_pretraining.checkpoint import resume, run_dir, train_state
 from peft_pretraining.config import Config
 
-_SPEED = {"compile": "off", "fused_loss": "off"}
+_SPEED = {
+    **{"compile": "off", "fused_loss": "off", "projected_backward": "off"},
+    **{"svd_method": "gram", "stagger_refresh": None},
+}
 """Settings that change how fast an update is and the last digits of what it computes -> what runs had before there were
 these settings."""
 
@@ -22,8 +25,8 @@ def keep_speed(config: Config, given: Collection[str]) -> Config:
         with contextlib.suppress(OSError, ValueError):
             settings, saved = settings_of(folder, is_of_run)
             if settings or saved:
-                begun = {name: settings.get(name, before) for name, before in _SPEED.items() if name not in given}
-                return config.replace(**begun)
+                known = _SPEED.keys() & config.settings().keys() - set(given)
+                return config.replace(**{name: settings.get(name, _SPEED[name]) for name in known})
     return config
 
 

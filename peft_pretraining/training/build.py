@@ -31,7 +31,7 @@ from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.methods import load_method
+from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.compiled import why_not
 from peft_pretraining.models.token_ids import adopt_saved
@@ -121,7 +121,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     if resumed is None:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
-    method.prepare(model, optimizer, group.all_reduce_mean)
+    method.prepare(model, optimizer, group.averaging)
     gradients = gradient_owner(optimizer, model)
     parallel_model = reduced_model(config, group, model, gradients)
     if not exists:
@@ -157,6 +157,8 @@ def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
     settings = {"precision": precision.name, "compile": _compile_or_not(launch.config.model.compile, device_type)}
     if precision.weight_dtype == "bfloat16":
         settings["state_dtype"] = precision.state_format
+    if (for_device := METHODS[launch.config.method.method].for_device) is not None:
+        settings |= for_device(launch.config, device_type)
     return replace(launch, config=launch.config.replace(**settings))
 
 

@@ -142,4 +142,4 @@ def reduced_model(
         return model
     allowed = METHODS[config.method.method].allows.projected_gradient
     low_rank = allowed and config.distributed.reduce_low_rank is not False and group.is_collective
-    return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None, wide)
+    return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None, wide, gradients.leaves)

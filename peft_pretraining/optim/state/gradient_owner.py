@@ -26,11 +26,18 @@ class GradientOwner:
     """What a method adds to `metrics`."""
     norm_order: Sequence[Tensor] | None = None
     """The parameters in the order in which norms are summed, the model's: else rounding depends on their grouping."""
+    masks_updates: bool = False
+    """Whether `step` heeds the attribute `found_inf`, a float32 scalar on the device that is not 0 for an update to be
+    left out, so that nobody has to read it first. Of such an update the optimizer learns by `settle`."""
 
     def begin_update(self, step: int, frozen: bool = False) -> None:
         """Takes `step` as the 0-based number of the update, before its first forward pass, and drops what a skipped one
         may have left. `frozen`: its gradients are to move nothing, not even inside the backward pass."""
         self.update_step = step
+
+    def read_late(self) -> None:
+        """The loop reads what becomes of an update late, and tells it by `settle`; it never makes an update without
+        targets. What moves inside the backward pass is to read nothing back in between, either."""
 
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the forward pass of micro-batch `index` of `count`."""
@@ -46,6 +53,12 @@ class GradientOwner:
         """How DDP can average projected gradients in place of whole ones; None where whole ones are needed."""
         return None
 
+    @property
+    def leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Weights that have no gradients -> parameters of no model whose gradients are to be averaged over the ranks in
+        their place."""
+        return MappingProxyType({})
+
     def in_norm_order(self) -> Iterable[Tensor]:
         """Parameters that have a gradient."""
         every = self.norm_order or [param for group in self.param_groups for param in group["params"]]
@@ -59,6 +72,10 @@ class GradientOwner:
         """Multiplies every gradient by a scalar, in place, after `grad_norm`."""
         if gradients := [local(param.grad) for param in self.in_norm_order() if param.grad is not None]:
             torch._foreach_mul_(gradients, factor)
+
+    def settle(self, skipped: bool) -> None:
+        """Tells what `found_inf` of the last `step` was, before anything else is asked for that depends on it: the next
+        step, saving, an evaluation. With `skipped` the optimizer takes back what it has counted without looking."""
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the last update, for the log: once, so read them after it."""

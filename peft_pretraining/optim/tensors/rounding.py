@@ -36,9 +36,20 @@ class Noise:
     shard: ShardInfo = WHOLE
     """Which part of the weight this device has."""
 
+    @property
+    def key(self) -> int:
+        """What the numbers of this weight and update are made of."""
+        return rng.derive_seed(self.seed, f"rounding of {self.name}", self.step)
+
     def vectors(self, rows: slice, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """32 bits for each of these rows of this device's part, and for each entry of a row, which is of `shape`:
         int32, flat."""
+        places = self.places(rows, shape, device)
+        bits = hashed(self.key, places)
+        return bits[: rows.stop - rows.start], bits[rows.stop - rows.start :]
+
+    def places(self, rows: slice, shape: torch.Size, device: torch.device) -> Tensor:
+        """The numbers of these rows, and of the entries of a row, in the whole weight: int64, flat."""
         offset = self.shard.offset if self.shard.dim == 0 else 0
         of_rows = torch.arange(offset + rows.start, offset + rows.stop, device=device)
         if self.shard.dim:
@@ -47,13 +58,11 @@ class Noise:
             of_columns = self.shard.part(of_columns, self.shard.dim - 1).reshape(-1)
         else:
             of_columns = torch.arange(_COLUMNS, _COLUMNS + shape.numel(), device=device)
-        key = rng.derive_seed(self.seed, f"rounding of {self.name}", self.step)
-        bits = hashed(key, torch.cat((of_rows, of_columns)))
-        return bits[: len(of_rows)], bits[len(of_rows) :]
+        return torch.cat((of_rows, of_columns))
 
 
-def hashed(key: int, index: Tensor) -> Tensor:
-    """32 well-mixed bits for each number, int32. `index` (int64) is used up."""
+def hashed(key: int | Tensor, index: Tensor) -> Tensor:
+    """32 well-mixed bits for each number, int32. `index` (int64) is used up. Keys of several weights: int64 (L, 1)."""
     x = index.add_(1).mul_(_GOLDEN).bitwise_xor_(key)
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         x.bitwise_xor_((x >> shift) & (2 ** (64 - shift) - 1)).mul_(multiplier)
@@ -61,8 +70,8 @@ def hashed(key: int, index: Tensor) -> Tensor:
 
 
 def crossed(by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Whole numbers from 0 to 65535, int32 (rows, columns)."""
-    x = by_row.unsqueeze(1) + by_column  # wraps around
+    """Whole numbers from 0 to 65535, int32 (..., rows, columns)."""
+    x = by_row.unsqueeze(-1) + by_column.unsqueeze(-2)  # wraps around
     x.mul_(_MULTIPLIERS[0])
     x.bitwise_xor_(x >> 15)
     x.mul_(_MULTIPLIERS[1])
