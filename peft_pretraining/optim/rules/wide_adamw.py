@@ -13,6 +13,7 @@ from peft_pretraining.optim.rules.adamw import TorchAdamW
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors import rounding
 from peft_pretraining.optim.tensors.collectives import in_lots
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.param_update import ParamUpdate
 
 
@@ -66,17 +67,20 @@ class WideTorchAdamW(TorchAdamW):
 
 def _widened(kept: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """Contiguous, and in float32 at least; what is so already is the tensor itself."""
-    wide = [[tensor.to(_wide(tensor.dtype)) if tensor.device.type == "cpu" else _room(tensor) for tensor in tensors]
-            for tensors in kept]  # fmt: skip
+    wide = [[_room(tensor) if launches_cost(tensor.device) else _copied(tensor) for tensor in each] for each in kept]
     pairs = [
         (new, tensor)
         for tensors, their in zip(kept, wide, strict=True)
         for tensor, new in zip(tensors, their, strict=True)
-        if new is not tensor and tensor.device.type != "cpu"
+        if new is not tensor and launches_cost(tensor.device)
     ]
     if pairs:
         torch._foreach_copy_([new for new, _ in pairs], [tensor for _, tensor in pairs])
     return [[tensor.contiguous() for tensor in tensors] for tensors in wide]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide(tensor.dtype))
 
 
 def _room(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.optim.tensors.collectives import in_lots
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.param_update import ParamUpdate
 from peft_pretraining.optim.tensors.rounding import NUMBERS_AT_ONCE, round_together, rows_at_once
 
@@ -28,7 +29,7 @@ def moving_lots(updates: Sequence[ParamUpdate]) -> Iterator[list[Moving]]:
     alike: dict[Hashable, list[ParamUpdate]] = {}
     for update in updates:
         weight = update.weight
-        if weight.device.type == "cpu" or (update.widened is not None and weight.ndim == 0):
+        if not launches_cost(weight.device) or (update.widened is not None and weight.ndim == 0):
             for rows, part in update.moving_rows():
                 yield [Moving(update, rows, part)]
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_pretraining import rng
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.tensors.launching import launches_cost
 
 NUMBERS_AT_ONCE = 2**22
 """Of a weight that is widened by rows: its float32 copy and the noise are 16 MB each."""
@@ -106,7 +107,7 @@ def round_together(
     """`round_stochastically` of many, bit for bit: on devices those of one shape by one set of launches."""
     alike: dict[Hashable, list[int]] = {}
     for place, (target, wide, noise, its) in enumerate(zip(targets, wides, noises, rows, strict=True)):
-        stacks = target.device.type != "cpu" and target.dtype == torch.bfloat16 and target.numel() > 0
+        stacks = launches_cost(target.device) and target.dtype == torch.bfloat16 and target.numel() > 0
         kind = (target.shape, wide.dtype, target.device, its.start, its.stop, noise.shard)
         alike.setdefault(kind if stacks else place, []).append(place)
     for places in alike.values():
