@@ -139,7 +139,7 @@ def rounded(wide: Tensor, noises: Sequence[Noise]) -> Tensor:
         keys = keys.pin_memory()
     places = noises[0].places(slice(0, rows), wide.shape[2:], wide.device)
     bits = hashed(keys.to(wide.device, non_blocking=True)[:, None], places.repeat(len(noises), 1))
-    by_row, by_column = bits.split([rows, columns], dim=1)
+    by_row, by_column = bits[:, :rows], bits[:, rows:]
     not_numbers = stack.isnan()  # a payload of ones, such as CUDA's, would carry over into the sign
     stack.view(torch.int32).add_(crossed(by_row, by_column)).bitwise_and_(-65536)
     stack.masked_fill_(not_numbers, torch.nan)

@@ -74,4 +74,5 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def _numbers(update: ParamUpdate, rows: slice) -> int:
-    return (rows.stop - rows.start) * update.weight.shape[1:].numel()
+    numbers: int = (rows.stop - rows.start) * update.weight.shape[1:].numel()
+    return numbers
