@@ -124,7 +124,7 @@ def round_stack_(wide: Tensor, noises: Sequence[Noise], rows: slice) -> Tensor:
     """Rounds a contiguous stack of float32 weights (L, ...), or of their rows `rows`, in place: float32 numbers that
     bfloat16 has. All `noises` are of one shard."""
     stack = wide.view(len(noises), rows.stop - rows.start, -1)
-    count, columns = stack.shape[1:]
+    count = stack.shape[1]
     keys = torch.tensor([each.key for each in noises])
     if wide.device.type == "cuda":
         keys = keys.pin_memory()
