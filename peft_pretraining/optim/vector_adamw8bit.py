@@ -55,16 +55,10 @@ class VectorAdamW8bit(VectorAdamW):
             moments[f"{key}_absmax"] = distribute_like(scales, param, dim, total)
         return moments
 
-    def reset_vectors(self, param: Tensor, index: Tensor, counts: bool = True) -> None:
-        state = self.state[param]
+    def _by_vectors(self, state: dict[str, Tensor], dim: int) -> list[tuple[Tensor, int]]:
         if state["exp_avg"].dtype != torch.uint8:
-            super().reset_vectors(param, index, counts)
-            return
-        for key in blockwise.SIGNED:
-            local(state[key]).index_fill_(0, index, 0)
-            local(state[f"{key}_absmax"]).index_fill_(0, index, 0)  # then they are zero, whatever the bytes are
-        if counts:
-            state["step"].index_fill_(0, index, 0)
+            return super()._by_vectors(state, dim)
+        return [(state[key], 0) for key in _KEYS]  # with scales of zero they are zero, whatever the bytes are
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         in_8_bits, wide = self._by_form(params)
@@ -123,7 +117,7 @@ class VectorAdamW8bit(VectorAdamW):
         grads = torch.cat([each.grad for each in lot])
         moved = _moved(torch.cat(weights), grads, kept, (rates, roots), group, masked)
         for key, joined in kept.items():
-            torch._foreach_copy_([each.state[key] for each in lot], list(joined.split(shape[0])))
+            torch._foreach_copy_([each.state[key] for each in lot], list(torch.split(joined, shape[0])))
         batches.put(weights, moved.view(len(lot), *shape), [each.noise for each in lot])
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peft_pretraining.optim.tensors.rounding import Noise, crossed, hashed
+from peft_pretraining.optim.tensors.sending import send
 
-NUMBERS_AT_ONCE = 2**24
-"""Of a weight that is moved together with others: each copy of as many is 64 MB in float32."""
+NUMBERS_AT_ONCE = 2**25
+"""Of a weight that is moved together with others: each copy of as many is 128 MB in float32."""
 
 
 class Matrix(NamedTuple):
@@ -134,12 +135,10 @@ def rounded(wide: Tensor, noises: Sequence[Noise]) -> Tensor:
     of one shard."""
     stack = wide.view(len(noises), wide.shape[1] if wide.ndim > 1 else 1, -1)
     rows, columns = stack.shape[1:]
-    keys = torch.tensor([each.key for each in noises])
-    if wide.device.type == "cuda":
-        keys = keys.pin_memory()
+    keys = send(torch.tensor([each.key for each in noises]), wide.device)
     places = noises[0].places(slice(0, rows), wide.shape[2:], wide.device)
-    bits = hashed(keys.to(wide.device, non_blocking=True)[:, None], places.repeat(len(noises), 1))
-    by_row, by_column = bits.split([rows, columns], dim=1)
+    bits = hashed(keys[:, None], places.repeat(len(noises), 1))
+    by_row, by_column = torch.split(bits, [rows, columns], dim=1)
     not_numbers = stack.isnan()  # a payload of ones, such as CUDA's, would carry over into the sign
     stack.view(torch.int32).add_(crossed(by_row, by_column)).bitwise_and_(-65536)
     stack.masked_fill_(not_numbers, torch.nan)
