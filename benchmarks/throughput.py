@@ -1,17 +1,24 @@
-"""Tokens per second of the whole training loop, next to a bare loop of the same model with torch's fused AdamW.
+"""Tokens per second of the whole training loop: methods and settings against each other, or beside a bare loop.
 
-    python benchmarks/throughput.py                                   # llama_9m, 8 x 256 tokens, float32 on the CPU
-    python benchmarks/throughput.py --method galore --rank 128 --model_config configs/llama_350m.json --batch_size 64
+    python benchmarks/throughput.py                      # full_rank, llama_9m, 8 x 256 tokens, float32 on the CPU
+    python benchmarks/throughput.py --model_config configs/llama_60m.json --run full_rank \\
+        --run "galore --rank 128" --run "galore --rank 128 --projected_backward off"
+    python benchmarks/throughput.py --model_config configs/llama_350m.json --layers 4 --no-bare \\
+        --run "full_rank --compile on" --run "galore --rank 256 --compile on"
 
-The two take turns in one process, a few updates each, so that a machine that slows down slows both; medians are
-compared. The loop under test reads its blocks from disk in worker processes, clips, checks for non-finite values, and
-writes its metrics; the bare loop has its batches in memory and does none of this. More flags go to torchrun_main.py.
+Every `--run` is a method and its flags; flags after all others go to every run. All take turns in one process, a few
+updates each, so that a machine that slows down slows all; medians are compared, with the first run's. A turn without
+refreshes or merges is wanted (`--update_proj_gap`): the first of them fall into the updates before the first turn,
+which are not counted, as compilation is. The loop under test reads its blocks from disk in worker processes, clips,
+checks for values that are not finite, and writes its metrics; the bare loop (transformers' model and loss, torch's
+fused AdamW) has its batches in memory and does none of this.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -20,6 +27,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,26 +44,26 @@ from peft_pretraining.training.build import build  # noqa: E402
 from peft_pretraining.training.loop import Run, report, state_bytes, train_step  # noqa: E402
 from peft_pretraining.training.profiling import peak_memory_bytes  # noqa: E402
 
+BARE = "bare loop, fused AdamW"
+
 
 def main() -> None:
-    arguments, flags = parse()
+    arguments, shared = parse()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        data = write_random_blocks(Path(scratch) / "data", arguments.model_config, arguments.max_length)
-        launch = cli.load(
-            [
-                *("--model_config", arguments.model_config, "--dataset_path", str(data)),
-                *("--batch_size", str(arguments.batch_size), "--save_dir", f"{scratch}/run"),
-                *("--dtype", arguments.dtype),
-                *("--method", arguments.method, "--lr", "1e-3", "--workers", "8", *flags),
-            ]
-        )
+        shape = with_layers(arguments, Path(scratch))
+        data = write_random_blocks(Path(scratch) / "data", shape, arguments.max_length)
         group = ProcessGroup.start(single_device=True)
-        run = build(launch, group, stack)
-        bare = bare_update(launch, group)
-        tokens = run.config.batch.total_batch_size * arguments.max_length
-        times = take_turns({"loop": looped_update(run), "bare": bare}, arguments.turns, arguments.updates, group)
-        run.tracker.close(0)
-    result = summary(times, tokens, run, arguments)
+        runs: dict[str, Run] = {}
+        for number, words in enumerate(arguments.run):
+            launch = load(arguments, shape, data, Path(scratch) / f"run{number}", [*shlex.split(words), *shared])
+            runs[words] = build(launch, group, stack)
+        loops = {words: looped_update(run) for words, run in runs.items()}
+        if arguments.bare:
+            loops[BARE] = bare_update(launch, group)
+        times = take_turns(loops, arguments, group)
+        for run in runs.values():
+            run.tracker.close(0)
+        result = summary(times, runs, arguments, group)
     print_table(result)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
@@ -64,14 +72,40 @@ def main() -> None:
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", default=str(PROJECT / "configs" / "llama_9m.json"))
-    parser.add_argument("--method", default="full_rank")
+    parser.add_argument("--layers", type=int, help="decoder layers, instead of the model's")
+    parser.add_argument("--run", action="append", help="a method and its flags; may be given several times")
+    parser.add_argument("--bare", action=argparse.BooleanOptionalAction, default=True, help="a bare loop beside them")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--turns", type=int, default=8, help="turns of each loop")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each")
     parser.add_argument("--updates", type=int, default=3, help="updates per turn")
+    parser.add_argument("--warm", type=int, default=3, help="updates of each before the first turn")
     parser.add_argument("--json", help="also write the result to this file")
-    return parser.parse_known_args()
+    arguments, shared = parser.parse_known_args()
+    arguments.run = arguments.run or ["full_rank"]
+    return arguments, shared
+
+
+def with_layers(arguments: argparse.Namespace, scratch: Path) -> str:
+    """The model's JSON, with another number of layers where one is asked for."""
+    if arguments.layers is None:
+        return str(arguments.model_config)
+    shape = {**json.loads(Path(arguments.model_config).read_text()), "num_hidden_layers": arguments.layers}
+    cut = scratch / Path(arguments.model_config).name
+    cut.write_text(json.dumps(shape))
+    return str(cut)
+
+
+def load(arguments: argparse.Namespace, shape: str, data: Path, save_dir: Path, words: list[str]) -> cli.ParsedArgs:
+    """The command line of one run: its method comes first."""
+    method, *flags = words
+    return cli.load(
+        [
+            *("--model_config", shape, "--dataset_path", str(data), "--save_dir", str(save_dir)),
+            *("--batch_size", str(arguments.batch_size), "--max_length", str(arguments.max_length)),
+            *("--method", method, "--lr", "1e-3", "--workers", "1", *flags),
+        ]
+    )
 
 
 def write_random_blocks(folder: Path, model_config: str, length: int) -> Path:
@@ -91,7 +125,7 @@ def write_random_blocks(folder: Path, model_config: str, length: int) -> Path:
 
 def looped_update(run: Run) -> Callable[[], None]:
     """One update of the project's loop, as `train` does it."""
-    bar, stop = tqdm(total=10**6, file=sys.stderr, mininterval=0.5), StopRequest()
+    bar, stop = tqdm(total=10**6, file=sys.stderr, mininterval=0.5, disable=None), StopRequest()
 
     def update() -> None:
         began = time.perf_counter()
@@ -124,19 +158,21 @@ def bare_update(launch: cli.ParsedArgs, group: ProcessGroup) -> Callable[[], Non
 
 
 def take_turns(
-    loops: dict[str, Callable[[], None]], turns: int, updates: int, group: ProcessGroup
+    loops: dict[str, Callable[[], None]], arguments: argparse.Namespace, group: ProcessGroup
 ) -> dict[str, list[float]]:
-    """Seconds per update of each loop, one number per turn, after one turn of each to warm up."""
+    """Seconds per update of each loop, one number per turn."""
+    for update in loops.values():
+        for _ in range(arguments.warm):
+            update()
     times: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(turns + 1):
+    for _ in range(arguments.turns):
         for name, update in loops.items():
             synchronise(group)
             began = time.perf_counter()
-            for _ in range(updates):
+            for _ in range(arguments.updates):
                 update()
             synchronise(group)
-            if turn > 0:
-                times[name].append((time.perf_counter() - began) / updates)
+            times[name].append((time.perf_counter() - began) / arguments.updates)
     return times
 
 
@@ -145,37 +181,50 @@ def synchronise(group: ProcessGroup) -> None:
         torch.cuda.synchronize()
 
 
-def summary(times: dict[str, list[float]], tokens: int, run: Run, arguments: argparse.Namespace) -> dict:
-    device = run.group.device
+def summary(
+    times: dict[str, list[float]], runs: dict[str, Run], arguments: argparse.Namespace, group: ProcessGroup
+) -> dict[str, Any]:
+    reference, device = times[arguments.run[0]], group.device
+    rows = []
+    for name, seconds in times.items():
+        run = runs.get(name, next(iter(runs.values())))
+        by_turn = [base / own for base, own in zip(reference, seconds, strict=True)]
+        rows.append(
+            {
+                "run": name,
+                "tokens_per_second": run.config.batch.total_batch_size
+                * arguments.max_length
+                / statistics.median(seconds),
+                "ratio": statistics.median(reference) / statistics.median(seconds),
+                "ratio_by_turn": [min(by_turn), statistics.median(by_turn), max(by_turn)],
+                "milliseconds": [round(1000 * value, 1) for value in seconds],
+                "optimizer_state_bytes": state_bytes(run.optimizer) if name in runs else None,
+            }
+        )
+    first = next(iter(runs.values()))
     return {
         "model": Path(arguments.model_config).stem,
-        "method": arguments.method,
-        "tokens_per_update": tokens,
+        "layers": first.model.config.num_hidden_layers,
+        "batch": f"{arguments.batch_size} x {arguments.max_length}",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
-        "dtype": str(next(run.model.parameters()).dtype),
+        "dtype": str(next(first.model.parameters()).dtype),
         "torch": str(torch.__version__),
-        "tokens_per_second": {name: tokens / statistics.median(values) for name, values in times.items()},
-        "milliseconds_per_update": {
-            name: [round(1000 * value, 2) for value in values] for name, values in times.items()
-        },
-        "ratio": statistics.median(times["bare"]) / statistics.median(times["loop"]),
-        "ratio_by_turn": [bare / loop for bare, loop in zip(times["bare"], times["loop"], strict=True)],
-        "optimizer_state_bytes": state_bytes(run.optimizer),
         "peak_memory_bytes": peak_memory_bytes(device),
+        "rows": rows,
     }
 
 
-def print_table(result: dict) -> None:
-    print(f"{result['model']}, {result['method']}, {result['tokens_per_update']} tokens per update, {result['dtype']}")
-    print(f"{result['device']}, torch {result['torch']}")
-    for name, label in (("loop", "this project"), ("bare", "bare loop, fused AdamW")):
-        times = result["milliseconds_per_update"][name]
+def print_table(result: dict[str, Any]) -> None:
+    print(f"{result['model']} ({result['layers']} layers), {result['batch']} tokens a micro-batch, {result['dtype']}")
+    print(f"{result['device']}, torch {result['torch']}\n")
+    print("| run | tokens/s | of the first | by turn | ms per update |")
+    print("|---|--:|--:|--:|--:|")
+    for row in result["rows"]:
+        low, middle, high = row["ratio_by_turn"]
         print(
-            f"  {label:<24} {result['tokens_per_second'][name]:>12,.0f} tokens/s   median of {len(times)} turns, "
-            f"{min(times):.1f} to {max(times):.1f} ms per update"
+            f"| {row['run']} | {row['tokens_per_second']:,.0f} | {row['ratio']:.3f} | {low:.3f} to {high:.3f}, median "
+            f"{middle:.3f} | {min(row['milliseconds']):.0f} to {max(row['milliseconds']):.0f} |"
         )
-    by_turn = sorted(result["ratio_by_turn"])
-    print(f"  ratio {result['ratio']:.3f} (by turn {by_turn[0]:.3f} to {by_turn[-1]:.3f})")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ OPERATIONAL = {
         "workers",
         "activation_checkpointing",
         "fused_loss",
+        "compile",
         "no_offload_candidates",
+        "projected_backward",
         "deterministic",
     ),
     "acts on a GPU, or with several processes": (

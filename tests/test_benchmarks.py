@@ -21,9 +21,11 @@ def run_benchmark(arguments: str, out: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_throughput_measures_both_loops(tmp_path):
-    result = run_benchmark(f"benchmarks/throughput.py {TINY} --turns 1", tmp_path / "out.json")
-    assert all(rate > 0 for rate in result["tokens_per_second"].values())
+def test_throughput_compares_runs_and_a_bare_loop(tmp_path):
+    out = tmp_path / "out.json"
+    result = run_benchmark(f"benchmarks/throughput.py {TINY} --turns 1 --run full_rank --run lora --layers 1", out)
+    assert [row["run"] for row in result["rows"]] == ["full_rank", "lora", "bare loop, fused AdamW"]
+    assert all(row["tokens_per_second"] > 0 for row in result["rows"]) and result["layers"] == 1
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ ALL = AT_REFRESHES | {"failed_refreshes"}
         ({"method": "galore"}, [1, 4, 7]),
         ({"method": "galore", "svd_method": "randomized"}, [1, 4, 7]),
         ({"method": "galore", "update_proj_gap": 0}, [1]),
-        ({"method": "golore", "rand_ratio": 0}, [1, 4, 7]),
+        ({"method": "golore", "rand_ratio": 0, "projected_backward": "off"}, [1, 4, 7]),
         ({"method": "online_subspace_descent", "proj_type": "random"}, [1, 4, 7]),
         ({"method": "online_subspace_descent"}, [1]),
         ({"method": "galore", "per_layer": True, "stagger_refresh": False}, [1, 4, 7]),
@@ -134,3 +134,15 @@ def test_metrics_appear_at_refreshes_only(command, tmp_path, flags, refreshes):
     random = flags.get("rand_ratio") == 0 or flags.get("proj_type") == "random"
     # The best four directions of 32, or on average 4/32 of the energy.
     assert all(energy < 0.2 for energy in energies) if random else all(energy > 0.3 for energy in energies)
+
+
+def test_a_random_refresh_of_a_projected_backward_pass_knows_no_energy(command, tmp_path):
+    """It never sees the whole gradient."""
+    flags = {"method": "golore", "rand_ratio": 0, "projected_backward": "on", "rank": 4, "update_proj_gap": 3}
+    assert helpers.run(command(**{**QUICK, "num_training_steps": 4, **flags})) == 0
+    records = {record["update_step"]: record for record in helpers.records(tmp_path / "run") if "loss" in record}
+    energy = {"captured_energy_mean", "captured_energy_min"}
+    assert {step: set(record) & ALL for step, record in records.items() if set(record) & ALL} == {
+        1: AT_FIRST - energy,
+        4: AT_REFRESHES - energy,
+    }

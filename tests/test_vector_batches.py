@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically
+from peft_pretraining.optim.tensors.rounding import Noise, round_stack_, round_stochastically
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 from peft_pretraining.optim.vector_adamw8bit import VectorAdamW8bit
-from peft_pretraining.optim.vector_batches import rounded
 
 SHAPES = {"rows": (12, 400), "columns": (400, 12)}
 GROUPS = {"rows": 0, "columns": 1, "whole": None}
@@ -104,4 +103,4 @@ def test_a_stack_is_rounded_as_its_weights():
     expected = torch.empty(3, 20, 30, dtype=torch.bfloat16)
     for target, each, noise in zip(expected, wide, noises, strict=True):
         round_stochastically(target, each.clone(), noise)
-    assert torch.equal(rounded(wide.clone(), noises).bfloat16(), expected)
+    assert torch.equal(round_stack_(wide.clone(), noises, slice(0, 20)).bfloat16(), expected)

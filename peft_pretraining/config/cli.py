@@ -18,6 +18,7 @@ from peft_pretraining.config import (
     legacy,
     method_help,
     method_settings,
+    recorded,
     recorded_precision,
     schedule_problems,
     validate,
@@ -76,7 +77,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
     chosen = legacy.choose(given, problems)
     settings, read = method_settings.settle(given, chosen, {}, problems)
     config = check_precision.settle(Config.from_settings(settings), problems)
-    config = recorded_precision.keep(config, given, problems)
+    config = recorded.keep_speed(recorded_precision.keep(config, given, problems), given)
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     warn_without_effect(given, config, read, warnings)

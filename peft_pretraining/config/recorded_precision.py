@@ -7,9 +7,8 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from peft_pretraining.checkpoint import resume, run_dir, train_state
 from peft_pretraining.checkpoint.plain_files import regular
-from peft_pretraining.config import Config
+from peft_pretraining.config import Config, recorded
 from peft_pretraining.config.precision_config import OF_DTYPE, name_of, resolve
 
 _KEPT = ("state_dtype", "basis_dtype", "gradient_sum_dtype", "matmul_precision")
@@ -53,13 +52,7 @@ def _matters(key: str, name: str) -> bool:
 
 def _begun(config: Config) -> tuple[str, Config] | None:
     """Whose precision is to be kept, in words, and the settings of its precision; None where nothing says any."""
-    run = config.run
-    folders = []
-    if run.autoresume and run.save_dir:
-        folders.append((f"--save_dir {run.save_dir}", Path(run.save_dir), True))
-    if run.resume_from:
-        folders.append((f"--resume_from {run.resume_from}", Path(run.resume_from), False))
-    for what, folder, is_of_run in folders:
+    for what, folder, is_of_run in recorded.folders(config):
         # What is wrong with the folder is said where it is checked.
         with contextlib.suppress(OSError, ValueError):
             if (begun := _read(folder, is_of_run)) is not None:
@@ -69,14 +62,7 @@ def _begun(config: Config) -> tuple[str, Config] | None:
 
 def _read(folder: Path, is_of_run: bool) -> Config | None:
     """The settings of precision that a run's folder, or a checkpoint, has."""
-    if is_of_run:
-        record, _ = resume.record_of_folder(folder)
-        saved = [path for _, path in run_dir.completed_checkpoints(folder)]
-    else:
-        record, saved = resume.record_of(train_state.read_counters(folder)), [folder]
-        if record is None:
-            record, _ = resume.record_of_folder(folder.parent)
-    settings = record.settings if record is not None else {}
+    settings, saved = recorded.settings_of(folder, is_of_run)
     known = {name: settings[name] for name in ("precision", "dtype", *_KEPT) if name in settings}
     begun = Config.from_settings(known)
     if "precision" not in settings:  # TF32 came together with it

@@ -66,8 +66,14 @@ class ModelConfig:
     )
     fused_loss: str = setting(
         "auto",
+        choice("auto", "on", "off", "liger"),
+        "make head and loss together, some tokens at a time, without logits of the whole batch; liger: by "
+        "liger-kernel; auto: on CUDA, by liger-kernel where it is installed and --compile is off",
+    )
+    compile: str = setting(
+        "auto",
         choice("auto", "on", "off"),
-        "make head and loss together, some tokens at a time, without logits of the whole batch; auto: on CUDA",
+        "compile decoder layers, and the fused loss, at their first use (docs/compile.md); auto: on CUDA",
     )
     activation_checkpointing: bool = setting(
         False, boolean, "keep only each layer's input and recompute the rest in the backward pass"

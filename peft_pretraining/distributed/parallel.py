@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +114,28 @@ class Replicated(DistributedDataParallel):
     wide_sums: WideSums | None = None
 
 
+class _WithLeaves(nn.Module):
+    """A model beside parameters of which it knows nothing, but whose gradients its backward pass makes."""
+
+    def __init__(self, module: nn.Module, leaves: Sequence[nn.Parameter]):
+        super().__init__()
+        self.module, self.leaves = module, nn.ParameterList(leaves)
+
+    @property
+    def fused_loss(self) -> bool:
+        """What the loss asks the module inside DDP (models/loss.py)."""
+        return bool(getattr(self.module, "fused_loss", False))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
 def parallelize(
-    model: nn.Module, group: ProcessGroup, low_rank: LowRankReduction | None = None, wide_sums: bool = False
+    model: nn.Module,
+    group: ProcessGroup,
+    low_rank: LowRankReduction | None = None,
+    wide_sums: bool = False,
+    leaves: Mapping[nn.Parameter, nn.Parameter] = MappingProxyType({}),
 ) -> nn.Module:
     """The module whose forward pass trains `model` on all processes.
 
@@ -121,16 +143,32 @@ def parallelize(
 
     With `low_rank`, DDP reduces projected gradients; with `wide_sums`, it adds up and averages those of 16-bit weights
     in float32.
+
+    `leaves`: weights that have no gradients -> parameters without memory whose gradients are averaged in their place.
     """
     if not group.is_collective or isinstance(model, FSDPModule):
         return model
-    device_ids = [group.device.index] if group.device.type == "cuda" else None
-    parallel = Replicated(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with _leaves_in_place(leaves):
+        device_ids = [group.device.index] if group.device.type == "cuda" else None
+        module = _WithLeaves(model, list(leaves.values())) if leaves else model
+        parallel = Replicated(module, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     if wide_sums:
         parallel.wide_sums = WideSums(model.parameters())
     if low_rank is not None or wide_sums:
         reduce_in_its_place(parallel, low_rank, parallel.wide_sums)
     return parallel
+
+
+@contextlib.contextmanager
+def _leaves_in_place(leaves: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """While DDP looks which parameters there are, and makes those of all ranks equal: that needs memory."""
+    for weight, leaf in leaves.items():
+        weight.requires_grad_(False)
+        leaf.data = torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+    yield
+    for weight, leaf in leaves.items():
+        weight.requires_grad_(True)
+        leaf.data = leaf.data.new_zeros(()).expand(leaf.shape)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -42,7 +42,8 @@ class ProcessGroup:
     made: bool = field(default=False, kw_only=True)
     """Whether torch's default group was made for this one, which leaves it, too."""
     files: dist.ProcessGroup | None = field(default=None, kw_only=True)
-    """The same processes, on the CPU, for values that one of them has from files: others may wait long for them."""
+    """The same processes, on the CPU: for values that one of them has from files, which others may wait long for, and
+    for what no device has to know."""
 
     @classmethod
     def start(cls, single_device: bool = False, of_one: bool = False) -> ProcessGroup:
@@ -106,9 +107,22 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         return tensor
 
+    @property
+    def averaging(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`all_reduce_mean`, or `as_it_is` where that does nothing."""
+        return self.all_reduce_mean if self.is_collective else as_it_is
+
     def all_reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean over all processes, in place."""
         return self.all_reduce_sum(tensor).div_(self.world_size) if self.is_collective else tensor
+
+    def sum_on_host(self, number: int) -> int:
+        """Sum over all processes of a number that the host knows; no device is asked."""
+        if not self.is_collective:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.files)
+        return int(total)
 
     def from_main(self, value: T) -> T:
         """The main process's value (anything that pickles), on every process, which wait for it up to two hours."""
@@ -178,6 +192,11 @@ def _device(local_rank: int) -> torch.device:
             [f"{device} cannot be used: {why} (nvidia-smi shows who uses it; CUDA_VISIBLE_DEVICES= trains on the CPU)"]
         ) from error
     return device
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over one process."""
+    return tensor
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Optimizers do their arithmetic on local tensors. Where a sum over a sharded dime
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -131,6 +131,32 @@ def whole_norm(parts: Iterable[tuple[Tensor, ShardInfo]]) -> Tensor:
     if plain:
         square = square + _norm_of_parts(plain).square()
     return square.sqrt()
+
+
+def each_norm(parts: Sequence[tuple[Tensor, ShardInfo]]) -> Tensor:
+    """The 2-norm of each of some local parts, as `whole_norm` of one alone: (number of parts,), with one collective for
+    all that are sharded. Their dtypes may differ in what float32 does not hold."""
+    norms = _norms([part for part, _ in parts])
+    divided = [place for place, (_, shard) in enumerate(parts) if shard.dim is not None]
+    if divided:
+        sum_over_devices = parts[divided[0]][1].sum
+        whole = sum_over_devices(torch.stack([norms[place] for place in divided]).square()).sqrt()
+        for place, norm in zip(divided, whole.unbind(), strict=True):
+            norms[place] = norm
+    return torch.stack(norms)
+
+
+def _norms(parts: list[Tensor]) -> list[Tensor]:
+    """Of each part by itself, in float32 at least."""
+    kinds: dict[torch.dtype, list[int]] = {}
+    for place, part in enumerate(parts):
+        kinds.setdefault(part.dtype, []).append(place)
+    found: dict[int, Tensor] = {}
+    for dtype, places in kinds.items():
+        alike = [parts[place] for place in places]
+        norms = torch._foreach_norm(alike, 2.0, torch.float32) if dtype in HALF else torch._foreach_norm(alike, 2.0)
+        found.update(zip(places, norms, strict=True))
+    return [found[place] for place in range(len(parts))]
 
 
 HALF = (torch.bfloat16, torch.float16)

@@ -144,6 +144,8 @@ class MethodSpec:
     """Problems of dividing a model, with so many inputs of each linear layer, over so many devices."""
     check_fine_tuning: Callable[[Config, list[str]], None] | None = None
     """Adds to problems: what pre-training alone can do."""
+    for_device: Callable[[Config, str], Mapping[str, Any]] | None = None
+    """What its settings of `auto` are in a new run of pre-training on a device of a type: recorded and kept."""
 
     @property
     def own(self) -> tuple[str, ...]:

@@ -67,6 +67,14 @@ class TrainingMethod(Generic[OptimizerT]):
     def before_step(self, model: nn.Module, optimizer: OptimizerT, step: int) -> None:
         """Gradients are complete, reduced, clipped and finite; the optimizer's step is next. Not if it is skipped."""
 
+    def acts_before_step(self, optimizer: OptimizerT, step: int) -> bool:
+        """Whether `before_step` does anything in update `step`, before which this is asked.
+
+        Where it does not, the host need not know whether the update takes place, and does not wait for the device to
+        find out: `before_step` is not called then.
+        """
+        return type(self).before_step is not TrainingMethod.before_step
+
     # Saving.
 
     def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:

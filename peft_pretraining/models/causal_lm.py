@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -16,6 +17,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     fused_loss: bool = False
     """Whether `token_loss_sum` asks for the loss instead of the logits."""
+    head_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(fused_token_loss)
+    """What then makes it of hidden states, the head's weight and labels."""
+    head_loss_by: str = "blocks of logits"
+    """The same in words."""
 
     def forward(self, input_ids: Tensor, *args: Any, token_labels: Tensor | None = None, **kwargs: Any) -> Any:
         """With `token_labels` (batch, length), of which each is what its position predicts: the sum of the
@@ -23,7 +28,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if token_labels is None:
             return super().forward(input_ids, *args, **kwargs)
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state  # (batch, length, d)
-        return fused_token_loss(hidden, self.lm_head.weight, token_labels)
+        return self.head_loss(hidden, self.lm_head.weight, token_labels)
 
 
 def can_fuse_loss(model: nn.Module) -> bool:

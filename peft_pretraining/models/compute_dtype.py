@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from peft_pretraining.models.lean_functions import GatedProduct, Norm
+from peft_pretraining.models.lean_functions import GatedLinear, GatedProduct, Norm
 
 
 class _CastTwice(torch.autograd.Function):
@@ -47,6 +47,11 @@ class Linear(nn.Linear):
         product: Tensor = _CastTwice.apply(x, self.weight)
         return product if self.bias is None else product + self.bias.to(x.dtype)
 
+    def of_gated_product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """y = (silu(gate) * up) Wᵀ + bias, which keeps gate and up alone for the backward pass."""
+        product: Tensor = GatedLinear.apply(gate, up, self.weight)
+        return product if self.bias is None else product + self.bias.to(gate.dtype)
+
 
 class Embedding(nn.Embedding):
     """Rows of the table, in a dtype of their own."""
@@ -66,10 +71,16 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class MLP(LlamaMLP):
-    """down(silu(gate(x)) * up(x)), which keeps three wide matrices for the backward pass instead of four."""
+    """down(silu(gate(x)) * up(x)), which keeps two wide matrices for the backward pass instead of four, or three where
+    the last layer is none of the above."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        out: Tensor
+        if isinstance(self.down_proj, Linear):
+            out = self.down_proj.of_gated_product(gate, up)
+        else:
+            out = self.down_proj(GatedProduct.apply(gate, up))
         return out
 
 

@@ -8,6 +8,8 @@ least for logits and softmax, float32 sums for the gradient of the head's weight
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,21 +25,55 @@ _PRODUCTS_AT_ONCE = 2**24
 """Numbers of a product in 16 bits on its way to the head's gradient: 32 MB."""
 
 
-def fused_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+BlockLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of logits (rows, vocabulary) and targets (rows): the sum of the cross-entropies, and its gradient of the logits."""
+
+
+def fused_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, block_loss: BlockLoss | None = None) -> Tensor:
     """Sum over all targets of the cross-entropy of `hidden @ weight.T`, in float32 at least; a scalar.
 
     `hidden` (..., d), `weight` (vocabulary, d), `labels` (...) with `IGNORED` where nothing counts. Products are in
-    `hidden`'s dtype; a wider weight gets its gradient in its own. Can be differentiated once.
+    `hidden`'s dtype; a wider weight gets its gradient in its own. Can be differentiated once. `block_loss` is what
+    blocks of logits go through, where gradients are wanted: `softmax_loss_`, or `softmax_loss` compiled.
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         return _loss_alone(hidden.flatten(0, -2), weight, labels.flatten())
-    total: Tensor = _FusedTokenLoss.apply(hidden.flatten(0, -2), weight, labels.flatten())
+    block_loss = block_loss or softmax_loss_
+    total: Tensor = _FusedTokenLoss.apply(hidden.flatten(0, -2), weight, labels.flatten(), block_loss)
     return total
 
 
-def _blocks(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[tuple[slice, Tensor]]:
-    """Rows, and their labels, by blocks."""
+def softmax_loss_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A `BlockLoss` in float32 at least, whose gradient has the memory of the logits where these are as wide."""
+    logits = logits.to(_wide(logits.dtype))
+    counts = (targets != IGNORED).unsqueeze(1)
+    places = targets.unsqueeze(1).where(counts, 0)
+    # Softmax - one-hot, in the memory of the logits; 0 where nothing counts.
+    chosen = logits.sub_(logits.amax(1, keepdim=True)).gather(1, places)
+    sums = logits.exp_().sum(1, keepdim=True)
+    loss = (sums.log() - chosen).masked_fill(~counts, 0.0).sum()
+    return loss, logits.mul_(counts / sums).scatter_add_(1, places, -counts.to(logits.dtype))
+
+
+def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same `BlockLoss` for a compiler, which reads the logits twice and writes once: the gradient has the logits'
+    dtype, and everything between is in float32 at least."""
+    wide = logits.to(_wide(logits.dtype))
+    counts = (targets != IGNORED).unsqueeze(1)
+    places = targets.unsqueeze(1).where(counts, 0)
+    shifted = wide - wide.amax(1, keepdim=True)
+    sums = shifted.exp().sum(1, keepdim=True)
+    loss = (sums.log() - shifted.gather(1, places)).masked_fill(~counts, 0.0).sum()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == places
+    gradient = (shifted.exp() / sums - is_target.to(wide.dtype)) * counts
+    return loss, gradient.to(logits.dtype)
+
+
+def _blocks(hidden: Tensor, weight: Tensor, labels: Tensor, even: bool = False) -> list[tuple[slice, Tensor]]:
+    """Rows, and their labels, by blocks: as large as they may be, or of equal sizes."""
     rows = max(1, _LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // weight.shape[0])
+    if even:
+        rows = math.ceil(len(hidden) / math.ceil(len(hidden) / rows))
     starts = range(0, hidden.shape[0], rows)
     return [(slice(start, start + rows), labels[start : start + rows]) for start in starts]
 
@@ -78,7 +114,7 @@ class _FusedTokenLoss(torch.autograd.Function):
     """The loss, and in the same pass its gradients, which the backward pass multiplies by that of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, block_loss: BlockLoss) -> Tensor:
         wide = _wide(hidden.dtype)
         total = hidden.new_zeros((), dtype=wide)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -87,20 +123,15 @@ class _FusedTokenLoss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = torch.empty_like(weight) if at_the_end else torch.zeros_like(weight, dtype=wide)
         weight = weight.to(hidden.dtype)
-        for rows, targets in _blocks(hidden, weight, labels):
+        for rows, targets in _blocks(hidden, weight, labels, even=block_loss is not softmax_loss_):
             part = hidden[rows]
-            logits = F.linear(part, weight).to(wide)  # (rows, d) @ (d, vocabulary) -> (rows, vocabulary)
-            counts = (targets != IGNORED).unsqueeze(1)
-            places = targets.unsqueeze(1).where(counts, 0)
-            # Softmax - one-hot, in the memory of the logits; 0 where nothing counts.
-            chosen = logits.sub_(logits.amax(1, keepdim=True)).gather(1, places)
-            sums = logits.exp_().sum(1, keepdim=True)
-            total += (sums.log() - chosen).masked_fill(~counts, 0.0).sum()
-            logits.mul_(counts / sums).scatter_add_(1, places, -counts.to(wide))
+            # (rows, d) @ (d, vocabulary) -> (rows, vocabulary)
+            loss, gradient = block_loss(F.linear(part, weight), targets)
+            total += loss
             if at_the_end and of_weight is not None:
-                gradient = of_weight[:, : len(hidden)][:, rows].copy_(logits.T).T
+                gradient = of_weight[:, : len(hidden)][:, rows].copy_(gradient.T).T
             else:
-                gradient = logits.to(hidden.dtype)
+                gradient = gradient.to(hidden.dtype)
             if of_hidden is not None:
                 torch.mm(gradient, weight, out=of_hidden[rows])
             if of_weight is not None and not at_the_end:
@@ -108,14 +139,14 @@ class _FusedTokenLoss(torch.autograd.Function):
                     of_weight.addmm_(gradient.T, part)
                 else:
                     _add_product(of_weight, gradient, part)
-            del logits, gradient  # before the next block's are made
+            del loss, gradient  # before the next block's are made
         if at_the_end and of_weight is not None:
             _multiply_in_place(of_weight, hidden)
         ctx.gradients = (of_hidden, of_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("the fused loss can be differentiated once")
         (of_hidden, of_weight), ctx.gradients = ctx.gradients, None
@@ -123,4 +154,4 @@ class _FusedTokenLoss(torch.autograd.Function):
             of_hidden.mul_(grad_output.to(of_hidden.dtype))
         if of_weight is not None:
             of_weight.mul_(grad_output.to(of_weight.dtype))
-        return of_hidden, of_weight, None
+        return of_hidden, of_weight, None, None

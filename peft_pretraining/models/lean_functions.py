@@ -2,7 +2,8 @@
 
 For (tokens, d) activations in bfloat16, transformers' norm leaves a float32 copy of its input, and the normed input, to
 the backward pass: 6 bytes a number, twice a layer. Here the input itself, which the residual stream keeps anyway, and
-one number per token are kept. Of silu(gate) * up, silu is computed again instead of being kept.
+one number per token are kept. Of silu(gate) * up, silu is computed again instead of being kept, and the product, too,
+where the layer behind it is known.
 """
 
 from __future__ import annotations
@@ -57,3 +58,27 @@ class GatedProduct(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         of_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return of_gate, F.silu(gate).mul_(grad)
+
+
+class GatedLinear(torch.autograd.Function):
+    """(silu(gate) * up) Wᵀ in the dtype of gate and up, which are kept; the product is made again in the backward pass,
+    and W is cast twice where it has another dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))  # (..., n) @ (n, m) -> (..., m)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        of_gate = of_up = of_weight = None
+        if ctx.needs_input_grad[2]:
+            product = F.silu(gate).mul_(up).flatten(0, -2)
+            of_weight = (product.T @ grad.flatten(0, -2)).T.to(weight.dtype)  # as of `F.linear`
+            del product
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            of_product = grad @ weight.to(grad.dtype)
+            of_gate = torch.ops.aten.silu_backward(of_product * up, gate)
+            of_up = F.silu(gate).mul_(of_product)
+        return of_gate, of_up, of_weight

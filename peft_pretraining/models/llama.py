@@ -11,6 +11,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.causal_attention import make_maskless
 from peft_pretraining.models.causal_lm import LlamaForCausalLM
 from peft_pretraining.models.compute_dtype import compute_in, is_norm
 from peft_pretraining.models.initial_weights import WORTH_A_THREAD, initialize
@@ -98,6 +99,7 @@ def build_model(
     assert isinstance(embeddings, nn.Embedding)
     embeddings.padding_idx = None
     model.config.use_cache = True
+    make_maskless(model)
     if {dtype, norm_dtype} != {compute_dtype}:
         compute_in(model, compute_dtype)
     if config.activation_checkpointing:

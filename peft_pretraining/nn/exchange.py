@@ -24,6 +24,7 @@ from peft_pretraining.nn import exchange_together as together
 from peft_pretraining.nn.low_rank_linear import working_dtype
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
 from peft_pretraining.optim.tensors.full_precision import full_float32_products
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.sending import send
 
 
@@ -41,7 +42,7 @@ def exchange(
     """
     if not switches:
         return []
-    if local(switches[0][0].lora_A).device.type != "cpu":
+    if launches_cost(local(switches[0][0].lora_A).device):
         return exchange_together(switches, drop, corrections)
     outgoing = []
     for layer, switch in switches:

@@ -19,8 +19,8 @@ from peft_pretraining.nn.low_rank_linear import LowRankLinear, working_dtype
 from peft_pretraining.nn.switching import Switch, SwitchedLinear
 from peft_pretraining.optim.tensors.sending import send
 
-NUMBERS_AT_ONCE = 2**26
-"""Of frozen weights that are corrected together: a correction is 256 MB in float32."""
+NUMBERS_AT_ONCE = 2**27
+"""Of frozen weights that are corrected together: a correction is 512 MB in float32."""
 
 
 @dataclass

@@ -112,6 +112,11 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, scale={self.scale:g}"
 
+    @property
+    def runs_eagerly(self) -> bool:
+        """Whether its passes are not those that a compiler has seen (models/compiled.py): they gather a gradient."""
+        return self.full_gradient is not None
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype  # weights may have more digits (models/compute_dtype.py)
         bias = None if self.bias is None else self.bias.to(dtype)

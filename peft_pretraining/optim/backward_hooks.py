@@ -24,15 +24,16 @@ def weak_hook(arrives: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     return hook
 
 
-def weak_end(ends: Callable[[], None]) -> Callable[[], None]:
-    """What autograd calls at the end of a backward pass; a bound method is called by it, as `weak_hook` calls one."""
+def weak_end(ends: Callable[[bool], None]) -> Callable[[], None]:
+    """What autograd calls at the end of a backward pass; a bound method is called by it, as `weak_hook` calls one.
+
+    It is told whether this was a backward pass within another one, as with reentrant checkpointing.
+    """
     method = weakref.WeakMethod(ends)
 
     def end() -> None:
-        found = method()
-        # With reentrant checkpointing this may be the end of a backward pass within another one.
-        if found is not None and torch._C._current_autograd_node() is None:
-            found()
+        if (found := method()) is not None:
+            found(torch._C._current_autograd_node() is not None)
 
     return end
 

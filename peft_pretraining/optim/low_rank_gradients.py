@@ -29,9 +29,12 @@ class LowRankGradients:
     def project(self, param: Tensor, grad: Tensor) -> Tensor | None:
         """R of one rank's gradient; None where there is no projection, and where this update needs G: for a basis that
         is taken from it, or because it is one of the group's that always do."""
-        optimizer, group = self._optimizer, self._optimizer.group_of(param)
-        subspace, state, step = optimizer.subspaces.get(param), optimizer.local_state(param), optimizer.step_of(param)
-        if subspace is None or optimizer.objects(param).reads_gradient:
+        optimizer = self._optimizer
+        if param not in optimizer.subspaces:
+            return None
+        group = optimizer.group_of(param)
+        subspace, state, step = optimizer.subspaces[param], optimizer.local_state(param), optimizer.step_of(param)
+        if optimizer.objects(param).reads_gradient:
             return None
         if subspace.refresh_reads_gradient(state, group, step):
             return None

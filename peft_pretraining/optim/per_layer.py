@@ -10,7 +10,6 @@ their gradient until the last micro-batch.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from peft_pretraining.distributed.sharding import ShardInfo, whole_norm
+from peft_pretraining.distributed.process_group import as_it_is
 from peft_pretraining.optim import scaled_losses
 from peft_pretraining.optim.backward_hooks import remove_all, weak_end, weak_hook
 from peft_pretraining.optim.basis.subspace import Projected
+from peft_pretraining.optim.complete_gradients import Complete, CompleteGradients
 from peft_pretraining.optim.gradient_sums import GradientSums, Noise
 from peft_pretraining.optim.low_rank import LowRankOptimizer
 from peft_pretraining.optim.state.base import check_dense, gradient_of
@@ -64,7 +64,7 @@ class PerLayerUpdates:
     def __init__(
         self,
         optimizer: LowRankOptimizer,
-        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        reduce: Callable[[Tensor], Tensor] = as_it_is,
         *,
         clip: float = 0.0,
         clip_full: bool = False,
@@ -75,17 +75,17 @@ class PerLayerUpdates:
         check_number("clip", clip)
         if optimizer.has_followers:
             raise RuntimeError("the optimizer has per-layer updates already: close() them first")
-        self._optimizer, self._reduce, self._clip, self._clip_full = optimizer, reduce, clip, clip_full
+        self._optimizer, self._reduce, self._clip_full = optimizer, reduce, clip_full
         self._early_first_bases = early_first_bases
         self._sums = GradientSums(sum_dtype, seed)
         self._whole: set[Tensor] = set()  # those whose sum is of G, not of R
         self._kept: dict[Tensor, None] = {}  # without a projection: their sum is in `grad`
         self._early: dict[Tensor, Projected] = {}
-        self._squared_norms: dict[Tensor, Tensor] = {}
-        self._zero: dict[Tensor, tuple[Tensor | None, Projected | None]] = {}
-        """Parameters whose gradients were zero, until one is not."""
+        self._complete = CompleteGradients(optimizer, reduce, clip, clip_full)
         self._index, self._count = 0, 1
-        self._begun = self._frozen = self._moved = self._queued = False
+        self._begun = False
+        self._pass: int | None = None
+        """The backward pass whose end is awaited."""
         self._hooked: set[Tensor] = set()
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, remove_all, self._handles)
@@ -100,7 +100,7 @@ class PerLayerUpdates:
             return
         self._finalizer()
         self._hooked.clear()
-        self._drop()
+        self._drop(frozen=False)
         self._optimizer.unfollow(self)
         scaled_losses.forget(self)
 
@@ -133,25 +133,26 @@ class PerLayerUpdates:
 
     def begin(self, frozen: bool) -> None:
         """The optimizer has begun an update."""
-        self._drop()
+        self._drop(frozen)
         self.attach()
-        self._frozen, self._begun = frozen, True
+        self._begun = True
 
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the forward pass of micro-batch `index` of `count`."""
         if not 0 <= index < count:
             raise ValueError(f"index must be at least 0 and below count, got {index} of {count}")
-        self._index, self._count, self._queued = index, count, False
+        self._index, self._count, self._pass = index, count, None
 
-    def _drop(self) -> None:
-        """Forget the update before, and what one that broke off or did not take place has left."""
+    def _drop(self, frozen: bool) -> None:
+        """Forget the update before, and what one that broke off or did not take place has left; another one begins."""
         for param in self._kept:
             param.grad = None
-        for param in {*self._early, *self._zero}:
-            self._take_back(param)
-        for gathered in (self._sums, self._whole, self._kept, self._early, self._squared_norms, self._zero):
+        for param in self._early:
+            self._complete.take_back(param)
+        for gathered in (self._sums, self._whole, self._kept, self._early):
             gathered.clear()
-        self._moved = self._queued = False
+        self._complete.begin(frozen)
+        self._pass = None
 
     def grad_norm(self) -> Tensor:
         """Global norm of this update's gradients before clipping: of R where there is a projection, else of G. A scalar
@@ -161,6 +162,10 @@ class PerLayerUpdates:
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(list(self._squared_norms.values())).sum().sqrt()
 
+    @property
+    def _squared_norms(self) -> dict[Tensor, Tensor]:
+        return self._complete.squared_norms
+
     def _arrives(self, param: Tensor) -> None:
         self._arrived(param, self._optimizer.group_of(param))
 
@@ -168,18 +173,26 @@ class PerLayerUpdates:
     def _arrived(self, param: Tensor, group: dict[str, Any]) -> None:
         """The hook: the gradient of one micro-batch, in `param.grad`, added to those before for unprojected ones."""
         check_dense(param, type(self).__name__)
-        if self._begun and param in self._squared_norms:
+        if self._begun and param in self._complete:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has made update {self._optimizer.update_step} already: "
                 "call begin_update before every update, and begin_micro_batch before every micro-batch"
             )
         last = self._index == self._count - 1
-        if last and self._count > 1 and not self._queued:
-            self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(weak_end(self.finish))
+        if last and (current := torch._C._current_graph_task_id()) != self._pass:
+            self._pass = current
+            torch.autograd.Variable._execution_engine.queue_callback(weak_end(self._pass_ends))
         self._gather(param, group)
         if last:
-            self._complete(param, group)
+            self._complete.add(self._complete_of(param, group))
+
+    @torch.no_grad()
+    def _pass_ends(self, within_another: bool) -> None:
+        """The last micro-batch's backward pass is over, or, with reentrant checkpointing, a part of it."""
+        if within_another:
+            self._complete.move()
+        else:
+            self.finish()
 
     def _gather(self, param: Tensor, group: dict[str, Any]) -> None:
         """Add the gradient that has arrived, or its R, to those before."""
@@ -203,36 +216,34 @@ class PerLayerUpdates:
         part = grad if full else subspace.project_in(self._bases(param, self._optimizer.local_state(param)), grad)
         self._sums.add(param, part, noise, low_rank=not full)
 
-    def _complete(self, param: Tensor, group: dict[str, Any]) -> None:
-        """All micro-batches that use a parameter have added to its gradient."""
-        optimizer = self._optimizer
+    def _complete_of(self, param: Tensor, group: dict[str, Any]) -> Complete:
+        """A parameter's gradient, to which all micro-batches that use it have added: taken out of where it was."""
+        optimizer, objects = self._optimizer, self._optimizer.objects(param)
         if param in self._kept:
             del self._kept[param]
-            self._move(param, group, self._reduce(gradient_of(param)), None)
-            param.grad = None
-            return
-        as_it_came = param in self._whole and (self._count == 1 or optimizer.objects(param).reads_gradient)
-        total: Any = self._reduce(self._sums.pop(param) if as_it_came else self._sums.total(param))
+            gradient, param.grad = gradient_of(param), None
+            return Complete(param, group, gradient)
+        as_it_came = param in self._whole and (self._count == 1 or objects.reads_gradient)
+        total = self._sums.pop(param) if as_it_came else self._sums.total(param)
         subspace = optimizer.subspaces.get(param)
         if subspace is None:
-            grad, total = total.to(optimizer.dtype_of(param)), None  # a float32 sum is not kept beside it
-            self._move(param, group, grad, None)
-            return
-        if param in self._whole:
-            self._whole.remove(param)
-            state = optimizer.local_state(param)
-            self._move(param, group, total, subspace.project(state, total, group, optimizer.step_of(param)))
-            return
-        projected = self._early.pop(param, None) or Projected(total)
-        projected.low_rank_grad, total = total.to(optimizer.dtype_of(param)), None
-        self._move(param, group, None, projected)
+            return Complete(param, group, total)
+        if param not in self._whole:
+            return Complete(param, group, total, self._early.pop(param, None) or Projected(total))
+        self._whole.remove(param)
+        total = self._reduce(total)
+        projected = subspace.project(optimizer.local_state(param), total, group, optimizer.step_of(param))
+        # Where nobody reads G any more, it is not to exist beside those of other layers.
+        whole = total if self._clip_full or objects.reads_gradient else None
+        return Complete(param, group, projected.low_rank_grad, projected, whole, averaged=True)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Move what only earlier micro-batches have used, once the last one's backward pass is over."""
+        """Move what only earlier micro-batches have used, and what waits, once the last one's backward pass is over."""
         if self._index == self._count - 1:
             for param in [*self._sums, *self._kept]:
-                self._complete(param, self._optimizer.group_of(param))
+                self._complete.add(self._complete_of(param, self._optimizer.group_of(param)))
+            self._complete.move()
 
     def _bases(self, param: Tensor, state: dict[str, Tensor]) -> Bases:
         """Those in which this update's gradients are projected as they arrive."""
@@ -258,41 +269,3 @@ class PerLayerUpdates:
                 self._early[param] = early
                 return False
         return True
-
-    def _take_back(self, param: Tensor) -> None:
-        """The update does not take place: a first basis that is in place already goes, and stays due."""
-        if subspace := self._optimizer.subspaces.get(param):
-            subspace.clear_first(self._optimizer.local_state(param))
-
-    def _move(self, param: Tensor, group: dict[str, Any], grad: Tensor | None, projected: Projected | None) -> None:
-        """Clip and update one parameter from its complete gradient, G or its projection."""
-        gradient, shard = projected.low_rank_grad if projected else grad, self._optimizer.shard_of(param)
-        assert gradient is not None
-        reads = self._optimizer.objects(param).lift.reads_gradient and grad is not None
-        norm = whole_norm([(grad, ShardInfo.of(param)) if reads and grad is not None else (gradient, shard)])
-        value = float(norm)
-        if not math.isfinite(value):  # in float64 it overflows no more
-            norm = whole_norm([(gradient.double(), shard)])
-            value = float(norm)
-        self._squared_norms[param] = norm.double().square()
-        if self._frozen or not math.isfinite(value):
-            self._take_back(param)
-            return
-        if value == 0 and not self._moved and shard.on_all_ranks(~gradient.any()):
-            # Expanded zeros take no memory.
-            self._zero[param] = (None if grad is None else grad.new_zeros(()).expand(grad.shape), projected)
-            return
-        self._moved = True
-        for waiting, (zeros, its) in self._zero.items():
-            self._optimizer.update(waiting, zeros, self._optimizer.group_of(waiting), its)
-        self._zero.clear()
-        if self._clip:
-            if self._clip_full and projected and grad is not None:
-                norm = whole_norm([(grad, ShardInfo.of(param))])
-            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
-            gradient.mul_(factor)
-            if projected and reads and grad is not None:
-                grad.mul_(factor)
-            elif projected:
-                projected.scaled_by = factor
-        self._optimizer.update(param, grad, group, projected)

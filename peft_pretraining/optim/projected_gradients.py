@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,14 @@ class ProjectedGradients(SubspaceOptimizer):
         self.update_step = step
         self.refresh_metrics = {}
         self._forget()
+        if self.backward is not None:
+            self.backward.begin(step)
         for follower in self._followers:
             follower.begin(frozen)
 
     def begin_micro_batch(self, index: int, count: int) -> None:
+        if self.backward is not None:
+            self.backward.begin_micro_batch(index, count)
         for follower in self._followers:
             follower.begin_micro_batch(index, count)
 
@@ -54,8 +59,12 @@ class ProjectedGradients(SubspaceOptimizer):
     def observe_gradients(self) -> None:
         """Let refreshes that are due see these gradients, too: their SVD is of the mean over all that were observed and
         the update's own (large-batch GaLore, arXiv 2410.11289, section 5). The update itself does not see them."""
+        if self.backward is not None:
+            self.backward.observe()
         for param, group in self._with_gradients():
             subspace = self.subspaces.get(param)
+            if self._comes_projected(param):
+                continue
             if subspace and subspace.refresh_reads_gradient(self.state[param], group, self.step_of(param)):
                 subspace.observe(gradient_of(param))
 
@@ -65,8 +74,14 @@ class ProjectedGradients(SubspaceOptimizer):
         is stored."""
         if not self.subspaces:
             return
+        if self.backward is not None:
+            self.backward.complete()
         params, arrivals = [], []
         for param, group in self._with_gradients():
+            if self.backward is not None and self._comes_projected(param):
+                if param not in self.projected:
+                    self.projected[param] = self.backward.take(param)
+                continue
             waiting, subspace = self.projected.get(param), self.subspaces.get(param)
             if subspace is None or (waiting and waiting.is_of(grad_of(param))):
                 continue
@@ -79,6 +94,9 @@ class ProjectedGradients(SubspaceOptimizer):
             if waiting and waiting.source is grad:  # further passes into the same tensor, or a change of it
                 projected.scale(waiting.scaled_by)
             self.projected[param] = projected
+
+    def _comes_projected(self, param: Tensor) -> bool:
+        return self.backward is not None and self.backward.comes_from_here(param)
 
     def gradients(self) -> list[Tensor]:
         """The gradients as this optimizer sees them: R of the projected weights, the full gradient of the others, this
@@ -118,11 +136,15 @@ class ProjectedGradients(SubspaceOptimizer):
         read = {param for param in self.projected if self._slots[param].objects.lift.reads_gradient}
         if gradients:
             torch._foreach_mul_(gradients + [gradient_of(param) for param in read], factor)
+        products: dict[int, tuple[Any, Tensor]] = {}  # one for all that were scaled alike
         for param, projected in self.projected.items():
             if param in read:
                 projected.look_at(grad_of(param))  # both were scaled
-            else:
-                projected.scaled_by = projected.scaled_by * factor
+                continue
+            before = projected.scaled_by
+            if id(before) not in products:
+                products[id(before)] = before, before * factor
+            projected.scaled_by = products[id(before)][1]
 
     def metrics(self) -> dict[str, float]:
         """Means and smallest values of captured energy and overlap over the layers that the last update refreshed."""

@@ -79,11 +79,7 @@ class StopRequest:
 
     def anywhere(self, group: ProcessGroup) -> bool:
         """Whether any rank was asked to stop; the answer is the same on all."""
-        import torch
-
-        if group.world_size == 1:
-            return self.received
-        return group.all_reduce_sum(torch.tensor([float(self.received)], device=group.device)).item() > 0
+        return group.sum_on_host(int(self.received)) > 0
 
 
 def run_script(main: Callable[[], int]) -> int:

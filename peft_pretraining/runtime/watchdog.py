@@ -32,6 +32,9 @@ SAVE_FACTOR = 60
 """So much longer may a save take, waiting for the one before it included, or the reading of a checkpoint: gigabytes go
 to and from a disk."""
 
+COMPILE_FACTOR = 60
+"""So much longer may it take to compile a layer, inside an update or an evaluation."""
+
 _STDERR = 2  # the descriptor: what `sys.stderr` is may be locked, or have none
 _LAST_RESORT_SECONDS = 15.0  # later than the watchdog's own thread, which needs the interpreter's lock to run
 
@@ -78,16 +81,20 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watch(self, what: str, factor: int) -> Iterator[None]:
-        """The body may take `factor` times as long as an update."""
+        """The body may take `factor` times as long as an update. What it is within has its time anew afterwards."""
         if not self._seconds:
             yield
             return
+        outer = None if self._deadline is None else (self._what, self._factor)
         self._begin(what, factor)
         try:
             yield
         finally:
-            faulthandler.cancel_dump_traceback_later()
-            self._set(None, what, factor)
+            if outer is not None:
+                self._begin(*outer)
+            else:
+                faulthandler.cancel_dump_traceback_later()
+                self._set(None, what, factor)
 
     def goes_on(self) -> None:
         """Within `watch`: there was progress, and from here on it may take as long again."""

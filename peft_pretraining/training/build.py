@@ -31,13 +31,14 @@ from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.methods import load_method
+from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.models.compiled import why_not
 from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.optim.model_groups import describe_groups
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
-from peft_pretraining.training.build_model import distributed_model, reduced_model
+from peft_pretraining.training.build_model import describe_speed, distributed_model, reduced_model
 from peft_pretraining.training.loop import Run, train
 from peft_pretraining.training.profiling import Profiler, describe_peak, reset_peak_memory
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
@@ -120,7 +121,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     if resumed is None:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
-    method.prepare(model, optimizer, group.all_reduce_mean)
+    method.prepare(model, optimizer, group.averaging)
     gradients = gradient_owner(optimizer, model)
     parallel_model = reduced_model(config, group, model, gradients)
     if not exists:
@@ -150,12 +151,28 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
 
 
 def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
-    """With the precision that an `auto` means on this device: it is recorded, and a run keeps it wherever it goes."""
+    """With the precision that an `auto` means on this device, and with what `--compile auto` does: these are recorded,
+    and a run keeps them wherever it goes."""
     precision = launch.config.resolved_precision(device_type)
-    settings = {"precision": precision.name}
+    settings = {"precision": precision.name, "compile": _compile_or_not(launch.config.model.compile, device_type)}
     if precision.weight_dtype == "bfloat16":
         settings["state_dtype"] = precision.state_format
+    if (for_device := METHODS[launch.config.method.method].for_device) is not None:
+        settings |= for_device(launch.config, device_type)
     return replace(launch, config=launch.config.replace(**settings))
+
+
+def _compile_or_not(asked: str, device_type: str) -> str:
+    """`on` or `off`. Raises `ConfigError` where layers are to be compiled, and nothing here can."""
+    if asked == "off" or (asked == "auto" and device_type != "cuda"):
+        return "off"
+    reason = why_not(torch.device(device_type))
+    if reason is None:
+        return "on"
+    if asked == "on":
+        raise ConfigError([f"--compile on: {reason}; --compile off runs without"])
+    log.warning("layers are not compiled: %s", reason)
+    return "off"
 
 
 def set_matmul_precision(config: Config, device: torch.device) -> None:
@@ -287,7 +304,7 @@ def _describe(
         config.resolved_precision(group.device.type).weight_dtype,
         *(sum(param.numel() for param in model.parameters()) / 1e6, trainable / 1e6),
     )
-    for line in (config.resolved_precision(), *groups):
+    for line in (config.resolved_precision(), describe_speed(model), *groups):
         log.info("%s", line)
     log.info(
         "%d updates of %d x %d tokens (batch %d x accumulation %d x %d processes) from %s",

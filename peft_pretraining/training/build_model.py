@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,10 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.causal_lm import LlamaForCausalLM, can_fuse_loss
+from peft_pretraining.models.compiled import Compilation, CompiledFunction, compilation_of, compile_layers
 from peft_pretraining.models.compute_dtype import is_norm
+from peft_pretraining.models.fused_loss import fused_token_loss, softmax_loss, softmax_loss_
+from peft_pretraining.models.liger_loss import liger_loss
 from peft_pretraining.models.llama import build_model, drawn_together, materialize, materialize_layers, torch_dtype
 from peft_pretraining.nn import LowRankLinear, low_rank_layers, replace_linear
 from peft_pretraining.optim.state.gradient_owner import GradientOwner
@@ -67,17 +71,47 @@ def distributed_model(
     else:
         replace_within("")
     materialize(model, group.device, seed)
-    choose_loss(model, config.model.fused_loss, group.device)
+    compiles = config.model.compile == "on" and group.device.type != "meta"
+    compilation = compile_layers(model) if compiles else None
+    choose_loss(model, config.model.fused_loss, group.device, compilation)
     return model
 
 
-def choose_loss(model: PreTrainedModel, fused: str, device: torch.device) -> None:
-    """Let the model make its loss as `--fused_loss` says. Raises `ConfigError` where it is asked for what it cannot."""
+def choose_loss(
+    model: PreTrainedModel, fused: str, device: torch.device, compilation: Compilation | None = None
+) -> None:
+    """Let the model make its loss as `--fused_loss` says. Raises `ConfigError` where it is asked for what it cannot.
+
+    With `compilation` what stands between the head's products is compiled, too, which makes of it what liger-kernel's
+    kernels are, without their waits for the device.
+    """
     possible = can_fuse_loss(model)
-    if fused == "on" and not possible:
-        raise ConfigError(["--fused_loss on needs a head that is a matrix alone, without bias and without factors"])
-    if possible:
-        cast(LlamaForCausalLM, model).fused_loss = fused == "on" or (fused == "auto" and device.type == "cuda")
+    if fused in ("on", "liger") and not possible:
+        raise ConfigError(
+            [f"--fused_loss {fused} needs a head that is a matrix alone, without bias and without factors"]
+        )
+    if not possible or fused == "off" or (fused == "auto" and device.type != "cuda"):
+        return
+    causal_lm = cast(LlamaForCausalLM, model)
+    causal_lm.fused_loss = True
+    liger = None
+    if device.type == "cuda" and (fused == "liger" or (fused == "auto" and compilation is None)):
+        liger = liger_loss()
+    if liger is not None:
+        causal_lm.head_loss, causal_lm.head_loss_by = liger, "liger-kernel"
+    elif fused == "liger":
+        raise ConfigError(["--fused_loss liger needs CUDA and liger-kernel with accum_dtype; on does without"])
+    elif compilation is not None:
+        block_loss = CompiledFunction(softmax_loss, softmax_loss_, compilation)
+        causal_lm.head_loss = partial(fused_token_loss, block_loss=block_loss)
+        causal_lm.head_loss_by = "compiled blocks of logits"
+
+
+def describe_speed(model: nn.Module) -> str:
+    """How layers and loss are computed, in words."""
+    layers = "run eagerly" if compilation_of(model) is None else "are compiled at their first use"
+    fused = getattr(model, "fused_loss", False)
+    return f"layers {layers}, {f'the loss is made by {model.head_loss_by}' if fused else 'head and loss are apart'}"
 
 
 def _follow_sharding(module: nn.Module) -> None:
@@ -108,4 +142,4 @@ def reduced_model(
         return model
     allowed = METHODS[config.method.method].allows.projected_gradient
     low_rank = allowed and config.distributed.reduce_low_rank is not False and group.is_collective
-    return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None, wide)
+    return parallelize(model, group, gradients.low_rank_reduction() if low_rank else None, wide, gradients.leaves)

@@ -2,72 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_pretraining import rng
-from peft_pretraining.checkpoint.checkpointer import Checkpointer
 from peft_pretraining.checkpoint.failures import NotFinite
-from peft_pretraining.checkpoint.train_state import TrainState
-from peft_pretraining.config import Config
 from peft_pretraining.config.schedule import rate_multiplier
-from peft_pretraining.data.data import Data
 from peft_pretraining.distributed import ProcessGroup, synchronised_backward
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import Batch, count_targets, token_loss_sum
-from peft_pretraining.optim.state.gradient_owner import GradientOwner
 from peft_pretraining.runtime.signals import EXIT_REQUEUE, StopRequest
-from peft_pretraining.runtime.watchdog import Watchdog
-from peft_pretraining.training import spikes
+from peft_pretraining.runtime.watchdog import FIRST_UPDATE_FACTOR, Watchdog
+from peft_pretraining.training.deciding import (
+    decides_on_host,
+    forget_what_is_under_way,
+    settle,
+    step_by_mask,
+    step_if_usable,
+)
 from peft_pretraining.training.evaluate import evaluate
-from peft_pretraining.training.profiling import Profiler
 from peft_pretraining.training.progress import Update, report
 from peft_pretraining.training.rewinding import go_back
-from peft_pretraining.training.tracking import Tracker, log
-
-
-@dataclass
-class Run:
-    """Everything a run consists of; `build.py` puts it together."""
-
-    config: Config
-    group: ProcessGroup
-    model: nn.Module
-    parallel_model: nn.Module
-    """`model`, wrapped for several devices."""
-    method: TrainingMethod
-    optimizer: Optimizer
-    gradients: GradientOwner
-    """The optimizer's answers about gradients."""
-    state: TrainState
-    data: Data
-    batches: Iterator[Batch]
-    """Endless micro-batches of this rank, from `state.data_position` on."""
-    checkpointer: Checkpointer
-    tracker: Tracker
-    profiler: Profiler
-
-    @property
-    def schedule_length(self) -> int:
-        """Updates that the learning-rate schedule spans."""
-        return self.config.schedule.num_training_steps - self.state.schedule_start
-
-    @property
-    def last_step(self) -> int:
-        """Number of updates after which the run is done."""
-        return self.config.schedule.num_training_steps + self.config.schedule.num_extra_training_steps
+from peft_pretraining.training.run import Run
+from peft_pretraining.training.tracking import log
 
 
 def train(run: Run) -> int:
@@ -83,6 +47,7 @@ def train(run: Run) -> int:
             try:
                 return train_on(run, stop, watchdog, bar)
             except NotFinite as error:
+                forget_what_is_under_way(run)
                 go_back(run, error)
                 bar.n = run.state.update_step
                 if stop.anywhere(run.group):
@@ -93,21 +58,40 @@ def train_on(run: Run, stop: StopRequest, watchdog: Watchdog, bar: tqdm) -> int:
     """`train`, as long as everything is finite: raises `NotFinite` otherwise."""
     state = run.state
     while True:
+        if something_is_due(run) and catch_up(run, watchdog, bar):
+            return save_and_stop(run)
         if evaluation_is_due(run) and not evaluate_and_record(run, stop):
             return save_and_stop(run)
         if state.update_step >= run.last_step:
             run.checkpointer.save_last(state)
             return 0
-        if state.update_step > 0 and state.update_step % run.config.run.save_every == 0:
+        if save_is_due(run):
             next_save = min(state.update_step + run.config.run.save_every, run.last_step)
             run.checkpointer.save_once(state, next_save)
-        began = time.perf_counter()
+        run.late.begin()
         with watchdog.update(state.update_step):
-            update = train_step(run, next_micro_batches(run), stop)
-        report(run, update, time.perf_counter() - began, bar)
+            train_step(run, next_micro_batches(run), stop)
+        asked_to_stop = report_finished(run, bar)
         run.profiler.step()
-        if update.stop:
+        if asked_to_stop:
+            catch_up(run, watchdog, bar)
             return save_and_stop(run)
+
+
+def catch_up(run: Run, watchdog: Watchdog, bar: tqdm) -> bool:
+    """Know, and log, all that has been done before going on; returns whether some rank was asked to stop."""
+    if run.late.waiting:
+        with watchdog.watch(f"update {run.state.update_step - 1}", FIRST_UPDATE_FACTOR):
+            settle(run)
+    return report_finished(run, bar)
+
+
+def report_finished(run: Run, bar: tqdm) -> bool:
+    """Log the updates of which all is known by now; returns whether some rank was asked to stop in one of them."""
+    finished = run.late.finished()
+    for update, seconds in finished:
+        report(run, update, seconds, bar)
+    return any(update.stop for update, _ in finished)
 
 
 def is_finished(run: Run) -> bool:
@@ -125,50 +109,57 @@ def is_finished(run: Run) -> bool:
     return True
 
 
-def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Update:
-    """One update: forward and backward over the micro-batches, clip, step. Advances the state."""
+def train_step(run: Run, micro_batches: list[Batch], stop: StopRequest) -> Update | None:
+    """One update: forward and backward over the micro-batches, clip, step. Advances the state.
+
+    Returns the newest update of which all is known: this one, or, where numbers are read late, that before (None: there
+    is none).
+    """
     state, method, model, optimizer, group = run.state, run.method, run.model, run.optimizer, run.group
     step = state.update_step
     torch.manual_seed(rng.derive_seed(run.config.run.seed, "update", step, group.rank))  # dropout
     lr = set_learning_rate(run, step)
     run.gradients.begin_update(step, frozen=step in run.config.data.skip_batches)
     method.before_update(model, optimizer, step)
-    extra = run.gradients.wants_extra_batches()
-    observed_targets: list[torch.Tensor] = []
-    for _ in range(extra):
-        observed = forward_backward(run, next_micro_batches(run))
-        if observed is None:
-            continue
-        observed_targets.append(observed[1])
-        run.gradients.observe_gradients()
-        optimizer.zero_grad(set_to_none=True)
+    extra, observed = observe_extra_batches(run)
     sums = forward_backward(run, micro_batches)
     if sums is None:
-        empty = Update(math.nan, 0.0, lr, *advance(run, int(sum(observed_targets)), extra), skipped=True, empty=True)
-        return replace(empty, stop=stop.anywhere(group))
+        settle(run)
+        empty = Update(step, lr, 0, *advance(run, observed, extra), skipped=True, empty=True)
+        return run.late.finish(replace(empty, stop=stop.anywhere(group), metrics=run.gradients.metrics()))
     loss_sum, targets = sums
-    targets_read = sum(observed_targets, targets)
-    totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.received))]))
-
+    totals = group.all_reduce_sum(torch.stack([loss_sum, loss_sum.new_full((), float(stop.received))]))
     norm = run.gradients.grad_norm()
     if (limit := run.config.optimizer.clip_grad_norm) > 0:
         run.gradients.scale_((limit / (norm + 1e-6)).clamp(max=1.0))
-    # The update's only wait for the device.
-    values = torch.stack([totals[0] / targets, totals[1], norm.double(), targets_read])
-    loss_mean, asked_to_stop, norm_value, tokens_read = values.tolist()
-    skipped = not (math.isfinite(loss_mean) and math.isfinite(norm_value)) or step in run.config.data.skip_batches
-    found = [] if skipped else find_spikes(run, loss_mean, norm_value)
-    skipped |= bool(found) and run.config.optimizer.skip_spikes > 0
-    if not skipped:
-        method.before_step(model, optimizer, step)
-        optimizer.step()
+    values = torch.stack([*totals, norm.double()])
+
+    known = settle(run)
+    update = Update(step, lr, targets, *advance(run, observed + targets, extra))
+    if decides_on_host(run, step):
+        update = known = run.late.finish(step_if_usable(run, update, values.tolist()))
+    else:
+        run.late.put(step_by_mask(run, update, values), values)
     optimizer.zero_grad(set_to_none=True)
-    samples, tokens = advance(run, int(tokens_read), extra)
-    return Update(loss_mean, norm_value, lr, samples, tokens, skipped, found, asked_to_stop > 0)
+    return known
 
 
-def advance(run: Run, targets_read: int, extra: int) -> tuple[int, int]:
-    """Count an update, which read `extra` further total batches; returns its samples and tokens."""
+def observe_extra_batches(run: Run) -> tuple[int, int]:
+    """Show the optimizer the further total batches that it wants; returns their number and that of their targets."""
+    extra, read = run.gradients.wants_extra_batches(), 0
+    for _ in range(extra):
+        sums = forward_backward(run, next_micro_batches(run))
+        if sums is None:
+            continue
+        read += sums[1]
+        run.gradients.observe_gradients()
+        run.optimizer.zero_grad(set_to_none=True)
+    return extra, read
+
+
+def advance(run: Run, targets_read: int, extra: int) -> tuple[int, int, int, int]:
+    """Count an update, which read `extra` further total batches; returns its samples and tokens, and the run's tokens
+    and samples with them."""
     state = run.state
     state.update_step += 1
     assert run.config.batch.total_batch_size is not None, "derived when the command line was checked"
@@ -177,7 +168,7 @@ def advance(run: Run, targets_read: int, extra: int) -> tuple[int, int]:
     state.data_state = run.data.state_at(state.data_position)
     tokens = targets_read + samples  # each sequence's first token is no target
     state.tokens_seen += tokens
-    return samples, tokens
+    return samples, tokens, state.tokens_seen, state.data_position
 
 
 def next_micro_batches(run: Run) -> list[Batch]:
@@ -185,17 +176,15 @@ def next_micro_batches(run: Run) -> list[Batch]:
     return list(islice(run.batches, run.config.batch.gradient_accumulation))
 
 
-def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor] | None:
+def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor, int] | None:
     """Gradients of the mean loss over all micro-batches and ranks, into `.grad`.
 
-    Returns this rank's sum of token losses and the number of target tokens over all ranks, float64 scalars; None, and
+    Returns this rank's sum of token losses, a float64 scalar, and the number of target tokens over all ranks; None, and
     computes nothing, when there is not a single target.
     """
     group = run.group
-    targets = torch.tensor(float(sum(map(count_targets, micro_batches))), dtype=torch.float64)
-    targets = group.all_reduce_sum(targets.to(group.device))
-    # Batches without labels always have targets: only padding has none. So the ranks agree, and rarely wait for this.
-    if any("labels" in batch for batch in micro_batches) and targets.item() == 0:
+    targets = count_all_targets(group, micro_batches)
+    if targets == 0:
         return None
     loss_sum = torch.zeros((), dtype=torch.float64, device=group.device)
     for index, batch in enumerate(micro_batches):
@@ -205,16 +194,17 @@ def forward_backward(run: Run, micro_batches: list[Batch]) -> tuple[torch.Tensor
         with synchronised_backward(run.parallel_model, now=last or run.config.per_layer):
             loss = token_loss_sum(run.parallel_model, batch)
             # Times the world size because gradients are averaged over the ranks.
-            (loss * (group.world_size / targets).to(loss.dtype)).backward()
+            (loss * (group.world_size / targets)).backward()
         loss_sum += loss.detach()
     return loss_sum, targets
 
 
-def find_spikes(run: Run, loss: float, grad_norm: float) -> list[str]:
-    """What of an update stands out. All ranks have the same two numbers, and come to the same answer."""
-    skip = run.config.optimizer.skip_spikes
-    values = {"loss": loss, "gradient norm": grad_norm}
-    return spikes.observe(run.state.spike_statistics, values, skip or spikes.LOGGED_DEVIATIONS, skip > 0)
+def count_all_targets(group: ProcessGroup, micro_batches: list[Batch]) -> int:
+    """Target tokens over all ranks, counted on the host. Without labels only the shape counts, the same on all."""
+    targets = sum(map(count_targets, micro_batches))
+    if any("labels" in batch for batch in micro_batches):
+        return group.sum_on_host(targets)
+    return targets * group.world_size
 
 
 def set_learning_rate(run: Run, step: int) -> float:
@@ -230,6 +220,15 @@ def save_and_stop(run: Run) -> int:
     run.checkpointer.save_last(run.state)
     log.info("asked to stop: saved update %d; launch the same command again to go on", run.state.update_step)
     return EXIT_REQUEUE
+
+
+def something_is_due(run: Run) -> bool:
+    """Whether the next update waits for an evaluation, a save or the end, which look at all that was done before."""
+    return evaluation_is_due(run) or save_is_due(run) or run.state.update_step >= run.last_step
+
+
+def save_is_due(run: Run) -> bool:
+    return run.state.update_step > 0 and run.state.update_step % run.config.run.save_every == 0
 
 
 def evaluation_is_due(run: Run) -> bool:

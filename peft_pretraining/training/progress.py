@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from peft_pretraining.checkpoint.failures import NotFinite, TrainingFailed
+from peft_pretraining.models.compiled import compilation_of
 from peft_pretraining.training import spikes
 from peft_pretraining.training.profiling import peak_memory
 from peft_pretraining.training.tracking import log
 
 if TYPE_CHECKING:
-    from peft_pretraining.training.loop import Run
+    from peft_pretraining.training.run import Run
 
 MOST_IN_A_ROW = 10
 _LARGEST_SKIPPED_SHARE = 0.05
@@ -24,32 +26,42 @@ _LARGEST_SKIPPED_SHARE = 0.05
 class Update:
     """What one update did."""
 
-    loss: float
-    """Mean over all target tokens of all micro-batches and ranks."""
-    grad_norm: float
+    step: int
+    """0-based."""
     lr: float
+    targets: int
+    """Tokens predicted, over all ranks."""
     samples: int
     """Sequences read, over all ranks."""
     tokens: int
     """Their tokens, without padding."""
-    skipped: bool
+    tokens_seen: int
+    """By the run, this update included."""
+    data_position: int
+    """Sequences read by the run, this update included."""
+    loss: float = math.nan
+    """Mean over all target tokens of all micro-batches and ranks."""
+    grad_norm: float = 0.0
+    skipped: bool = False
     spikes: list[str] = field(default_factory=list)
     """What stood out from earlier updates, described."""
     stop: bool = False
     """Some rank was asked to stop."""
     empty: bool = False
     """Its batches held no token to predict: nothing was computed."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the optimizer says of it."""
 
 
 def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
-    """Log one update; raises `TrainingFailed` when too many were skipped."""
-    state, rate = run.state, update.tokens / seconds
+    """Log one update; raises `TrainingFailed` when too many were skipped. The run may be at a later one already."""
+    done, rate = update.step + 1, update.tokens / seconds
     run.tracker.record(
-        update_step=state.update_step,
+        update_step=done,
         loss=update.loss,
         lr=update.lr,
         grad_norm=update.grad_norm,
-        tokens_seen=state.tokens_seen,
+        tokens_seen=update.tokens_seen,
         throughput_tokens=rate,
         step_time=seconds,
         **peak_memory(run.group.device),
@@ -57,15 +69,14 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         **({"empty": True} if update.empty else {}),
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
-        **run.gradients.metrics(),
+        **update.metrics,
+        **(compilation.news() if (compilation := compilation_of(run.model)) else {}),
     )
     bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
     bar.update()
-    epoch = run.data.epoch_at(state.data_position)
-    if epoch > run.data.epoch_at(state.data_position - update.samples):
-        log.info(
-            "the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, state.update_step
-        )
+    epoch = run.data.epoch_at(update.data_position)
+    if epoch > run.data.epoch_at(update.data_position - update.samples):
+        log.info("the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, done)
     count_spikes(run, update)
     count_empty(run, update)
     count_nonfinite(run, update)
@@ -78,7 +89,7 @@ def count_empty(run: Run, update: Update) -> None:
     if update.empty and _is_power_of_ten(state.empty_updates):
         log.warning(
             "passed over update %d: its batches hold no token to predict (empty documents); %d so far",
-            *(state.update_step - 1, state.empty_updates),
+            *(update.step, state.empty_updates),
         )
 
 
@@ -91,15 +102,15 @@ def count_nonfinite(run: Run, update: Update) -> None:
     state, data = run.state, run.config.data
     if update.empty:
         return
-    if not update.skipped or update.spikes or state.update_step - 1 in data.skip_batches:
+    if not update.skipped or update.spikes or update.step in data.skip_batches:
         state.nonfinite_in_a_row = 0
         return
     state.skipped_updates += 1
     state.nonfinite_in_a_row += 1
-    log.warning("skipped update %d: loss %s, gradient norm %s", state.update_step - 1, update.loss, update.grad_norm)
+    log.warning("skipped update %d: loss %s, gradient norm %s", update.step, update.loss, update.grad_norm)
     total = run.config.schedule.num_training_steps
     what = "had a non-finite loss or gradient"
-    advice = f"lower --lr, or look at the data near update {state.update_step - 1}"
+    advice = f"lower --lr, or look at the data near update {update.step}"
     if state.nonfinite_in_a_row >= MOST_IN_A_ROW:
         raise NotFinite(f"{state.nonfinite_in_a_row} updates in a row {what}: {advice}")
     if state.skipped_updates > _LARGEST_SKIPPED_SHARE * total:
@@ -113,7 +124,7 @@ def count_spikes(run: Run, update: Update) -> None:
     state = run.state
     if update.spikes:
         done = "skipped" if update.skipped else "spike in"
-        log.warning("%s update %d: %s", done, state.update_step - 1, ", ".join(update.spikes))
+        log.warning("%s update %d: %s", done, update.step, ", ".join(update.spikes))
     skipped = bool(update.spikes) and update.skipped
     state.skipped_spikes += skipped
     state.spikes_in_a_row = state.spikes_in_a_row + 1 if skipped else 0

@@ -20,7 +20,7 @@ from peft_pretraining.training.starting import StartingPoint, restore_first
 from peft_pretraining.training.tracking import log
 
 if TYPE_CHECKING:
-    from peft_pretraining.training.loop import Run
+    from peft_pretraining.training.run import Run
 
 MOST_REWINDS = 3
 """Times that a run goes back, over all its launches."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from peft_pretraining.distributed.process_group import as_it_is
 from peft_pretraining.distributed.sharding import HALF, ShardInfo
 from peft_pretraining.methods._low_rank.targets import named_by_flag
 from peft_pretraining.methods._projection.settings import ONLINE_TYPES
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role, state_settings
 from peft_pretraining.models.targets import target_linears
+from peft_pretraining.nn.projected_linear import project_backward
 from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.gradient_sums import sum_bytes
 from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sides
@@ -78,11 +80,14 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
     def prepare(self, model: nn.Module, optimizer: LowRankOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
         if optimizer.full_norm and self.config.distributed.reduce_low_rank is not False:
             log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
+        if self.config.method.projected_backward == "on":
+            for reason, names in by_reason(project_backward(model, optimizer, reduce)).items():
+                log.info("the gradient of %s is formed in full, %s: %s", len(names), reason, ", ".join(names))
         if not self.config.method.per_layer:
             return
         method, clip = self.config.method, self.config.optimizer.clip_grad_norm
         if any(ShardInfo.of(param).dim is not None for param in model.parameters()):
-            reduce = _as_it_is  # FSDP2's gradients arrive reduced
+            reduce = as_it_is  # FSDP2's gradients arrive reduced
         elif any((group["state_format"], group["rounding"]) != AS_PUBLISHED for group in optimizer.param_groups):
             reduce = _in_float32(reduce)
         self._updates = PerLayerUpdates(
@@ -97,12 +102,18 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         log_per_layer_updates(optimizer, self.config)
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+def by_reason(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by what is said of them."""
+    found: dict[str, list[str]] = {}
+    for name, reason in names.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def _in_float32(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Averages 16-bit gradients in float32, as DDP does beside them (distributed/wide_sums.py), in place."""
+    if reduce is as_it_is:
+        return reduce
 
     def averaged(tensor: Tensor) -> Tensor:
         return tensor.copy_(reduce(tensor.float())) if tensor.dtype in HALF else reduce(tensor)

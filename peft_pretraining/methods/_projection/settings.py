@@ -25,7 +25,7 @@ from peft_pretraining.methods._low_rank.settings import LowRankSettings
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
 
-SVD_METHODS = ("gram", "exact", "randomized")
+SVD_METHODS = ("auto", "gram", "subspace", "exact", "randomized")
 PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
 ONLINE_TYPES = (
     "continuous",
@@ -43,7 +43,11 @@ class BasisSettings(MethodSettings):
 
     scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
     update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
-    svd_method: str = setting("gram", choice(*SVD_METHODS), f"how bases are computed: {', '.join(SVD_METHODS)}")
+    svd_method: str = setting(
+        "auto",
+        choice(*SVD_METHODS),
+        f"how bases are computed: {', '.join(SVD_METHODS)}; auto: gram below a shorter side of 256, subspace above",
+    )
     stagger_refresh: bool | None = setting(
         None, boolean, "spread the layers' refreshes over --update_proj_gap (default: with --per_layer)"
     )
@@ -72,6 +76,12 @@ class ProjectionSettings(LowRankSettings, BasisSettings):
         identity=True,
     )
     per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+    projected_backward: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "let the backward pass return projected gradients and form no full ones between refreshes; auto: in new runs "
+        "that allow it",
+    )
 
 
 def _reads_gradients(config: Config) -> bool:
@@ -107,9 +117,29 @@ def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
     return config.replace(stagger_refresh=config.per_layer) if config.method.stagger_refresh is None else config
 
 
+def for_device(config: Config, device_type: str) -> dict[str, str]:
+    """Whether the backward pass projects, where that is left open."""
+    asked = config.method.projected_backward
+    return {"projected_backward": ("off" if why_not_projected(config) else "on") if asked == "auto" else asked}
+
+
+def why_not_projected(config: Config) -> str | None:
+    """Why the backward pass cannot return R alone, in words; None where it can."""
+    method = config.method
+    if method.proj_type not in PROJECTION_TYPES:
+        return f"method {method.method} reads full gradients"
+    if method.clip_norm == "full":
+        return "--clip_norm full needs the norm of full gradients"
+    if method.per_layer:
+        return "--per_layer updates read full gradients"
+    return None
+
+
 def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What bases in 8 bits and updates in the backward pass cannot do."""
     method = config.method
+    if method.projected_backward == "on" and (reason := why_not_projected(config)):
+        problems.append(f"--projected_backward on: {reason}")
     if config.precision.basis_dtype == "int8" and method.proj_type in ONLINE_TYPES:
         problems.append(
             f"--basis_dtype int8: with {method.proj_type} bases move in every update, by less than 8 bits can show"
@@ -137,6 +167,8 @@ def check_random(config: Config, warnings: list[str]) -> None:
 
 
 def check_fine_tuning(config: Config, problems: list[str]) -> None:
+    if getattr(config.method, "projected_backward", "off") == "on":
+        problems.append("--projected_backward on: fine-tuning takes the gradients that autograd leaves in the weights")
     if config.method.refresh_accumulation > 1:
         problems.append(
             f"--refresh_accumulation {config.method.refresh_accumulation}: fine-tuning has no further batches for a "
@@ -169,5 +201,6 @@ FAMILY = MethodSpec(
     resolve=resolve,
     check=check,
     check_fine_tuning=check_fine_tuning,
+    for_device=for_device,
 )
 """What is so for each of them, unless it says otherwise."""

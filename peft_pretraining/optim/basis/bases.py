@@ -16,9 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
-from peft_pretraining.optim.basis.online_pca import BASIS_OPTIMIZERS, OnlinePCA, reconstruction_gradient
-from peft_pretraining.optim.basis.svd import SVD_METHODS
-from peft_pretraining.optim.basis.svd_basis import GaussianBasis, RandomBasis, SVDBasis, SVDThenRandom
+from peft_pretraining.optim.basis.online_pca import BASIS_OPTIMIZERS, OnlinePCA
+from peft_pretraining.optim.basis.reconstruction import reconstruction_gradient
+from peft_pretraining.optim.basis.svd_basis import GaussianBasis, RandomBasis, SVDBasis, SVDThenRandom, check_method
 from peft_pretraining.optim.tensors.projection import SIDES
 
 __all__ = [
@@ -45,8 +45,7 @@ def check_names(group: dict[str, Any]) -> None:
     """Raises `ValueError` for a kind of projection or decomposition that does not exist."""
     if group["proj_type"] not in PROJECTION_TYPES:
         raise ValueError(f"proj_type must be one of {', '.join(PROJECTION_TYPES)}, got {group['proj_type']!r}")
-    if group["svd_method"] not in SVD_METHODS:
-        raise ValueError(f"svd_method must be one of {', '.join(SVD_METHODS)}, got {group['svd_method']!r}")
+    check_method(group["svd_method"])
 
 
 def _name_of_basis(group: dict[str, Any]) -> str:

@@ -31,8 +31,8 @@ else:
 
 SVD_METHODS = ("exact", "gram", "randomized")
 
-_OVERSAMPLING = 8
-"""Columns of the randomised method beyond the rank; Halko et al. recommend 5 to 10."""
+OVERSAMPLING = 8
+"""Columns of the randomised method, and of sketches, beyond the rank; Halko et al. recommend 5 to 10."""
 
 _NUMBERS_AT_ONCE = 2**22
 """Of a gradient in another dtype: 32 MB in float64. A whole copy of the largest of LLaMA-7B would have 361 MB."""
@@ -127,7 +127,7 @@ def squared_norm(part: Tensor) -> Tensor:
 def _randomized(matrix: Tensor, rank: int, sides: tuple[str, ...], start: Bases, generator: torch.Generator) -> Bases:
     tall = matrix.shape[0] >= matrix.shape[1]
     a = matrix if tall else matrix.T  # (long, short)
-    x = _starting_columns(a, tall, start, min(rank + _OVERSAMPLING, a.shape[1]), generator)  # (short, k)
+    x = _starting_columns(a, tall, start, min(rank + OVERSAMPLING, a.shape[1]), generator)  # (short, k)
     z = a.T @ (a @ x)
     q, r = torch.linalg.qr(z)
     # AᵀA is nearly Z (XᵀZ)⁻¹ Zᵀ = Q (FᵀF) Qᵀ. The shift is what rounding may take from the least eigenvalue of XᵀZ.

@@ -74,11 +74,16 @@ class InPlaceOptimizer(GradientOwner, torch.optim.Optimizer):
         """A parameter's state as this device has it, where the parameter is."""
         return {key: local(value) for key, value in self._follow(param).items()}
 
+    def _has_gradient(self, param: Tensor) -> bool:
+        """Whether a parameter's gradient is there, wherever it comes from."""
+        return param.grad is not None
+
     def _with_gradients(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Parameters that have a gradient. Raises `RuntimeError`, before anything is done, for a sparse one."""
-        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        found = [(p, group) for group in self.param_groups for p in group["params"] if self._has_gradient(p)]
         for param, _ in found:
-            check_dense(param, type(self).__name__)
+            if param.grad is not None:
+                check_dense(param, type(self).__name__)
         return iter(found)
 
     # Loading.

@@ -35,6 +35,10 @@ class GradientOwner:
         may have left. `frozen`: its gradients are to move nothing, not even inside the backward pass."""
         self.update_step = step
 
+    def read_late(self) -> None:
+        """The loop reads what becomes of an update late, and tells it by `settle`; it never makes an update without
+        targets. What moves inside the backward pass is to read nothing back in between, either."""
+
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the forward pass of micro-batch `index` of `count`."""
 
@@ -48,6 +52,12 @@ class GradientOwner:
     def low_rank_reduction(self) -> LowRankReduction | None:
         """How DDP can average projected gradients in place of whole ones; None where whole ones are needed."""
         return None
+
+    @property
+    def leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Weights that have no gradients -> parameters of no model whose gradients are to be averaged over the ranks in
+        their place."""
+        return MappingProxyType({})
 
     def in_norm_order(self) -> Iterable[Tensor]:
         """Parameters that have a gradient."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.basis.bases import basis_rule
@@ -67,8 +67,50 @@ class Follower(Protocol):
         """The backward passes of an update are over."""
 
 
+class Backward(Protocol):
+    """Where R of some weights comes from in place of `param.grad`: their layers' backward passes."""
+
+    @property
+    def leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """Weights -> parameters of no model whose gradients are to be averaged over the ranks in their place."""
+
+    def begin(self, step: int) -> None:
+        """An update begins."""
+
+    def begin_micro_batch(self, index: int, count: int) -> None:
+        """The forward pass of a micro-batch begins."""
+
+    def observe(self) -> None:
+        """The gradients of an extra batch are complete."""
+
+    def complete(self) -> None:
+        """The gradients of an update are complete."""
+
+    def has_arrived(self, weight: Tensor) -> bool:
+        """Whether a weight's R is there."""
+
+    def comes_from_here(self, weight: Tensor) -> bool:
+        """Whether a weight's R never comes from anywhere else."""
+
+    def take(self, weight: Tensor) -> Projected:
+        """A weight's R, and what becomes of its bases."""
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+
+
 class SubspaceOptimizer(InPlaceOptimizer):
     """Every parameter has a `Slot` with the objects of its group, and the state that they declare."""
+
+    backward: Backward | None = None
+    """Takes the gradients of some weights from the backward passes of their layers; not that of a copy."""
+
+    def _has_gradient(self, param: Tensor) -> bool:
+        return super()._has_gradient(param) or (self.backward is not None and self.backward.has_arrived(param))
+
+    @property
+    def leaves(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        return super().leaves if self.backward is None else self.backward.leaves
 
     def _begin(self, rule: UpdateRule) -> None:
         """What there is before the first group."""

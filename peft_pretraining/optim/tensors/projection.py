@@ -99,6 +99,10 @@ class Projection:
                 kept[side] = basis.to(self.stored or basis.dtype).contiguous()
         return kept
 
+    def kept_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state's tensors that bases are read from."""
+        return {key: state[key] for side in self.sides for key in (side, side + SCALES) if key in state}
+
     def bases(self, state: Mapping[str, Tensor]) -> Bases:
         """The bases in the dtype that the arithmetic is done in: the stored ones themselves where they have that."""
         return {side: self._read(state[side], state.get(side + SCALES), side) for side in self.sides}
@@ -116,11 +120,15 @@ class Projection:
             read.kept = kept
         return read
 
+    def as_stored(self, bases: Bases) -> dict[str, Tensor]:
+        """What `as_read` has read bases from, or `stored_bases` of others."""
+        return getattr(bases, "kept", None) or self.stored_bases(bases)
+
     def store(self, state: Mapping[str, Tensor], bases: Bases) -> None:
         """Put bases into the state's tensors."""
-        known = getattr(bases, "kept", None)
-        for key, kept in (known or self.stored_bases(bases)).items():
-            state[key].copy_(kept)
+        for key, kept in self.as_stored(bases).items():
+            if kept is not state[key]:
+                state[key].copy_(kept)
 
     def low_rank_shape(self, shape: torch.Size) -> torch.Size:
         """Of R, for a weight, or a part of one, of `shape`."""

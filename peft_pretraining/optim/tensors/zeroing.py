@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.sending import send
 
-NUMBERS_AT_ONCE = 2**25
+NUMBERS_AT_ONCE = 2**26
 """Of matrices that are zeroed together."""
 
 
@@ -25,7 +26,7 @@ class Vectors(NamedTuple):
 @torch.no_grad()
 def zero_vectors(parts: Sequence[Vectors], device: torch.device) -> None:
     """Zero them in place; `device` is where they are."""
-    if device.type != "cpu":
+    if launches_cost(device):
         zero_together(parts, device)
         return
     for tensor, dim, indices in parts:

@@ -23,8 +23,8 @@ from peft_pretraining.methods import load_method
 from peft_pretraining.models.loss import Batch
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.report.footprint.counters import Counts
-from peft_pretraining.report.footprint.processes import PER_NODE, group_of
-from peft_pretraining.report.footprint.stand_ins import META, as_on_a_gpu
+from peft_pretraining.report.footprint.processes import group_of
+from peft_pretraining.report.footprint.stand_ins import META, PER_NODE, as_on_a_gpu
 from peft_pretraining.report.footprint.storages import Storage
 from peft_pretraining.report.footprint.tracker import Tracker
 from peft_pretraining.training.build_model import choose_loss, distributed_model, reduced_model
@@ -97,7 +97,7 @@ class Simulation:
         for param in model.parameters():  # before the method's own hooks, which may free the gradient
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._gradient_arrived)
-        method.prepare(model, optimizer, group.all_reduce_mean)
+        method.prepare(model, optimizer, group.averaging)
         gradients = gradient_owner(optimizer, model)
         parallel_model = reduced_model(config, group, model, gradients)
         if isinstance(parallel_model, DistributedDataParallel):

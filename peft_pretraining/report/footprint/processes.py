@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,10 +18,6 @@ from peft_pretraining.report.footprint.collectives import future_of_last
 from peft_pretraining.report.footprint.stand_ins import META
 from peft_pretraining.report.footprint.tracker import Tracker
 from peft_pretraining.training import build_model
-
-PER_NODE = 8
-"""Devices of one machine."""
-
 
 _SHAPES = "_propagate_tensor_meta_non_cached"
 """Where DTensors find the shape of a result, by operators that no device carries out."""
@@ -41,7 +36,6 @@ def group_of(devices: int, tracker: Tracker) -> Iterator[None]:
         raise RuntimeError("there is a process group already: a plan needs one of its own")
     group: Any = _fsdp_param_group.FSDPParamGroup
     patches = [
-        patch.object(torch, "meta", _handle(), create=True),
         patch.object(_fully_shard, "_get_device_from_mesh", lambda mesh: META),
         patch.object(group, "_validate_no_meta_params", lambda self: None),
         *(patch.object(build_model, name, _on_device(getattr(build_model, name))) for name in _MAKERS),
@@ -59,48 +53,6 @@ def group_of(devices: int, tracker: Tracker) -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-
-
-class _Event:
-    """Something that has always happened already."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> _Event:
-        return self
-
-    def wait(self, stream: Any = None) -> None:
-        pass
-
-
-class _Stream(_Event):
-    """A queue of work that is done at once."""
-
-    def record_event(self, event: Any = None) -> _Event:
-        return event or _Event()
-
-    def wait_event(self, event: Any) -> None:
-        pass
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-
-def _handle() -> SimpleNamespace:
-    """What torch asks a kind of device for."""
-    return SimpleNamespace(
-        Stream=_Stream,
-        Event=_Event,
-        stream=lambda stream: contextlib.nullcontext(),
-        current_stream=lambda device=None: _Stream(),
-        synchronize=lambda device=None: None,
-        current_device=lambda: 0,
-        device_count=lambda: PER_NODE,
-        is_available=lambda: True,
-        is_initialized=lambda: True,
-        set_device=lambda device: None,
-    )
 
 
 def _followed(tracker: Tracker, *modules: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 META = torch.device("meta")
+PER_NODE = 8
+"""Devices of one machine."""
 _DEVICES = ["cpu", "cuda", "meta"]
 _LISTS = ("_get_fused_kernels_supported_devices", "_get_foreach_kernels_supported_devices")
 _WITH_LISTS = ("torch.optim.optimizer", "torch.optim.adam", "torch.optim.adamw", "torch.utils._foreach_utils")
@@ -23,6 +26,7 @@ _WITH_LISTS = ("torch.optim.optimizer", "torch.optim.adam", "torch.optim.adamw",
 def as_on_a_gpu(quantised: bool = False) -> Iterator[None]:
     """Attention by CUDA's kernels, fused optimizers, and bitsandbytes' kernels if `quantised`."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "meta", _handle(), create=True))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         stack.enter_context(patch.object(torch, "tensor", _tensor))
         stack.enter_context(patch.object(Tensor, "new_tensor", _new_tensor))
@@ -80,3 +84,48 @@ def _attention(
             query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
         )[0]
     return out
+
+
+class _Event:
+    """Something that has always happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> _Event:
+        return self
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        """Not counted: what comes to the host by a copy that nobody waits for is there when it is looked at."""
+
+
+class _Stream(_Event):
+    """A queue of work that is done at once."""
+
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+
+def _handle() -> SimpleNamespace:
+    """What torch asks a kind of device for."""
+    return SimpleNamespace(
+        Stream=_Stream,
+        Event=_Event,
+        stream=lambda stream: contextlib.nullcontext(),
+        current_stream=lambda device=None: _Stream(),
+        synchronize=lambda device=None: None,
+        current_device=lambda: 0,
+        device_count=lambda: PER_NODE,
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        set_device=lambda device: None,
+    )

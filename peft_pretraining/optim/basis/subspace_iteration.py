@@ -1,0 +1,234 @@
+"""The dominant subspace of a gradient by subspace iteration from the basis in use, for many matrices side by side.
+
+A round takes a basis X (s, r) to Q, the Q factor of S X with S = AᵀA, for a gradient A (l, s) whose basis is on the
+side of length s: two thin products with A, and nothing of the size s x s. Between two refreshes a gradient's subspace
+moves little, so one round mostly does; a first basis starts from a random sketch and takes more (Halko, Martinsson and
+Tropp, arXiv 0909.4061, algorithm 4.4). Since R of the QR decomposition has a positive diagonal, columns keep their
+places from one refresh to the next, and come in the order of the singular vectors (the iteration of QR algorithm).
+
+* A is divided by ‖A‖, so that nothing under- or overflows, and S X gets a share of X, about the noise that rounding
+  leaves in it: where A has no energy (rank below r) the old vectors stay, and no basis is ever undetermined.
+* On the CPU the QR decomposition is LAPACK's; on devices it is CholeskyQR2 (Fukaya et al., 2014), batched over equal
+  shapes: products and triangular solves, in float64 where digits are lost. Nothing waits for it: whether the Cholesky
+  decompositions succeeded is read once for all matrices and rounds.
+* Whether a round was enough is measured by the energy of Nyström's approximation (arXiv 1706.05736), a lower bound of
+  what the basis captures: of tr S, which is an upper bound, or of what the last round has gained.
+* Devices that hold different rows of A add up S X; those that hold different columns add up A X first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.optim.tensors.collectives import Collective, Phases
+from peft_pretraining.optim.tensors.rounding import rows_at_once
+
+WARM_ROUNDS, COLD_ROUNDS = 2, 6
+"""At most, from a basis in use and from a sketch."""
+_ENOUGH = 1e-3
+"""Share of the energy that may be missing, by the bounds, when the iteration ends."""
+_NOISE = 1e-6
+"""Share of X in S X: the least singular value that it can have, relative to its norm, and well above what rounding in
+float32 takes away. The squares that CholeskyQR takes are far above float64's digits."""
+
+
+@dataclass(eq=False)
+class Iterate:
+    """One matrix on its way."""
+
+    grad: Tensor
+    """A or Aᵀ: this device's part of the gradient."""
+    columns: bool
+    """Whether the basis is on the side of the columns of `grad` (right), or of its rows (left)."""
+    shard: ShardInfo
+    """Of `grad`."""
+    basis: Tensor
+    """X (s, r), nearly orthonormal, whole, in float32 or float64."""
+    rank: int
+    """How many of its first columns are wanted: a sketch has more."""
+    rounds: int
+    """At most."""
+    norm: Tensor | None = None
+    """‖A‖, float64."""
+    captured: Tensor | None = None
+    """Bounds of the energy, (2,): a share of ‖A‖² that the basis captures at least, and how much more it is than the
+    basis before captured. NaN where a decomposition has failed."""
+
+    @property
+    def divided_side(self) -> bool:
+        """Whether devices hold different parts of the side that the basis is on."""
+        return self.shard.dim is not None and self.shard.dim == int(self.columns)
+
+
+def iterate(every: Sequence[Iterate], at_once: int) -> Phases[list[bool]]:
+    """Improve each basis in place; returns whether that went well. Others have bases to forget.
+
+    `at_once`: numbers of the bases of one shape that are decomposed together.
+    """
+    squares = yield [Collective(_square(each.grad), each.shard) for each in every]
+    for each, square in zip(every, squares, strict=True):
+        each.norm = square.sqrt()
+    running, well = list(every), dict.fromkeys(map(id, every), True)
+    for done in range(1, max((each.rounds for each in every), default=0) + 1):
+        products = yield from _gram_products(running)
+        _orthonormalize(running, products, at_once)
+        running = _unfinished(running, done, well)
+        if not running:
+            break
+    return [well[id(each)] for each in every]
+
+
+def _square(part: Tensor) -> Tensor:
+    """‖A‖², this device's share, in float64: squares of a small float32 number underflow."""
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
+    return norm.square()
+
+
+def _unfinished(running: list[Iterate], done: int, well: dict[int, bool]) -> list[Iterate]:
+    """Those that a further round would help. The only place where the host reads from the device: one number for each,
+    all at once."""
+    captured = torch.stack([each.captured for each in running if each.captured is not None]).tolist()
+    left = []
+    for each, (share, gained) in zip(running, captured, strict=True):
+        if share != share:  # NaN
+            well[id(each)] = False
+        elif min(1 - share, gained / 2 / max(share, _ENOUGH)) > _ENOUGH and done < each.rounds:
+            left.append(each)
+    return left
+
+
+def _gram_products(running: Sequence[Iterate]) -> Phases[list[Tensor]]:
+    """S X / ‖A‖² (s, r) of each, whole."""
+    outer = iter((yield [Collective(_outer(each), each.shard) for each in running if each.divided_side]))
+    parts = [_inner(each, next(outer)) if each.divided_side else _gram_product(each) for each in running]
+    return (yield [Collective(part, each.shard) for part, each in zip(parts, running, strict=True)])
+
+
+def _denominator(each: Iterate) -> Tensor:
+    """‖A‖, in the basis's dtype."""
+    assert each.norm is not None
+    return each.norm.to(each.basis.dtype).clamp_min(torch.finfo(each.basis.dtype).tiny)
+
+
+def _gram_product(each: Iterate) -> Tensor:
+    """Aᵀ (A X) / ‖A‖², of a matrix that is not divided, or of this device's rows."""
+    size, grad = _denominator(each), each.grad
+    x = each.basis / size
+    if grad.dtype == x.dtype:
+        product = grad.mT @ (grad @ x) if each.columns else grad @ (grad.mT @ x)
+    elif each.columns:  # in fewer digits: widened some rows at a time
+        product = torch.zeros_like(x)
+        for rows in _blocks(grad):
+            wide = rows.to(x.dtype)
+            product.addmm_(wide.mT, wide @ x)
+    else:
+        inner = x.new_zeros(grad.shape[1], x.shape[1])
+        for rows, of_basis in zip(_blocks(grad), torch.split(x, rows_at_once(grad)), strict=True):
+            inner.addmm_(rows.to(x.dtype).mT, of_basis)
+        product = torch.cat([rows.to(x.dtype) @ inner for rows in _blocks(grad)])
+    return product.div_(size)
+
+
+def _blocks(grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(grad, rows_at_once(grad))
+
+
+def _outer(each: Iterate) -> Tensor:
+    """A X / ‖A‖ of this device's part of A: its share of a sum where the basis's side is divided, and its rows of the
+    whole (l, r) where the other one is."""
+    x = each.basis / _denominator(each)
+    if each.divided_side:
+        x = each.shard.part(x, 0)
+    grad = each.grad.to(x.dtype)
+    return grad @ x if each.columns else grad.mT @ x
+
+
+def _inner(each: Iterate, outer: Tensor) -> Tensor:
+    """Aᵀ Y / ‖A‖ (s, r), with zeros where other devices' parts belong."""
+    grad = each.grad.to(outer.dtype)
+    part = grad.mT @ outer if each.columns else grad @ outer
+    whole = torch.zeros_like(each.basis)
+    each.shard.part(whole, 0).copy_(part.div_(_denominator(each)))
+    return whole
+
+
+def other_sides(every: Sequence[Iterate], known: Sequence[Tensor]) -> Phases[list[Tensor]]:
+    """Bases (l, r) of the other sides, the Q factors of A X, when `iterate` is done with X. `known` (l, r) are nearly
+    orthonormal columns, to be kept where A has no energy."""
+    asked = []
+    for each, old in zip(every, known, strict=True):
+        part = _outer(each)
+        if each.shard.dim is not None and not each.divided_side:
+            whole = torch.zeros_like(old)
+            each.shard.part(whole, 0).copy_(part)
+            part = whole
+        asked.append(Collective(part, each.shard))
+    products = yield asked
+    found = []
+    for product, old in zip(products, known, strict=True):
+        shifted, _ = _with_noise(old[None], product[None])
+        found.append(signed_qr(shifted)[0][0])
+    return found
+
+
+def _orthonormalize(running: Sequence[Iterate], products: Sequence[Tensor], at_once: int) -> None:
+    """Give each its next basis, those of equal shapes together (on the CPU one after the other)."""
+    by_shape: dict[tuple[torch.Size, int, torch.dtype], list[int]] = {}
+    for place, each in enumerate(running):
+        by_shape.setdefault((each.basis.shape, each.rank, each.basis.dtype), []).append(place)
+    for (shape, rank, _), places in by_shape.items():
+        together = 1 if running[places[0]].basis.device.type == "cpu" else max(1, at_once // shape.numel())
+        for start in range(0, len(places), together):
+            lot = places[start : start + together]
+            basis = torch.stack([running[place].basis for place in lot])
+            product = torch.stack([products[place] for place in lot])
+            found, captured = next_bases(basis, product, rank)
+            for place, new, bounds in zip(lot, found.unbind(), captured.unbind(), strict=True):
+                running[place].basis, running[place].captured = new, bounds
+
+
+def next_bases(basis: Tensor, product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Q (L, s, k) with QᵀQ = I of products S X (L, s, k), tr S = 1, and the bounds of `Iterate.captured` for its first
+    `rank` columns (L, 2)."""
+    product, noise = _with_noise(basis, product)
+    inner = basis.mT @ product  # Xᵀ (S + noise) X
+    q, r, failed = (signed_qr if product.device.type == "cpu" else cholesky_qr2)(product)
+    factor, info = torch.linalg.cholesky_ex(inner)
+    nystrom = torch.linalg.solve_triangular(factor, r.mT[:, :, :rank], upper=False).square().sum((1, 2))
+    share = nystrom - rank * noise.flatten()
+    gained = nystrom - inner.diagonal(dim1=1, dim2=2)[:, :rank].sum(1)
+    bounds = torch.stack([share, gained], dim=1)
+    # Without a bound a further round is taken.
+    bounds = torch.where((info == 0)[:, None], bounds, bounds.new_tensor([0.0, 1.0]))
+    failed = failed | ~q.sum((1, 2)).isfinite()
+    return q, torch.where(failed[:, None], torch.nan, bounds)
+
+
+def _with_noise(basis: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Products (L, s, r) with a share of X, and that share (L, 1, 1)."""
+    size = torch.linalg.matrix_norm(product, keepdim=True)
+    noise = _NOISE * size + torch.finfo(product.dtype).tiny
+    return torch.addcmul(product, basis, noise), noise
+
+
+def signed_qr(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q and R of (L, s, r), the diagonal of R not negative, and whether it failed (L,): never."""
+    q, r = torch.linalg.qr(matrices)
+    signs = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1, 1).to(q)
+    return q * signs[:, None], r * signs[:, :, None], torch.zeros_like(signs[:, 0], dtype=torch.bool)
+
+
+def cholesky_qr2(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by products alone, for matrices with a condition of up to 1e7: CholeskyQR in float64, which leaves the
+    columns orthonormal to some digits, and once more in the matrices' own dtype, which finds the rest."""
+    wide = matrices.double()
+    first, info = torch.linalg.cholesky_ex(wide.mT @ wide)
+    nearly = torch.linalg.solve_triangular(first.mT, wide, upper=True, left=False).to(matrices)
+    second, again = torch.linalg.cholesky_ex(nearly.mT @ nearly)
+    q = torch.linalg.solve_triangular(second.mT, nearly, upper=True, left=False)
+    return q, second.mT @ first.mT.to(second), (info != 0) | (again != 0)
