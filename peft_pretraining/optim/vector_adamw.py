@@ -18,6 +18,7 @@ from peft_pretraining.optim.state.state_reset import MOMENTS
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically
 from peft_pretraining.optim.tensors.state_tensor import FASTEST_FORGOTTEN, ROUNDINGS, STATE_FORMATS, working_dtype
+from peft_pretraining.optim.tensors.zeroing import Vectors, zero_vectors
 
 
 class VectorAdamW(InPlaceOptimizer):
@@ -92,17 +93,27 @@ class VectorAdamW(InPlaceOptimizer):
         first = param.dtype if narrow else wide
         return {key: torch.zeros_like(param, dtype=first if key == "exp_avg" else wide) for key in MOMENTS}
 
-    @torch.no_grad()
     def reset_vectors(self, param: Tensor, index: Tensor, counts: bool = True) -> None:
         """Zero the moments of some of a parameter's vectors and, with `counts`, let them count updates from 0 again.
 
-        `index` (int64) says which, on the parameter's device.
+        `index` (int64) says which.
         """
-        state, dim = self.state[param], self.group_of(param)["vectors"]
-        for key in MOMENTS:
-            local(state[key]).index_fill_(dim, index, 0)
-        if counts:
-            state["step"].index_fill_(0, index, 0)
+        self.reset_many([(param, index.tolist())], counts)
+
+    def reset_many(self, chosen: Sequence[tuple[Tensor, list[int]]], counts: bool = True) -> None:
+        """`reset_vectors` for some vectors of each of several parameters of one device."""
+        parts: list[Vectors] = []
+        for param, indices in chosen:
+            state, dim = self.local_state(param), self.group_of(param)["vectors"]
+            parts += [Vectors(tensor, place, indices) for tensor, place in self._by_vectors(state, dim)]
+            if counts:
+                parts.append(Vectors(state["step"], 0, indices))
+        if chosen:
+            zero_vectors(parts, local(chosen[0][0]).device)
+
+    def _by_vectors(self, state: dict[str, Tensor], dim: int) -> list[tuple[Tensor, int]]:
+        """The moments of a parameter, each with the dimension along which its vectors lie."""
+        return [(state[key], dim) for key in MOMENTS]
 
     @_disable_dynamo  # as torch's own: it may be called in code that is compiled
     @torch.no_grad()

@@ -55,16 +55,10 @@ class VectorAdamW8bit(VectorAdamW):
             moments[f"{key}_absmax"] = distribute_like(scales, param, dim, total)
         return moments
 
-    def reset_vectors(self, param: Tensor, index: Tensor, counts: bool = True) -> None:
-        state = self.state[param]
+    def _by_vectors(self, state: dict[str, Tensor], dim: int) -> list[tuple[Tensor, int]]:
         if state["exp_avg"].dtype != torch.uint8:
-            super().reset_vectors(param, index, counts)
-            return
-        for key in blockwise.SIGNED:
-            local(state[key]).index_fill_(0, index, 0)
-            local(state[f"{key}_absmax"]).index_fill_(0, index, 0)  # then they are zero, whatever the bytes are
-        if counts:
-            state["step"].index_fill_(0, index, 0)
+            return super()._by_vectors(state, dim)
+        return [(state[key], 0) for key in _KEYS]  # with scales of zero they are zero, whatever the bytes are
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         in_8_bits, wide = self._by_form(params)

@@ -17,8 +17,8 @@ from torch.optim.adamw import adamw
 
 from peft_pretraining.optim.tensors.rounding import Noise, round_stack_
 
-NUMBERS_AT_ONCE = 2**24
-"""Of a weight that is moved together with others: each copy of as many is 64 MB in float32."""
+NUMBERS_AT_ONCE = 2**26
+"""Of a weight that is moved together with others: each copy of as many is 256 MB in float32."""
 
 
 class Matrix(NamedTuple):
@@ -125,6 +125,6 @@ def put(weights: Sequence[Tensor], moved: Tensor, noises: Sequence[Noise | None]
     """Round a stack of wide weights into those that they belong to. `moved` may be used up."""
     drawn = [noise for noise in noises if noise is not None]
     if drawn:
-        moved = moved.contiguous()
-        round_stack_(moved, drawn, slice(0, moved.shape[1] if moved.ndim > 1 else 1))
+        rows = slice(0, moved.shape[1] if moved.ndim > 1 else 1)
+        moved = round_stack_(moved.contiguous(), drawn, rows)
     torch._foreach_copy_(list(weights), list(moved.unbind()))
