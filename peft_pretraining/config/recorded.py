@@ -10,7 +10,10 @@ from typing import Any
 from peft_pretraining.checkpoint import resume, run_dir, train_state
 from peft_pretraining.config import Config
 
-_SPEED = {"compile": "off", "fused_loss": "off", "projected_backward": "off"}
+_SPEED = {
+    **{"compile": "off", "fused_loss": "off", "projected_backward": "off"},
+    **{"svd_method": "gram", "stagger_refresh": None},
+}
 """Settings that change how fast an update is and the last digits of what it computes -> what runs had before there were
 these settings."""
 

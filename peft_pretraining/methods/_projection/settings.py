@@ -25,7 +25,7 @@ from peft_pretraining.methods._low_rank.settings import LowRankSettings
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
 
-SVD_METHODS = ("gram", "exact", "randomized")
+SVD_METHODS = ("auto", "gram", "subspace", "exact", "randomized")
 PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
 ONLINE_TYPES = (
     "continuous",
@@ -43,7 +43,11 @@ class BasisSettings(MethodSettings):
 
     scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
     update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
-    svd_method: str = setting("gram", choice(*SVD_METHODS), f"how bases are computed: {', '.join(SVD_METHODS)}")
+    svd_method: str = setting(
+        "auto",
+        choice(*SVD_METHODS),
+        f"how bases are computed: {', '.join(SVD_METHODS)}; auto: gram below a shorter side of 256, subspace above",
+    )
     stagger_refresh: bool | None = setting(
         None, boolean, "spread the layers' refreshes over --update_proj_gap (default: with --per_layer)"
     )

@@ -238,11 +238,13 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
         for each, grad, reading in zip(due, seen, reads, strict=True)
         if reading
     ]
-    answers = iter((yield flags))
+    answers = yield flags
+    # One look at all of them: on a device each takes as long as everything that waits there.
+    answers = iter(torch.stack([each.to(answers[0].device) for each in answers]).tolist() if answers else [])
     refreshes = {}
     for each, grad, reading in zip(due, seen, reads, strict=True):
         if reading:
-            not_finite, not_zero = next(answers).tolist()
+            not_finite, not_zero = next(answers)
             if not_finite or not not_zero:
                 continue
         refreshes[id(each)] = _refresh(each, grad)
