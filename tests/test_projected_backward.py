@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import helpers
 import pytest
@@ -16,7 +17,7 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.models import compiled
 from peft_pretraining.models.compute_dtype import compute_in
 from peft_pretraining.nn.projected_linear import project_backward
-from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.optim import LowRankOptimizer, PerLayerUpdates
 from peft_pretraining.optim.model_groups import model_groups
 
 RANDOM = {"rand_ratio": 0.4, "num_training_steps": 20}
@@ -50,8 +51,13 @@ def backward_pass(model, *seeds):
     return loss.item()
 
 
-def losses(model, optimizer, updates=20, accumulation=1):
-    """Of updates with clipping, as the training loop makes them."""
+def losses(model, optimizer, updates=20, accumulation=1, **per_layer):
+    """Of updates with clipping, as the training loop makes them; inside the backward pass with settings for that."""
+    with PerLayerUpdates(optimizer, **per_layer) if per_layer else nullcontext():
+        return losses_of(model, optimizer, updates, accumulation)
+
+
+def losses_of(model, optimizer, updates, accumulation):
     found = []
     for step in range(updates):
         optimizer.begin_update(step)
@@ -71,12 +77,12 @@ def losses(model, optimizer, updates=20, accumulation=1):
     return torch.tensor(found, dtype=torch.float64)
 
 
-def assert_same_updates(rule="adamw", accumulation=1, **settings):
-    ordinary, projected = network(), network()
-    expected = losses(ordinary, optimizer_of(ordinary, rule=rule, **settings), accumulation=accumulation)
+def assert_same_updates(rule="adamw", accumulation=1, per_layer=None, **settings):
+    ordinary, projected, way = network(), network(), {"accumulation": accumulation, **(per_layer or {})}
+    expected = losses(ordinary, optimizer_of(ordinary, rule=rule, **settings), **way)
     optimizer = optimizer_of(projected, rule=rule, **settings)
     assert project_backward(projected, optimizer) == {}
-    found = losses(projected, optimizer, accumulation=accumulation)
+    found = losses(projected, optimizer, **way)
     exact = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(found, expected, **exact)
     torch.testing.assert_close(list(projected.parameters()), list(ordinary.parameters()), **exact)
@@ -100,6 +106,13 @@ def test_refreshes_may_be_spread_and_see_further_batches(settings):
     assert_same_updates(accumulation=3, **settings)
     assert_same_updates(stagger_refresh=True, **settings)
     assert_same_updates(refresh_accumulation=3, accumulation=2, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, RANDOM, {**RANDOM, "rand_ratio": 0.0}], ids=["svd", "golore", "random"])
+def test_updates_inside_the_backward_pass_take_what_it_returns(settings):
+    for accumulation, early, kind in itertools.product((1, 3), (True, False), ("std", "full")):
+        per_layer = {"clip": 0.05, "early_first_bases": early}
+        assert_same_updates("sgd", accumulation, per_layer, proj_type=kind, **settings)
 
 
 @pytest.mark.parametrize("kept", ["float32", "int8"])

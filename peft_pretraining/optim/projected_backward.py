@@ -8,6 +8,7 @@ all this, new bases are stored in the step alone: an update that is skipped leav
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -68,6 +69,8 @@ class ProjectedBackward:
         self._is_sharded = any(ShardInfo.of(weight).dim is not None for weight in layers)
         self._index, self._count, self._to_observe = 0, 1, 0
         self._averaged = False
+        self._arrives: weakref.WeakMethod[Callable[[Tensor, Tensor], None]] | None = None
+        self._by_leaf: dict[Tensor, Tensor] = {source.leaf: weight for weight, source in self.sources.items()}
         for weight, source in self.sources.items():
             self._read_stored_bases(weight, source)
         optimizer.backward = self
@@ -129,6 +132,11 @@ class ProjectedBackward:
     @torch.no_grad()
     def _receive(self, weight: Tensor, source: _Source, grad: Tensor) -> Tensor | None:
         """A layer's G of one backward pass. Returns R of the update's gradient where this was the last one."""
+        arrives = None if self._arrives is None else self._arrives()
+        if arrives is not None:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            arrives(weight, mean_part(grad.to(wide), weight) if self._is_sharded else grad.to(weight.dtype))
+            return None
         only, last = self._count == 1 and not self._to_observe, self._index == self._count - 1
         wide = torch.promote_types(grad.dtype, torch.float32)
         if self._is_sharded:
@@ -221,3 +229,48 @@ class ProjectedBackward:
             source.leaf.grad = source.total = None
             if source.is_chosen:
                 source.projected, source.is_chosen = None, False
+
+    # For updates inside the backward pass.
+
+    def hand_over_to(self, arrives: Callable[[Tensor, Tensor], None] | None) -> None:
+        """Let a bound method have each weight's G as it comes; it is not kept alive."""
+        self._arrives = None if arrives is None else weakref.WeakMethod(arrives)
+
+    @torch.no_grad()
+    def hand_over_drawn(self) -> dict[Tensor, Projected]:
+        """Bases that were drawn for this update; first ones take the place of the zeros in the state."""
+        drawn = {weight: source.projected for weight, source in self.sources.items() if source.projected is not None}
+        for weight, projected in drawn.items():
+            source, state = self.sources[weight], self._optimizer.local_state(weight)
+            source.projected = None
+            if projected.new_bases is not None and not int(state["refreshes"]):
+                self._optimizer.subspaces[weight].put_in_place(state, projected)
+                self._read_stored_bases(weight, source)
+        return drawn
+
+    def leaf_of(self, weight: Tensor) -> Tensor | None:
+        """What gets a weight's R as its gradient."""
+        source = self.sources.get(weight)
+        return None if source is None else source.leaf
+
+    def weight_of(self, leaf: Tensor) -> Tensor:
+        """Whose R it gets."""
+        return self._by_leaf[leaf]
+
+    @torch.no_grad()
+    def take_part(self, weight: Tensor) -> Tensor:
+        """R of one micro-batch, which is forgotten here: the mean over devices and this one's part of it where they
+        share the weight."""
+        leaf = self.sources[weight].leaf
+        part, leaf.grad = leaf.grad, None
+        assert part is not None, "it has not arrived"
+        if not self._is_sharded:
+            return part
+        shard = self._optimizer.shard_of(weight)
+        return shard.part(self._reduce(part), shard.dim or 0)
+
+    def project_from_now(self, weight: Tensor) -> None:
+        """Form no further G in this update: the stored bases are those to project in."""
+        if (source := self.sources.get(weight)) is not None:
+            source.layer.receive = None
+            self._read_stored_bases(weight, source)
