@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.optim.tensors import launching
 
 SHAPES = ((6, 4), (6, 4), (4, 7), (6, 4), (70, 64), (5,), (5,), ())
 """Of the parameters; the first five are projected where there is a basis, and the fifth is large enough for 8 bits."""
@@ -140,6 +141,43 @@ def test_masks_have_the_bits_of_the_host_in_other_dtypes(rule, dtype):
             loop.update(step, broken)
     loops[1].settle()
     assert_same(*loops, exact=True)
+
+
+FORMATS = {
+    "published": {},
+    "float32": {"state_format": "float32"},
+    "weight": {"state_format": "weight", "betas": (0.9, 0.99)},
+    "stochastic": {"rounding": "stochastic"},
+}
+
+
+def trained(rule, basis, dtype, settings):
+    optimizer, params = build(rule, basis, dtype)
+    groups = [{**group, **settings} for group in optimizer.param_groups]
+    optimizer = LowRankOptimizer([{key: group[key] for key in group if key != "first_lr"} for group in groups])
+    loop = Loop(optimizer, params, masked=False)
+    for step in range(5):
+        loop.update(step, broken=None)
+    return loop
+
+
+TOGETHER = [
+    *[(rule, basis, kept) for rule in BIT_EQUAL for basis in ("no basis", "SVD") for kept in FORMATS
+      if (rule, basis) in CASES and rule not in ("adamw8bit", "sgd, momentum")],
+    *[(rule, basis, "published") for rule, basis in CASES],
+]  # fmt: skip
+"""In 16 bits, torch rounds the last numbers of a momentum of SGD in another way."""
+
+
+@pytest.mark.parametrize(("rule", "basis", "kept"), dict.fromkeys(TOGETHER))
+def test_what_devices_compute_together_is_what_the_cpu_computes_one_by_one(monkeypatch, rule, basis, kept):
+    """Stacks, lots and their rounding: the same bits, but for sums over a matrix."""
+    exact, loops = rule in BIT_EQUAL and basis in ("no basis", "SVD"), []
+    for together in (False, True):
+        monkeypatch.setattr(launching, "ON_EVERY_DEVICE", together)
+        dtype = torch.float64 if kept == "published" else torch.bfloat16
+        loops.append(trained(rule, basis, dtype, FORMATS[kept]))
+    assert_same(*loops, exact)
 
 
 @pytest.mark.parametrize("settings", [{"state_format": "float32"}, {"state_format": "weight", "betas": (0.9, 0.99)},

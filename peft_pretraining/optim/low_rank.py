@@ -185,14 +185,14 @@ class LowRankOptimizer(MaskedUpdates):
         mask: Mask | None = None,
     ) -> None:
         """Move parameters by their gradients, projected ones by those that wait for them."""
+        moving = self._alike_together(moving)
         counted = [param for param, _ in moving if is_counter(self.state[param]["step"])]
         known = dict(zip(counted, counts([self.state[param]["step"] for param in counted]), strict=True))
         members = (
             self._member(param, group, None if param.grad is None else gradient_of(param), mask, known.get(param))
             for param, group in moving
         )
-        divided = any(self._slots[param].shard.dim is not None for param, _ in moving)
-        move(members, divided, self.refresh_metrics, found_inf, grad_scale, mask)
+        move(members, self._lots([param for param, _ in moving]), self.refresh_metrics, found_inf, grad_scale, mask)
 
     def _takes_place(self, mask: Mask | None) -> bool:
         """Whether the update is not to be left out, or is masked; its gradients are projected, and divided by
@@ -273,7 +273,7 @@ class LowRankOptimizer(MaskedUpdates):
             self._member(param, group, grad, mask)
             for (param, grad, group, _), mask in zip(moving, masks or [None] * len(moving), strict=True)
         ]
-        move(members, any(self._slots[param].shard.dim is not None for param, *_ in moving), self.refresh_metrics)
+        move(members, self._lots([param for param, *_ in moving]), self.refresh_metrics)
         for param, *_ in moving:
             self.projected.pop(param, None)
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_pretraining.optim.projected_gradients import ProjectedGradients
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
 
 
@@ -42,6 +43,21 @@ class MaskedUpdates(ProjectedGradients):
         if projected is not None:
             return projected.changes_bases
         return subspace is not None and subspace.refresh_is_due(self.state[param], group, self.step_of(param))
+
+    def _alike_together(
+        self, moving: Sequence[tuple[Tensor, dict[str, Any]]]
+    ) -> Sequence[tuple[Tensor, dict[str, Any]]]:
+        """By shape within each group, where rules stack what is alike: so that a lot has few shapes."""
+        if not any(launches_cost(param.device) for param, _ in moving):
+            return moving
+        places = {id(group): place for place, group in enumerate(self.param_groups)}
+        return sorted(moving, key=lambda each: (places[id(each[1])], tuple(each[0].shape)))
+
+    def _lots(self, params: Sequence[Tensor]) -> int:
+        """For `move`."""
+        if any(self._slots[param].shard.dim is not None for param in params):
+            return 4
+        return 2 if any(launches_cost(param.device) for param in params) else 1
 
     def settle(self, skipped: bool | None = None) -> None:
         """Tells whether the last update that went on without a look at `found_inf` was to be left out: what was counted

@@ -19,7 +19,8 @@ from peft_pretraining.optim.tensors.state_tensor import counts
 
 _NUMBERS_AT_ONCE = 2**26
 """Numbers of the matrices that are moved at a time, over all devices: directions, and gradients in another dtype, exist
-for so many. Where devices share the weights it is four times as many, and collectives so much rarer."""
+for so many. Where launches cost it is twice as many, and where devices share the weights four times, and launches or
+collectives so much rarer: activations are gone by then."""
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Member:
 
 def move(
     members: Iterable[Member],
-    divided: bool,
+    lots: int,
     metrics: dict[str, list[Tensor]],
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
@@ -48,11 +49,10 @@ def move(
     """Moves all weights, those of one group by one call of each of its objects, and the collectives of all groups
     together.
 
-    `members` may be a generator. `divided`: whether devices share the weights. `found_inf` and `grad_scale` are for
-    rules that move weights themselves, `mask` is what the others heed.
+    `members` may be a generator. `lots`: how many times `_NUMBERS_AT_ONCE` numbers move at a time. `found_inf` and
+    `grad_scale` are for rules that move weights themselves, `mask` is what the others heed.
     """
-    limit = 4 * _NUMBERS_AT_ONCE if divided else _NUMBERS_AT_ONCE
-    for lot in in_lots(members, _numbers, limit):
+    for lot in in_lots(members, _numbers, lots * _NUMBERS_AT_ONCE):
         groups: dict[int, list[Member]] = {}
         for member in lot:
             groups.setdefault(id(member.group), []).append(member)

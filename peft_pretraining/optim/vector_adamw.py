@@ -15,6 +15,7 @@ from peft_pretraining.optim.state.base import InPlaceOptimizer, gradient_of
 from peft_pretraining.optim.state.saved_state import other_state
 from peft_pretraining.optim.state.settings import check_betas, check_keys, check_numbers
 from peft_pretraining.optim.state.state_reset import MOMENTS
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically
 from peft_pretraining.optim.tensors.state_tensor import FASTEST_FORGOTTEN, ROUNDINGS, STATE_FORMATS, working_dtype
 
@@ -133,7 +134,7 @@ class VectorAdamW(InPlaceOptimizer):
 
     def _batched(self, params: Collection[Tensor]) -> bool:
         """Whether matrices of one shape are stacked: where launches cost time, and reading a number does."""
-        return any(param.device.type != "cpu" for param in params)
+        return any(launches_cost(param.device) for param in params)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """One parameter after the other, in place."""

@@ -123,7 +123,7 @@ class VectorAdamW8bit(VectorAdamW):
         grads = torch.cat([each.grad for each in lot])
         moved = _moved(torch.cat(weights), grads, kept, (rates, roots), group, masked)
         for key, joined in kept.items():
-            torch._foreach_copy_([each.state[key] for each in lot], list(joined.split(shape[0])))
+            torch._foreach_copy_([each.state[key] for each in lot], list(torch.split(joined, shape[0])))
         batches.put(weights, moved.view(len(lot), *shape), [each.noise for each in lot])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from peft_pretraining.optim.tensors.rounding import Noise, crossed, hashed
+from peft_pretraining.optim.tensors.rounding import Noise, round_stack_
 
 NUMBERS_AT_ONCE = 2**24
 """Of a weight that is moved together with others: each copy of as many is 64 MB in float32."""
@@ -125,22 +125,6 @@ def put(weights: Sequence[Tensor], moved: Tensor, noises: Sequence[Noise | None]
     """Round a stack of wide weights into those that they belong to. `moved` may be used up."""
     drawn = [noise for noise in noises if noise is not None]
     if drawn:
-        moved = rounded(moved.contiguous(), drawn)
+        moved = moved.contiguous()
+        round_stack_(moved, drawn, slice(0, moved.shape[1] if moved.ndim > 1 else 1))
     torch._foreach_copy_(list(weights), list(moved.unbind()))
-
-
-def rounded(wide: Tensor, noises: Sequence[Noise]) -> Tensor:
-    """A stack of float32 weights (L, ...), each rounded as `round_stochastically` rounds it, in place. All `noises` are
-    of one shard."""
-    stack = wide.view(len(noises), wide.shape[1] if wide.ndim > 1 else 1, -1)
-    rows, columns = stack.shape[1:]
-    keys = torch.tensor([each.key for each in noises])
-    if wide.device.type == "cuda":
-        keys = keys.pin_memory()
-    places = noises[0].places(slice(0, rows), wide.shape[2:], wide.device)
-    bits = hashed(keys.to(wide.device, non_blocking=True)[:, None], places.repeat(len(noises), 1))
-    by_row, by_column = bits.split([rows, columns], dim=1)
-    not_numbers = stack.isnan()  # a payload of ones, such as CUDA's, would carry over into the sign
-    stack.view(torch.int32).add_(crossed(by_row, by_column)).bitwise_and_(-65536)
-    stack.masked_fill_(not_numbers, torch.nan)
-    return wide

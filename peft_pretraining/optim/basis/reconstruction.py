@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import HALF, ShardInfo
 from peft_pretraining.optim.tensors.collectives import Collective, Phases
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.param_update import ParamUpdate
 from peft_pretraining.optim.tensors.projection import RIGHT, Bases
 
@@ -64,7 +65,7 @@ def _alike(updates: Sequence[ParamUpdate], bases: Sequence[Bases]) -> dict[Hasha
     for place, (update, its) in enumerate(zip(updates, bases, strict=True)):
         projection = update.projection
         ((side, basis),) = its.items()
-        single = projection.shards_projected_side or (basis.device.type == "cpu" and update.mask is None)
+        single = projection.shards_projected_side or (not launches_cost(basis.device) and update.mask is None)
         kind = (side, basis.shape, basis.dtype, basis.device, projection.shard.dim, id(update.scaled_by))
         found.setdefault(place if single else kind, []).append(place)
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
 
@@ -112,7 +113,7 @@ class Batches:
         alike: dict[object, list[int]] = {}
         for place, update in enumerate(updates):
             grad = update.low_rank_grad
-            stacks = grad.device.type != "cpu" or update.mask is not None
+            stacks = launches_cost(grad.device) or update.mask is not None
             kind = (grad.shape, grad.dtype, grad.device, update.k, update.low_rank_shard, *update.state)
             alike.setdefault(kind if stacks else place, []).append(place)
         self._batches = [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.optim.tensors.launching import launches_cost
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def zeros_like_each(tensors: Sequence[Tensor]) -> list[Tensor]:
     found: list[Tensor | None] = [None] * len(tensors)
     buffers: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
-        if tensor.device.type == "cpu":
+        if not launches_cost(tensor.device):
             found[place] = zeros(tensor)
         else:
             buffers.setdefault((tensor.device, tensor.dtype), []).append(place)
