@@ -125,6 +125,6 @@ def put(weights: Sequence[Tensor], moved: Tensor, noises: Sequence[Noise | None]
     """Round a stack of wide weights into those that they belong to. `moved` may be used up."""
     drawn = [noise for noise in noises if noise is not None]
     if drawn:
-        rows = slice(0, moved.shape[1] if moved.ndim > 1 else 1)
-        moved = round_stack_(moved.contiguous(), drawn, rows)
+        moved = moved.contiguous()
+        round_stack_(moved, drawn, slice(0, moved.shape[1] if moved.ndim > 1 else 1))
     torch._foreach_copy_(list(weights), list(moved.unbind()))
