@@ -129,8 +129,9 @@ def looped_update(run: Run) -> Callable[[], None]:
 
     def update() -> None:
         began = time.perf_counter()
-        result = train_step(run, list(islice(run.batches, run.config.batch.gradient_accumulation)), stop)
-        report(run, result, time.perf_counter() - began, bar)
+        train_step(run, list(islice(run.batches, run.config.batch.gradient_accumulation)), stop)
+        for result, _ in run.late.finished():  # on a GPU that before
+            report(run, result, time.perf_counter() - began, bar)
 
     return update
 

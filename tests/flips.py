@@ -28,6 +28,7 @@ OPERATIONAL = {
         "workers",
         "activation_checkpointing",
         "fused_loss",
+        "compile",
         "no_offload_candidates",
         "projected_backward",
         "deterministic",

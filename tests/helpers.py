@@ -278,7 +278,8 @@ def _run_cases(path: Path) -> None:
 
     A case is {"argv": [...]}. With "signal": [rank, update], one rank gets a SIGUSR1 within that update; with
     "evaluation_signal": [rank, number], as it begins that evaluation; with "poison": [rank, update], its loss in that
-    update's first micro-batch is not finite; with "count", its "collectives" are counted. Beside the file,
+    update's first micro-batch is not finite; with "count", its "collectives" are counted; with "late", numbers are read
+    one update late. Beside the file,
     `rank{N}.json` gets a list of {"exit_code", "digest", "state_digest", "state_bytes", "local_bytes",
     "unsynchronised"}, one per case: the SHA-256 of the weights and of this rank's optimizer state, the state's size,
     that of each of the model's tensors on this rank, and the number of backward passes without a reduction.
@@ -292,7 +293,7 @@ def _run_cases(path: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from peft_pretraining.distributed.sharding import local
-    from peft_pretraining.training import build
+    from peft_pretraining.training import build, late_values
     from peft_pretraining.training.loop import state_bytes
 
     rank, results, train, no_sync = int(os.environ["RANK"]), [], build.train, DistributedDataParallel.no_sync
@@ -324,6 +325,7 @@ def _run_cases(path: Path) -> None:
     dist.destroy_process_group = lambda: None
     for case in json.loads(path.read_text()):
         results.append({"unsynchronised": 0})
+        late_values.ON_EVERY_DEVICE = case.get("late", False)
         with contextlib.ExitStack() as stops:
             if case.get("signal", [None])[0] == rank:
                 stops.enter_context(signal_in_update(case["signal"][1], signal.SIGUSR1))

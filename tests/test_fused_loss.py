@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from functools import partial
 from pathlib import Path
 
 import helpers
@@ -10,9 +13,15 @@ import torch
 import torch.nn.functional as F
 from conftest import write_blocks, write_model
 
-from peft_pretraining.models import fused_loss
-from peft_pretraining.models.fused_loss import fused_token_loss
+from peft_pretraining.config import ModelConfig
+from peft_pretraining.flags import ConfigError
+from peft_pretraining.models import compiled, fused_loss
+from peft_pretraining.models.compiled import Compilation, CompiledFunction
+from peft_pretraining.models.fused_loss import fused_token_loss, softmax_loss, softmax_loss_
+from peft_pretraining.models.liger_loss import liger_loss
+from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.loss import IGNORED
+from peft_pretraining.training.build_model import choose_loss
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -32,12 +41,13 @@ def inputs(dtype, weight_dtype=None):
     return hidden, weight, labels
 
 
+@pytest.mark.parametrize("block_loss", [None, softmax_loss], ids=["eager", "for a compiler"])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_loss_and_gradients_are_those_of_the_plain_loss(dtype, rows, monkeypatch):
+def test_loss_and_gradients_are_those_of_the_plain_loss(dtype, rows, block_loss, monkeypatch):
     monkeypatch.setattr(fused_loss, "_LOGITS_AT_ONCE", {"cpu": 50 * rows})
     results = []
-    for loss in (plain, fused_token_loss):
+    for loss in (plain, partial(fused_token_loss, block_loss=block_loss)):
         hidden, weight, labels = inputs(dtype)
         value = loss(hidden, weight, labels)
         (value / 7).backward()
@@ -100,6 +110,103 @@ def test_infinite_logits_are_no_finite_loss():
     with torch.no_grad():
         hidden[0, 0] = torch.inf
     assert not fused_token_loss(hidden, weight, labels).isfinite()
+
+
+def test_compiled_blocks_have_one_size(monkeypatch):
+    """Where the rows can be divided so; else the last block alone is smaller, and made eagerly."""
+    monkeypatch.setattr(fused_loss, "_LOGITS_AT_ONCE", {"cpu": 50 * 12})
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    results, compilation = [], Compilation()
+    block_loss = CompiledFunction(softmax_loss, softmax_loss_, compilation)
+    for loss in (plain, partial(fused_token_loss, block_loss=block_loss)):
+        hidden, weight, labels = inputs(torch.float64)
+        value = loss(hidden, weight, labels)
+        value.backward()
+        results.append([value.detach(), hidden.grad, weight.grad])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert compilation.compilations == 1  # of 33 rows, 3 x 11
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Stands for liger-kernel, whose class it has the signature of, and does what that says: the calls."""
+    calls = []
+
+    class Loss(torch.nn.Module):
+        def __init__(
+            self,
+            ce_weight=None,
+            ignore_index=-100,
+            lse_square_scale=0.0,
+            label_smoothing=0.0,
+            reduction="mean",
+            softcap=None,
+            return_z_loss=False,
+            accum_dtype=None,
+            use_token_scaling=False,
+            return_token_accuracy=False,
+        ):
+            super().__init__()
+            self.settings = {"ignore_index": ignore_index, "reduction": reduction, "accum_dtype": accum_dtype}
+
+        def forward(self, lin_weight, _input, target, bias=None):
+            assert _input.ndim == 2 and target.ndim == 1 and bias is None
+            calls.append({**self.settings, "dtypes": (lin_weight.dtype, _input.dtype)})
+            logits = _input @ lin_weight.t()  # as liger-kernel does it: under autocast, or with one dtype
+            assert logits.dtype == _input.dtype
+            return F.cross_entropy(logits.float(), target, ignore_index=self.settings["ignore_index"], reduction="sum")
+
+    for name in ("liger_kernel", "liger_kernel.transformers", MODULE):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules[MODULE], "LigerFusedLinearCrossEntropyLoss", Loss, raising=False)
+    return calls
+
+
+MODULE = "liger_kernel.transformers.fused_linear_cross_entropy"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_liger_kernel_is_called_as_it_wants(dtype, weight_dtype, liger):
+    if torch.finfo(weight_dtype).bits < torch.finfo(dtype).bits:
+        pytest.skip("weights are at least as wide as activations")
+    results = []
+    for loss in (plain, liger_loss()):
+        hidden, weight, labels = inputs(dtype, weight_dtype)
+        value = loss(hidden, weight, labels)
+        (value / 7).backward()
+        assert weight.grad.dtype == weight_dtype and hidden.grad.dtype == dtype and value.dtype == torch.float32
+        results.append([value.detach(), hidden.grad, weight.grad])
+    assert liger == [
+        {"ignore_index": -100, "reduction": "sum", "accum_dtype": torch.float32, "dtypes": (weight_dtype, dtype)}
+    ]
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+def head(fused, compilation=None):
+    """How a model makes its loss on CUDA."""
+    model = build_model(
+        ModelConfig(), {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}, None, torch.device("meta")
+    )
+    choose_loss(model, fused, torch.device("cuda"), compilation)
+    return model.head_loss_by if model.fused_loss else "plain"
+
+
+def test_liger_kernel_makes_the_loss_of_eager_layers_where_it_is_installed(liger):
+    assert [head(fused) for fused in ("auto", "liger", "on", "off")] == [
+        *("liger-kernel", "liger-kernel", "blocks of logits", "plain")
+    ]
+    assert head("auto", Compilation()) == "compiled blocks of logits"  # which do not wait for the device
+
+
+def test_without_liger_kernel_or_with_an_old_one_blocks_do(liger, monkeypatch):
+    monkeypatch.setattr(sys.modules[MODULE].LigerFusedLinearCrossEntropyLoss, "__init__", lambda self, bias=None: None)
+    assert liger_loss() is None and head("auto") == "blocks of logits"
+    monkeypatch.setitem(sys.modules, MODULE, None)
+    assert liger_loss() is None and head("auto") == "blocks of logits"
+    with pytest.raises(ConfigError, match="--fused_loss liger needs CUDA and liger-kernel"):
+        head("liger")
 
 
 @pytest.fixture(scope="module")

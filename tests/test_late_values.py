@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 
 import helpers
 import pytest
 import torch
 from helpers import GALORE, RESUME, before_update, poison, poisoned_gradient
+from test_distributed import TORCHRUN
 from test_spikes import bad_batches, soon  # noqa: F401 (a fixture)
 
 from peft_pretraining.training import late_values
@@ -162,6 +165,40 @@ def test_a_batch_without_targets_in_between(command, tmp_path, monkeypatch):
     one, other = both(command, tmp_path, monkeypatch, act)
     same(one, other)
     assert [row["update_step"] for row in recorded(other) if row.get("empty")] == [5, 6]
+
+
+@pytest.mark.slow
+def test_two_ranks_read_late_and_stop_together(command, tmp_path):
+    """A loss that is not finite on one rank alone, and a request to stop of which the other hears with the numbers."""
+    cases = {
+        "at once": {"poison": [1, 3]},
+        "late": {"poison": [1, 3], "late": True},
+        "per layer, at once": {"per_layer": True, "poison": [1, 3]},
+        "per layer, late": {"per_layer": True, "poison": [1, 3], "late": True},
+        "undisturbed": {"late": True},
+        "stopped": {"late": True, "signal": [1, 5], "to": "resumed"},
+        "resumed": {"late": True, "to": "resumed"},
+    }
+
+    def case(name, to=None, per_layer=None, **how):
+        settings = {**QUICK, **GALORE, "update_proj_gap": 4, "num_training_steps": 20, "per_layer": per_layer}
+        argv = command(**settings, total_batch_size=16, save_dir=tmp_path / (to or name))
+        return {**how, "argv": [*argv, *(RESUME if name == "resumed" else ())]}
+
+    (tmp_path / "cases.json").write_text(json.dumps([case(name, **how) for name, how in cases.items()]))
+    launched = subprocess.run(
+        [*TORCHRUN, helpers.__file__, str(tmp_path / "cases.json")],
+        **{"env": helpers.child_environment(), "cwd": helpers.PROJECT},
+        **{"capture_output": True, "text": True, "timeout": 240},
+    )
+    assert launched.returncode == 0, helpers.last_words(launched.stderr)
+    for rank in (0, 1):
+        reports = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        codes = dict(zip(cases, [report["exit_code"] for report in reports], strict=True))
+        assert codes == {name: helpers.REQUEUE if name == "stopped" else 0 for name in cases}
+    same(tmp_path / "at once", tmp_path / "late")
+    same(tmp_path / "per layer, at once", tmp_path / "per layer, late")
+    helpers.assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
 
 
 def test_a_copy_is_of_what_was_there():

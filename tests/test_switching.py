@@ -7,8 +7,9 @@ from torch import nn
 from peft_pretraining.config import Config
 from peft_pretraining.methods.switchlora.method import SwitchLoRA
 from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
-from peft_pretraining.nn.exchange import exchange
+from peft_pretraining.nn.exchange import exchange, exchange_together, swap
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
+from peft_pretraining.optim.tensors.zeroing import Vectors, zero_together, zero_vectors
 
 
 def switched_layer(m=8, n=6, rank=4, dtype=torch.float64, kind="switchlora", shuffled=False, **options):
@@ -107,6 +108,59 @@ def test_layers_of_different_shapes_exchange_at_once_as_alone():
     for together, alone in zip(*layers, strict=True):
         for name, tensor in together.state_dict().items():
             assert torch.equal(tensor, alone.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("pools", ["on the device", "elsewhere"])
+def test_layers_of_one_shape_exchange_together_as_one_after_the_other(monkeypatch, dtype, pools):
+    """Different numbers of vectors, none of one factor, and shapes that only some share."""
+    shapes = [(8, 6), (8, 6), (6, 8), (8, 6), (6, 8)]
+    switches = [
+        *(Switch([0], [0], [1], [0]), Switch([1, 3], [0, 1], [2, 0], [0, 1]), Switch([], [], [0], [0])),
+        *(Switch([2], [1]), Switch([0, 1], [1, 0], [1], [0])),
+    ]
+    layers = [[switched_layer(*shape, dtype=dtype) for shape in shapes] for _ in range(2)]
+    for layer in (each for own in layers for each in own):
+        layer._rest = torch.zeros(layer.weight.shape, dtype=torch.int16) if dtype == torch.bfloat16 else None
+    if pools == "elsewhere":
+        monkeypatch.setattr("peft_pretraining.nn.exchange.swap_on_device", lambda s, out: swap(s, out, 0.0))
+    one = exchange(list(zip(layers[0], switches, strict=True)))
+    other = exchange_together(list(zip(layers[1], switches, strict=True)), 0.0, True)
+    for expected, correction in zip(one, other, strict=True):
+        torch.testing.assert_close(correction, expected, rtol=0, atol=1e-14 if dtype == torch.float64 else 1e-6)
+    for expected, layer in zip(*layers, strict=True):
+        torch.testing.assert_close(layer.exact_weight(), expected.exact_weight(), rtol=0, atol=1e-6)
+        for name, tensor in layer.state_dict().items():
+            if name not in ("weight", "weight_rest"):
+                assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def test_vectors_of_one_shape_are_zeroed_together_as_one_after_the_other():
+    torch.manual_seed(0)
+    chosen = [(0, [1, 2], (4, 6)), (1, [5], (4, 6)), (1, [0, 3], (4, 6)), (0, [0], (7,)), (0, [2, 6], (7,))]
+    tensors = [torch.randn(shape) for *_, shape in chosen]
+    for zero in (zero_vectors, zero_together):
+        copies = [tensor.clone() for tensor in tensors]
+        zero([Vectors(c, dim, indices) for c, (dim, indices, _) in zip(copies, chosen, strict=True)], copies[0].device)
+        for copy, tensor, (dim, indices, _) in zip(copies, tensors, chosen, strict=True):
+            kept = [index for index in range(tensor.shape[dim]) if index not in indices]
+            assert not copy.index_select(dim, torch.tensor(indices)).any()
+            assert torch.equal(*(each.index_select(dim, torch.tensor(kept)) for each in (copy, tensor)))
+
+
+def test_only_updates_that_switch_or_freeze_act_before_the_step():
+    """In all others nobody need know before the step whether the update takes place."""
+    torch.manual_seed(0)
+    method, model, optimizer = method_for([nn.Linear(8, 12, dtype=torch.float64)], adam_warm_step=2)
+    method.prepare(model, optimizer, lambda tensor: tensor)
+    method.requested_count = lambda rank, step, index: int(step in (1, 6))
+    acted, switched = [], []
+    for step in range(10):
+        acted.append(method.acts_before_step(optimizer, step))
+        update(method, model, optimizer, step)
+        switched.append(optimizer.reported["switched_vectors"])
+    assert [step for step, each in enumerate(switched) if each] == [1, 6]
+    assert [step for step, each in enumerate(acted) if each] == [1, 2, 6, 7]
 
 
 def test_corrections_of_bf16_weights_are_rounded_once():

@@ -159,10 +159,13 @@ class CompiledForward:
         self._part, self.shared = part, shared
         self._seen: set[bool] = set()
         """With and without gradients."""
-        self._watched = [module for module in part.modules() if hasattr(type(module), "runs_eagerly")]
+        self._watched: list[Any] | None = None
+        """Modules that say what they do; known at the first call, since methods change layers after they are built."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         part, shared, grad = self._part, self.shared, torch.is_grad_enabled()
+        if self._watched is None:
+            self._watched = [module for module in part.modules() if hasattr(type(module), "runs_eagerly")]
         if (
             part.training != grad
             or any(module.runs_eagerly for module in self._watched)

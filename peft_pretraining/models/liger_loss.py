@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from peft_pretraining.models.fused_loss import fused_token_loss
 from peft_pretraining.models.loss import IGNORED
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -16,10 +17,10 @@ HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def liger_loss() -> HeadLoss | None:
     """As `fused_loss.fused_token_loss`, by liger-kernel; None where that is not installed, cannot be imported, or is
-    too old to add up the gradient of the head's weight in float32 (before 0.6.1).
+    too old to add up the gradient of the head's weight in float32.
 
-    Products are in the dtype of the hidden states, and gradients of 16-bit logits are rounded to it. In every forward
-    and every backward pass it waits for the device, once.
+    It knows no float64, and waits for the device once in every forward and in every backward pass: to count the
+    targets, and to see whether the gradient of the loss is 1.
     """
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -30,6 +31,8 @@ def liger_loss() -> HeadLoss | None:
     loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32)
 
     def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if hidden.dtype == torch.float64:
+            return fused_token_loss(hidden, weight, labels)
         # Under autocast a wider weight is cast for the products alone, and its gradient is in its own dtype.
         casts = weight.dtype != hidden.dtype
         with torch.autocast(hidden.device.type, hidden.dtype) if casts else contextlib.nullcontext():

@@ -109,7 +109,7 @@ class ProjectedLinear(Linear):
 
 
 def can_project(layer: nn.Module) -> bool:
-    """Whether `become_projected` takes a layer: not quantised ones, nor those with factors or a forward of their own."""
+    """Whether `become_projected` takes a layer: none that is quantised, has factors or a forward of its own."""
     return type(layer) in (nn.Linear, Linear) and "forward" not in vars(layer)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft_pretraining.optim.low_rank_gradients import LowRankGradients
     from peft_pretraining.optim.model_groups import roles_of
     from peft_pretraining.optim.per_layer import PerLayerUpdates
+    from peft_pretraining.optim.rules.batches import Batch, Batches
     from peft_pretraining.optim.rules.lifts import Lift
     from peft_pretraining.optim.rules.update_rule import UpdateRule
     from peft_pretraining.optim.tensors.collectives import Collective, Phases
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BasisRule",
+    "Batch",
+    "Batches",
     "Collective",
     "Direction",
     "Lift",
@@ -43,6 +46,8 @@ _MODULES = {
     "Refresh": "basis.basis_rule",
     "Collective": "tensors.collectives",
     "Phases": "tensors.collectives",
+    "Batch": "rules.batches",
+    "Batches": "rules.batches",
     "Lift": "rules.lifts",
     "LowRankOptimizer": "low_rank",
     "LowRankGradients": "low_rank_gradients",

@@ -14,22 +14,24 @@ from torch._compile import _disable_dynamo
 from peft_pretraining.distributed import LowRankReduction
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.optim.basis.subspace import Projected
+from peft_pretraining.optim.masked_updates import MaskedUpdates
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
 from peft_pretraining.optim.moving import Member, move
-from peft_pretraining.optim.projected_gradients import ProjectedGradients, not_finite, wide_norm
+from peft_pretraining.optim.projected_gradients import not_finite, wide_norm
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.state.base import gradient_of
 from peft_pretraining.optim.state.settings import check_numbers, check_whole
 from peft_pretraining.optim.state.slots import update_rule
 from peft_pretraining.optim.state.subspace_state import GROUP_DEFAULTS
+from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.param_update import ParamUpdate
 from peft_pretraining.optim.tensors.rounding import Noise
-from peft_pretraining.optim.tensors.state_tensor import is_counter
+from peft_pretraining.optim.tensors.state_tensor import counts, is_counter
 
 log = logging.getLogger("peft_pretraining")
 
 
-class LowRankOptimizer(ProjectedGradients):
+class LowRankOptimizer(MaskedUpdates):
     """Updates some weights through low-rank projections of their gradients and the others as usual.
 
         >>> weight, bias = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(6))
@@ -75,8 +77,6 @@ class LowRankOptimizer(ProjectedGradients):
     State is on its weight's device, wherever `model.to` takes that, and in the dtype that the weight had at
     construction. Settings and groups that make no sense raise `ValueError`, and leave nothing behind.
     """
-
-    masks_updates = True
 
     def __init__(
         self,
@@ -153,6 +153,7 @@ class LowRankOptimizer(ProjectedGradients):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.settle()
         for follower in self._followers:
             follower.finish()
         if self.update_step is None:
@@ -160,8 +161,11 @@ class LowRankOptimizer(ProjectedGradients):
         moving = list(self._with_gradients())
         if all(self.objects(param).rule.moves_weights for param, _ in moving):
             self._move_on_the_device(moving)
-        elif self._takes_place():
-            self._move(moving)
+        else:
+            mask = self.mask_of(moving)
+            if self._takes_place(mask):
+                self._move(moving, mask=mask)
+                self._unsettled = mask
         self._forget()
         return loss
 
@@ -178,33 +182,52 @@ class LowRankOptimizer(ProjectedGradients):
         moving: Sequence[tuple[Tensor, dict[str, Any]]],
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> None:
         """Move parameters by their gradients, projected ones by those that wait for them."""
+        moving = self._alike_together(moving)
+        counted = [param for param, _ in moving if is_counter(self.state[param]["step"])]
+        known = dict(zip(counted, counts([self.state[param]["step"] for param in counted]), strict=True))
         members = (
-            self._member(param, group, None if param.grad is None else gradient_of(param)) for param, group in moving
+            self._member(param, group, None if param.grad is None else gradient_of(param), mask, known.get(param))
+            for param, group in moving
         )
-        divided = any(self._slots[param].shard.dim is not None for param, _ in moving)
-        move(members, divided, self.refresh_metrics, found_inf, grad_scale)
+        move(members, self._lots([param for param, _ in moving]), self.refresh_metrics, found_inf, grad_scale, mask)
 
-    def _takes_place(self) -> bool:
-        """Whether the update is not to be left out; its gradients are projected, and divided by `grad_scale`."""
+    def _takes_place(self, mask: Mask | None) -> bool:
+        """Whether the update is not to be left out, or is masked; its gradients are projected, and divided by
+        `grad_scale`."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
+        if mask is None and found_inf is not None and bool(found_inf):
             return False
         if grad_scale is not None:
             self.scale_(1 / grad_scale)
         self.project_gradients()
-        if self.update_step is not None or wide_norm(self._gradient_parts()).isfinite():
+        if mask is not None or self.update_step is not None or wide_norm(self._gradient_parts()).isfinite():
             return True
         log.warning("skipped an update: a gradient is not finite")
         return False
 
-    def _member(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> Member:
-        """A parameter that is to move by a gradient, or by the projected one that waits for it."""
+    def _member(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        grad: Tensor | None,
+        mask: Mask | None = None,
+        count: int | None = None,
+    ) -> Member:
+        """A parameter that is to move by a gradient, or by the projected one that waits for it. `count`: its updates
+        before this one, where somebody has looked already."""
         slot, state, projected = self._slots[param], self.local_state(param), self.projected.get(param)
         objects, counted = slot.objects, is_counter(state["step"])
-        known = counted or self.update_step is not None or objects.rounds_stochastically
-        step = self.step_of(param) if known else -1
+        if counted and count is None:
+            count = int(state["step"])
+        if self.update_step is not None:
+            step = self.update_step
+        elif counted or objects.rounds_stochastically:
+            step = int(state["step"]) if count is None else count
+        else:
+            step = -1
         if projected is None:
             assert grad is not None
             low_rank_grad = grad if grad.dtype == slot.dtype or objects.rule.widens else grad.to(slot.dtype)
@@ -229,16 +252,28 @@ class LowRankOptimizer(ProjectedGradients):
             rounds_once=objects.rounds_once,
             noise=Noise(group["seed"], slot.name, step, slot.shard) if objects.rounds_stochastically else None,
             scaled_by=projected.scaled_by if projected else 1.0,
+            mask=mask,
+            count=None if count is None else count + 1,
         )
         return Member(param, slot, update, self.state[param], group, projected)
 
     @torch.no_grad()
-    def update_together(self, moving: Sequence[tuple[Tensor, Tensor | None, dict[str, Any], Projected | None]]) -> None:
+    def update_together(
+        self,
+        moving: Sequence[tuple[Tensor, Tensor | None, dict[str, Any], Projected | None]],
+        masks: Sequence[Mask | None] | None = None,
+    ) -> None:
         """Move some parameters at once, each by its gradient after `project` and whatever scaling since (None: it is
-        not projected) and by the full one (m, n), where there is no projection or its objects read it."""
+        not projected) and by the full one (m, n), where there is no projection or its objects read it.
+
+        `masks`: one for each; of parameters whose objects mask and which store no new basis. The caller settles them.
+        """
         self.projected.update({param: projected for param, _, _, projected in moving if projected is not None})
-        members = [self._member(param, group, grad) for param, grad, group, _ in moving]
-        move(members, any(self._slots[param].shard.dim is not None for param, *_ in moving), self.refresh_metrics)
+        members = [
+            self._member(param, group, grad, mask)
+            for (param, grad, group, _), mask in zip(moving, masks or [None] * len(moving), strict=True)
+        ]
+        move(members, self._lots([param for param, *_ in moving]), self.refresh_metrics)
         for param, *_ in moving:
             self.projected.pop(param, None)
 

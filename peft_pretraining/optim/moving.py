@@ -6,17 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import HALF
 from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.state.slots import Objects, Slot, keep_changes
 from peft_pretraining.optim.tensors.collectives import Phases, in_lots, phases, run, together
+from peft_pretraining.optim.tensors.mask import Mask, count
 from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.state_tensor import counts
 
 _NUMBERS_AT_ONCE = 2**26
 """Numbers of the matrices that are moved at a time, over all devices: directions, and gradients in another dtype, exist
-for so many. Where devices share the weights it is four times as many, and collectives so much rarer."""
+for so many. Where launches cost it is twice as many, and where devices share the weights four times, and launches or
+collectives so much rarer: activations are gone by then."""
 
 
 @dataclass
@@ -36,23 +40,23 @@ class Member:
 
 def move(
     members: Iterable[Member],
-    divided: bool,
+    lots: int,
     metrics: dict[str, list[Tensor]],
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
+    mask: Mask | None = None,
 ) -> None:
     """Moves all weights, those of one group by one call of each of its objects, and the collectives of all groups
     together.
 
-    `members` may be a generator. `divided`: whether devices share the weights. `found_inf` and `grad_scale` are for
-    rules that move weights themselves.
+    `members` may be a generator. `lots`: how many times `_NUMBERS_AT_ONCE` numbers move at a time. `found_inf` and
+    `grad_scale` are for rules that move weights themselves, `mask` is what the others heed.
     """
-    limit = 4 * _NUMBERS_AT_ONCE if divided else _NUMBERS_AT_ONCE
-    for lot in in_lots(members, _numbers, limit):
+    for lot in in_lots(members, _numbers, lots * _NUMBERS_AT_ONCE):
         groups: dict[int, list[Member]] = {}
         for member in lot:
             groups.setdefault(id(member.group), []).append(member)
-        run(together([_move_group(group, metrics, found_inf, grad_scale) for group in groups.values()]))
+        run(together([_move_group(group, metrics, found_inf, grad_scale, mask) for group in groups.values()]))
 
 
 def _numbers(member: Member) -> int:
@@ -61,64 +65,86 @@ def _numbers(member: Member) -> int:
 
 
 def _move_group(
-    members: Sequence[Member], metrics: dict[str, list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None
+    members: Sequence[Member],
+    metrics: dict[str, list[Tensor]],
+    found_inf: Tensor | None,
+    grad_scale: Tensor | None,
+    mask: Mask | None,
 ) -> Phases[None]:
     """The update of one group's parameters."""
     objects, group = members[0].slot.objects, members[0].group
     updates = [member.update for member in members]
     if objects.rule.moves_weights:
+        if mask is not None:
+            found_inf = mask.found_inf(updates[0].weight.device)
         objects.rule.move(updates, group, found_inf, grad_scale)
         return
+    _widen(members, objects)
+    count([update.state["step"] for update in updates], mask)
     for member in members:
-        _widen(member, objects)
-        member.update.state["step"] += 1
-        if member.projected and (subspace := member.slot.subspace):
+        if member.projected and (subspace := member.slot.subspace) and member.projected.changes_bases:
             subspace.apply(member.update.state, member.projected, member.update.step, objects.rule, metrics)
     directions = yield from phases(objects.rule.directions(updates, group))
     for member, direction in zip(members, directions, strict=True):
         member.update.direction = direction
-        _narrow(member, objects)
-        keep_changes(member.slot, member.param, member.update.state, member.state, group)
+    _narrow(members, objects)
+    for member in members:
+        keep_changes(member.slot, member.param, member.update.state, member.state, group, mask)
     yield from phases(objects.lift.move([update for update in updates if update.direction is not None], group))
     if objects.basis and not objects.basis.refreshes:
-        yield from _advance(objects, [member for member in members if _advances(member)], group)
+        yield from _advance(objects, members, group, mask)
 
 
-def _widen(member: Member, objects: Objects) -> None:
-    """Let the rule see the first moment in the working dtype, where it is kept in fewer digits."""
-    key, state = objects.rule.first_moment, member.update.state
-    kept = state.get(key)
-    if objects.state_format == "weight" and kept is not None and kept.dtype in HALF and member.slot.dtype not in HALF:
-        member.narrow, state[key] = kept, kept.to(member.slot.dtype)
+def _widen(members: Sequence[Member], objects: Objects) -> None:
+    """Let the rule see first moments in the working dtype, where they are kept in fewer digits."""
+    key = objects.rule.first_moment
+    if objects.state_format != "weight":
+        return
+    for member in members:
+        kept, dtype = member.update.state.get(key), member.slot.dtype
+        if kept is not None and kept.dtype in HALF and dtype not in HALF:
+            member.narrow = kept
+    narrow = [member for member in members if member.narrow is not None]
+    wide = [torch.empty_like(member.update.state[key], dtype=member.slot.dtype) for member in narrow]
+    if narrow:
+        torch._foreach_copy_(wide, [member.update.state[key] for member in narrow])
+    for member, moment in zip(narrow, wide, strict=True):
+        member.update.state[key] = moment
 
 
-def _narrow(member: Member, objects: Objects) -> None:
-    """Keep what the rule has made of the first moment."""
-    if member.narrow is not None:
-        key, state = objects.rule.first_moment, member.update.state
-        if key in state:
-            state[key] = member.narrow.copy_(state[key])
+def _narrow(members: Sequence[Member], objects: Objects) -> None:
+    """Keep what the rule has made of first moments."""
+    key = objects.rule.first_moment
+    kept = [member for member in members if member.narrow is not None and key in member.update.state]
+    if kept:
+        narrow = [member.narrow for member in kept if member.narrow is not None]
+        torch._foreach_copy_(narrow, [member.update.state[key] for member in kept])
+        for member, moment in zip(kept, narrow, strict=True):
+            member.update.state[key] = moment
 
 
-def _advances(member: Member) -> bool:
-    """Whether this parameter's basis moves on: after the first, and where this update has not made it anew."""
-    changed = member.projected is not None and member.projected.changes_bases
-    return not changed and bool(member.update.state["refreshes"])
-
-
-def _advance(objects: Objects, members: Sequence[Member], group: dict[str, Any]) -> Phases[None]:
-    """Let the basis rule take its own step."""
+def _advance(objects: Objects, members: Sequence[Member], group: dict[str, Any], mask: Mask | None) -> Phases[None]:
+    """Let the basis rule take its own step: after the first basis, and where this update has not made one anew."""
     assert objects.basis is not None
-    if members:
-        rate = members[0].update.rate
-        pace = rate / _base_rate(group, rate) / group["update_proj_gap"] if rate else 0.0
-        yield from phases(objects.basis.advance([member.update for member in members], pace))
+    known = counts([member.update.state["refreshes"] for member in members])
+    updates = [
+        member.update
+        for member, refreshes in zip(members, known, strict=True)
+        if refreshes and not (member.projected and member.projected.changes_bases)
+    ]
+    if updates:
+        rate = updates[0].rate
+        pace = rate / _base_rate(group, rate, mask) / group["update_proj_gap"] if rate else 0.0
+        yield from phases(objects.basis.advance(updates, pace))
 
 
-def _base_rate(group: dict[str, Any], rate: float) -> float:
+def _base_rate(group: dict[str, Any], rate: float, mask: Mask | None) -> float:
     """What a rate is relative to: a scheduler's `initial_lr`, the rate at construction, or, with both 0 (a warm-up by
     hand), the largest so far."""
     if base := float(group.get("initial_lr", group["first_lr"])):
         return base
-    group["largest_lr"] = max(group.get("largest_lr", 0.0), rate)
+    before = group.get("largest_lr", 0.0)
+    if mask is not None:
+        mask.undo(lambda: group.update(largest_lr=before))
+    group["largest_lr"] = max(before, rate)
     return float(group["largest_lr"])

@@ -90,6 +90,8 @@ class PerLayerUpdates:
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, remove_all, self._handles)
         self._finalizer.atexit = False
+        if optimizer.backward is not None:
+            optimizer.backward.hand_over_to(self._arrives_whole)
         self.attach()
         optimizer.follow(self)
         scaled_losses.watch(self)
@@ -101,6 +103,8 @@ class PerLayerUpdates:
         self._finalizer()
         self._hooked.clear()
         self._drop(frozen=False)
+        if self._optimizer.backward is not None:
+            self._optimizer.backward.hand_over_to(None)
         self._optimizer.unfollow(self)
         scaled_losses.forget(self)
 
@@ -125,7 +129,9 @@ class PerLayerUpdates:
             for param in group["params"]:
                 if param.requires_grad and param not in self._hooked:
                     self._hooked.add(param)
-                    self._handles.append(param.register_post_accumulate_grad_hook(weak_hook(self._arrives)))
+                    leaf = None if self._optimizer.backward is None else self._optimizer.backward.leaf_of(param)
+                    hook = weak_hook(self._arrives if leaf is None else self._arrives_projected)
+                    self._handles.append((param if leaf is None else leaf).register_post_accumulate_grad_hook(hook))
 
     def begin_update(self, step: int, frozen: bool = False) -> None:
         """Before the first micro-batch of 0-based update `step`; `frozen` drops its gradients."""
@@ -135,6 +141,8 @@ class PerLayerUpdates:
         """The optimizer has begun an update."""
         self._drop(frozen)
         self.attach()
+        if self._optimizer.backward is not None:
+            self._early |= self._optimizer.backward.hand_over_drawn()
         self._begun = True
 
     def begin_micro_batch(self, index: int, count: int) -> None:
@@ -169,10 +177,20 @@ class PerLayerUpdates:
     def _arrives(self, param: Tensor) -> None:
         self._arrived(param, self._optimizer.group_of(param))
 
+    def _arrives_projected(self, leaf: Tensor) -> None:
+        if leaf.grad is not None and self._optimizer.backward is not None:  # else G has arrived
+            self._arrives(self._optimizer.backward.weight_of(leaf))
+
+    def _arrives_whole(self, param: Tensor, grad: Tensor) -> None:
+        """G of one micro-batch, of a layer that otherwise returns R."""
+        self._arrived(param, self._optimizer.group_of(param), grad)
+
     @torch.no_grad()
-    def _arrived(self, param: Tensor, group: dict[str, Any]) -> None:
-        """The hook: the gradient of one micro-batch, in `param.grad`, added to those before for unprojected ones."""
-        check_dense(param, type(self).__name__)
+    def _arrived(self, param: Tensor, group: dict[str, Any], grad: Tensor | None = None) -> None:
+        """The hook: the gradient of one micro-batch, in `param.grad`, added to those before for unprojected ones; or R,
+        which a leaf has; or `grad`."""
+        if param.grad is not None:
+            check_dense(param, type(self).__name__)
         if self._begun and param in self._complete:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has made update {self._optimizer.update_step} already: "
@@ -182,7 +200,7 @@ class PerLayerUpdates:
         if last and (current := torch._C._current_graph_task_id()) != self._pass:
             self._pass = current
             torch.autograd.Variable._execution_engine.queue_callback(weak_end(self._pass_ends))
-        self._gather(param, group)
+        self._gather(param, group, grad)
         if last:
             self._complete.add(self._complete_of(param, group))
 
@@ -194,8 +212,9 @@ class PerLayerUpdates:
         else:
             self.finish()
 
-    def _gather(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _gather(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> None:
         """Add the gradient that has arrived, or its R, to those before."""
+        backward = self._optimizer.backward
         subspace, narrow = self._optimizer.subspaces.get(param), self._count > 1 and self._sums.narrows(param)
         noise = Noise(self._optimizer.name_of(param), self._optimizer.step_of(param), self._index) if narrow else None
         if subspace is None and not narrow:
@@ -205,7 +224,11 @@ class PerLayerUpdates:
             self._sums.add(param, gradient_of(param), noise, low_rank=False)
             param.grad = None
             return
-        grad, param.grad = gradient_of(param), None
+        if grad is None and backward is not None and backward.comes_from_here(param):
+            self._sums.add(param, backward.take_part(param), noise)
+            return
+        if grad is None:
+            grad, param.grad = gradient_of(param), None
         full = self._needs_full_gradient(param, group, grad)
         if full:
             self._whole.add(param)
@@ -267,5 +290,7 @@ class PerLayerUpdates:
                 if first:
                     subspace.put_in_place(state, early)
                 self._early[param] = early
+                if self._optimizer.backward is not None:
+                    self._optimizer.backward.project_from_now(param)
                 return False
         return True

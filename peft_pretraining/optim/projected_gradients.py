@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,11 +136,15 @@ class ProjectedGradients(SubspaceOptimizer):
         read = {param for param in self.projected if self._slots[param].objects.lift.reads_gradient}
         if gradients:
             torch._foreach_mul_(gradients + [gradient_of(param) for param in read], factor)
+        products: dict[int, tuple[Any, Tensor]] = {}  # one for all that were scaled alike
         for param, projected in self.projected.items():
             if param in read:
                 projected.look_at(grad_of(param))  # both were scaled
-            else:
-                projected.scaled_by = projected.scaled_by * factor
+                continue
+            before = projected.scaled_by
+            if id(before) not in products:
+                products[id(before)] = before, before * factor
+            projected.scaled_by = products[id(before)][1]
 
     def metrics(self) -> dict[str, float]:
         """Means and smallest values of captured energy and overlap over the layers that the last update refreshed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from peft_pretraining.distributed.sharding import ShardInfo, local
+from peft_pretraining.optim import vector_batches as batches
 from peft_pretraining.optim.state.base import InPlaceOptimizer, gradient_of
 from peft_pretraining.optim.state.saved_state import other_state
 from peft_pretraining.optim.state.settings import check_betas, check_keys, check_numbers
 from peft_pretraining.optim.state.state_reset import MOMENTS
+from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically
 from peft_pretraining.optim.tensors.state_tensor import FASTEST_FORGOTTEN, ROUNDINGS, STATE_FORMATS, working_dtype
+from peft_pretraining.optim.tensors.zeroing import Vectors, zero_vectors
 
 
 class VectorAdamW(InPlaceOptimizer):
@@ -31,11 +34,15 @@ class VectorAdamW(InPlaceOptimizer):
     `vectors`: 0 counts the updates of each row, 1 of each column, None (the default) of the whole tensor. Per element,
     with τ the count: m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g², p ← p (1 - lr·wd), then
     p ← p - lr · m / (1-β1^τ) / (√v / √(1-β2^τ) + ε). Bias corrections are computed in float64. Moments have the
-    parameter's dtype at construction and the counts, float32, the shape (r,) or (); all are on its device.
+    parameter's dtype at construction and the counts, float32, the shape (r,) or (); all are on its device. Away from
+    the CPU, matrices of one shape are updated together, and tensors without vectors by torch's fused kernel.
 
     `state_format` (published, float32 or weight), `rounding` and `seed` are as in `LowRankOptimizer`: other arithmetic
     and other states for bfloat16 parameters.
     """
+
+    masks_updates = True
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -86,65 +93,117 @@ class VectorAdamW(InPlaceOptimizer):
         first = param.dtype if narrow else wide
         return {key: torch.zeros_like(param, dtype=first if key == "exp_avg" else wide) for key in MOMENTS}
 
-    @torch.no_grad()
     def reset_vectors(self, param: Tensor, index: Tensor, counts: bool = True) -> None:
         """Zero the moments of some of a parameter's vectors and, with `counts`, let them count updates from 0 again.
 
-        `index` (int64) says which, on the parameter's device.
+        `index` (int64) says which.
         """
-        state, dim = self.state[param], self.group_of(param)["vectors"]
-        for key in MOMENTS:
-            local(state[key]).index_fill_(dim, index, 0)
-        if counts:
-            state["step"].index_fill_(0, index, 0)
+        self.reset_many([(param, index.tolist())], counts)
+
+    def reset_many(self, chosen: Sequence[tuple[Tensor, list[int]]], counts: bool = True) -> None:
+        """`reset_vectors` for some vectors of each of several parameters of one device."""
+        parts: list[Vectors] = []
+        for param, indices in chosen:
+            state, dim = self.local_state(param), self.group_of(param)["vectors"]
+            parts += [Vectors(tensor, place, indices) for tensor, place in self._by_vectors(state, dim)]
+            if counts:
+                parts.append(Vectors(state["step"], 0, indices))
+        if chosen:
+            zero_vectors(parts, local(chosen[0][0]).device)
+
+    def _by_vectors(self, state: dict[str, Tensor], dim: int) -> list[tuple[Tensor, int]]:
+        """The moments of a parameter, each with the dimension along which its vectors lie."""
+        return [(state[key], dim) for key in MOMENTS]
 
     @_disable_dynamo  # as torch's own: it may be called in code that is compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient.
+
+        Attributes `found_inf` and `grad_scale` (scalars on the device), where somebody has set them, are honoured as by
+        torch's fused optimizers: an update with `found_inf` leaves no trace, and gradients are divided by `grad_scale`.
+        Away from the CPU nobody waits for either.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         present = {param for param, _ in self._with_gradients()}
+        together = self._batched(present)
+        if found_inf is not None and not together and bool(found_inf):
+            return loss
+        if grad_scale is not None:
+            self.scale_(1 / grad_scale)
         for group in self.param_groups:
             if params := [param for param in group["params"] if param in present]:
-                self._update(params, group)
+                if together:
+                    self._update_together(params, group, batches.Masked(found_inf))
+                else:
+                    self._update(params, group)
         return loss
 
+    def _batched(self, params: Collection[Tensor]) -> bool:
+        """Whether matrices of one shape are stacked: where launches cost time, and reading a number does."""
+        return any(launches_cost(param.device) for param in params)
+
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """One parameter after the other, in place."""
         states = [self.local_state(param) for param in params]
         if group["state_format"] == "published" and group["rounding"] == "nearest":
             self._move([local(param) for param in params], [gradient_of(param) for param in params], states, group)
             return
-        for param, state in zip(params, states, strict=True):  # float32 copies exist of one at a time
+        noises = self._noises(params, states, group)
+        for param, state, noise in zip(params, states, noises, strict=True):  # float32 copies exist of one at a time
             weight, wide = local(param), torch.promote_types(param.dtype, torch.float32)
             moved = weight.to(wide)
             moments = {key: state[key].to(wide) for key in MOMENTS}
             self._move([moved], [gradient_of(param)], [{**state, **moments}], group)
             for key, moment in moments.items():
                 state[key].copy_(moment)
-            if (noise := self._noise(param, state, group)) is not None:
+            if noise is not None:
                 round_stochastically(weight, moved, noise)
             elif moved is not weight:
                 weight.copy_(moved)
 
-    def _noise(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Noise | None:
-        """What a parameter is rounded with in the update that is being made, the loop's or that of its largest count;
-        None for rounding to nearest."""
-        if group["rounding"] == "nearest" or param.dtype != torch.bfloat16:
-            return None
-        name = self._name_of(param, group)
-        step = int(state["step"].max()) - 1 if self.update_step is None else self.update_step
-        return Noise(group["seed"], name, step, ShardInfo.of(param))
+    def _update_together(self, params: list[Tensor], group: dict[str, Any], masked: batches.Masked) -> None:
+        """All of one shape at once."""
+        states = [self.local_state(param) for param in params]
+        weights, grads = [local(param) for param in params], [gradient_of(param) for param in params]
+        as_published = group["state_format"] == "published" and group["rounding"] == "nearest"
+        if as_published and group["vectors"] is None:
+            batches.move_as_torch(weights, grads, states, group, masked)
+            return
+        noises = self._noises(params, states, group)
+        batches.count([state["step"] for state in states], masked)
+        matrices = [batches.Matrix(*each) for each in zip(weights, grads, states, noises, strict=True)]
+        for lot in batches.alike(matrices):
+            dtype = lot[0].weight.dtype
+            batches.move(lot, group, masked, dtype if as_published else torch.promote_types(dtype, torch.float32))
 
-    def _name_of(self, param: Tensor, group: dict[str, Any]) -> str:
-        """A parameter's name; without names, which one of which group it is."""
-        place = next(place for place, other in enumerate(group["params"]) if other is param)
+    def _noises(
+        self, params: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]
+    ) -> list[Noise | None]:
+        """What parameters are rounded with in the update that is being made, the loop's or that of their largest
+        counts; None for rounding to nearest."""
+        if group["rounding"] == "nearest":
+            return [None] * len(params)
+        names = self._names(group)
+        found: list[Noise | None] = []
+        for param, state in zip(params, states, strict=True):
+            if param.dtype != torch.bfloat16:
+                found.append(None)
+                continue
+            step = int(state["step"].max()) if self.update_step is None else self.update_step
+            found.append(Noise(group["seed"], names[param], step, ShardInfo.of(param)))
+        return found
+
+    def _names(self, group: dict[str, Any]) -> dict[Tensor, str]:
+        """The names of a group's parameters; without names, which one of which group each is."""
         if names := group.get("param_names"):
-            return str(names[place])
-        groups = [number for number, other in enumerate(self.param_groups) if other is group]
-        return f"{groups[0]}.{place}"
+            return {param: str(name) for param, name in zip(group["params"], names, strict=True)}
+        number = next(number for number, other in enumerate(self.param_groups) if other is group)
+        return {param: f"{number}.{place}" for place, param in enumerate(group["params"])}
 
     def _move(
         self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]

@@ -18,6 +18,7 @@ from peft_pretraining.config import cli
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.runtime.signals import StopRequest
 from peft_pretraining.training import build as building
+from peft_pretraining.training.deciding import settle
 from peft_pretraining.training.loop import next_micro_batches, train_step
 from peft_pretraining.training.progress import Update
 
@@ -61,6 +62,15 @@ class Trainee:
         gc.collect()
 
     def update(self) -> Update:
+        """One update, and all that is known of it, for which the host waits."""
+        done = self.launch()
+        update = settle(self.run) or done
+        assert update is not None, "it is known at once, or late"
+        return update
+
+    def launch(self) -> Update | None:
+        """One update as a run makes it: where its numbers are read late, those before it are known."""
+        self.run.late.finished()
         return train_step(self.run, next_micro_batches(self.run), self._stop)
 
     def synchronise(self) -> None:

@@ -148,8 +148,11 @@ def gradient_bytes(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     whole = sum(param.numel() * param.element_size() for param in params)
     largest = max(param.numel() * param.element_size() for param in params)
+    formed = [param.numel() * param.element_size() for param in params if not _comes_as_r(optimizer, param)]
+    returned = [leaf.numel() * leaf.element_size() for leaf in optimizer.leaves.values()]
+    ordinary = max(formed + returned)
     if accumulation == 1:
-        return largest, largest, whole
+        return ordinary, largest, whole
     kept = sum(param.numel() * param.element_size() for param in params if param not in subspaces)
     summed = [sum_bytes(param, param.numel(), sum_dtype, low_rank=False) for param in subspaces]
     low = sum(
@@ -163,4 +166,9 @@ def gradient_bytes(
     gap = method.update_proj_gap or len(summed)
     at_once = -(-len(summed) // gap) if method.stagger_refresh else len(summed)
     refreshed = sum(sorted(summed)[-at_once:])
-    return kept + low + largest, kept + low + refreshed + largest, whole
+    return kept + low + ordinary, kept + low + refreshed + largest, whole
+
+
+def _comes_as_r(optimizer: LowRankOptimizer, param: Tensor) -> bool:
+    """Whether a weight's layer forms a gradient of R's shape, but in updates that take a basis from it."""
+    return optimizer.backward is not None and optimizer.backward.comes_from_here(param)

@@ -130,8 +130,6 @@ def why_not_projected(config: Config) -> str | None:
         return f"method {method.method} reads full gradients"
     if method.clip_norm == "full":
         return "--clip_norm full needs the norm of full gradients"
-    if method.per_layer:
-        return "--per_layer updates read full gradients"
     return None
 
 

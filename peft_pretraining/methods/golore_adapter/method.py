@@ -88,6 +88,10 @@ class GoLoreAdapter(FactorMethod):
         super().prepare(model, optimizer, reduce)
         optimizer.reduce = reduce
 
+    def acts_before_step(self, optimizer: AdapterOptimizer, step: int) -> bool:
+        """In updates that refresh."""
+        return optimizer.refreshes
+
     def before_step(self, model: nn.Module, optimizer: AdapterOptimizer, step: int) -> None:
         optimizer.take_bases()
 
@@ -136,6 +140,11 @@ class AdapterOptimizer(LowRankOptimizer):
             if adapter.layer.gather_in is None:
                 adapter.gather(True)
         self._to_observe = self.wants_extra_batches()
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether a basis changes in the update that has begun."""
+        return bool(self._due_adapters)
 
     def _draw(self, adapters: list[AdapterSubspace], step: int) -> None:
         """New bases of refreshes that do not depend on the gradient: of these, R adds up alone."""

@@ -18,8 +18,9 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods._factors.method import FactorMethod
 from peft_pretraining.methods.switchlora.schedule import SwitchSchedule, allowed_count
 from peft_pretraining.nn import low_rank_layers
-from peft_pretraining.nn.exchange import exchange, to_device
+from peft_pretraining.nn.exchange import exchange
 from peft_pretraining.nn.switching import Switch, SwitchedLinear, SwitchState
+from peft_pretraining.optim.tensors.zeroing import Vectors, zero_vectors
 from peft_pretraining.optim.vector_adamw import VectorAdamW
 from peft_pretraining.optim.vector_adamw8bit import VectorAdamW8bit
 
@@ -35,6 +36,11 @@ class SwitchLoRA(FactorMethod):
         super().__init__(config)
         self.uniform: Callable[[int, int], float] = self.draw_uniform
         """(update, layer) -> a number in [0, 1) that rounds the count of switches; tests put in their own."""
+        self._layers: list[SwitchedLinear] | None = None
+
+    def prepare(self, model: nn.Module, optimizer: Any, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().prepare(model, optimizer, reduce)
+        self._layers = switched_layers(model)
 
     def before_update(self, model: nn.Module, optimizer: VectorAdamW, step: int) -> None:
         super().before_update(model, optimizer, step)
@@ -65,9 +71,18 @@ class SwitchLoRA(FactorMethod):
     def own_settings(self, factor: str) -> dict[str, Any]:
         return {"vectors": _VECTORS[factor]}
 
+    def acts_before_step(self, optimizer: VectorAdamW, step: int) -> bool:
+        """In updates that switch, or in which vectors are frozen."""
+        if self._layers is None:
+            return True
+        states = [layer.switching for layer in self._layers]
+        return any(state.frozen_A.any() or state.frozen_B.any() for state in states) or any(
+            self.count(layer, step, index) for index, layer in enumerate(self._layers)
+        )
+
     def before_step(self, model: nn.Module, optimizer: VectorAdamW, step: int) -> None:
         """Switch, reset, freeze; with gradients that were computed before the switch, and clipped."""
-        layers = [layer for layer in low_rank_layers(model).values() if isinstance(layer, SwitchedLinear)]
+        layers = switched_layers(model)
         switches = [self.plan(layer, step, index) for index, layer in enumerate(layers)]
         self.carry_out(layers, switches, optimizer)
 
@@ -83,13 +98,20 @@ class SwitchLoRA(FactorMethod):
             t, rank, self.uniform(step, index)
         )
 
-    def plan(self, layer: SwitchedLinear, step: int, index: int) -> Switch:
-        """What a layer exchanges in this update."""
-        settings, state = self.config.method, layer.switching
+    def count(self, layer: SwitchedLinear, step: int, index: int) -> int:
+        """Slots of each factor of a layer that this update switches."""
+        state = layer.switching
         if state.candidates <= layer.rank:
-            return Switch()
+            return 0
         requested = self.requested_count(layer.rank, step, index)
-        count = allowed_count(requested, layer.rank, state.frozen_count(), state.candidates)
+        return allowed_count(requested, layer.rank, state.frozen_count(), state.candidates)
+
+    def plan(self, layer: SwitchedLinear, step: int, index: int) -> Switch:
+        """What a layer exchanges in this update; moves the pointers to the slots that come next."""
+        settings, state = self.config.method, layer.switching
+        count = self.count(layer, step, index)
+        if not count:
+            return Switch()
         if not settings.discontinuous_switch:
             return state.next_in_ring(count, not settings.zero_init_B)
         generator = rng.generator(self.config.run.seed, "switched candidates", step, index)
@@ -99,7 +121,7 @@ class SwitchLoRA(FactorMethod):
         """Exchange the vectors of all layers, reset the optimizer's state of their counterparts and freeze those."""
         settings = self.config.method
         due = [(layer, switch) for layer, switch in zip(layers, switches, strict=True) if switch]
-        corrections = exchange(due, settings.switch_lora_drop)
+        corrections = exchange(due, settings.switch_lora_drop, settings.cal_delta_norm)
         switched = sum(len(switch.slots_a) + len(switch.slots_b) for _, switch in due)
         optimizer.reported = {"switched_vectors": switched}
         if settings.cal_delta_norm:
@@ -110,32 +132,31 @@ class SwitchLoRA(FactorMethod):
             layer.switching.frozen_B[switch.slots_a] = settings.adam_warm_step
             layer.switching.frozen_A[switch.slots_b] = settings.adam_warm_step
         # Only this update's slots have the full count, or a negative one (reset without freezing).
-        self._reset([(layer.lora_B, switch.slots_a) for layer, switch in due], optimizer)
-        self._reset([(layer.lora_A, switch.slots_b) for layer, switch in due], optimizer)
+        counterparts_b = [(layer.lora_B, switch.slots_a) for layer, switch in due]
+        self._reset([*counterparts_b, *((layer.lora_A, switch.slots_b) for layer, switch in due)], optimizer)
         self._freeze(layers)
 
     def _reset(self, slots: list[tuple[Tensor, list[int]]], optimizer: VectorAdamW) -> None:
         """Zero moments and step counts of some vectors of each factor."""
         settings = self.config.method
-        slots = [item for item in slots if item[1]]
-        if settings.remain_switch_state or not slots:
-            return
-        indices = to_device([item[1] for item in slots], local(slots[0][0]).device)
-        for (factor, _), index in zip(slots, indices, strict=True):
-            optimizer.reset_vectors(factor, index, counts=not settings.remain_switch_step_state)
+        if not settings.remain_switch_state:
+            chosen = [item for item in slots if item[1]]
+            optimizer.reset_many(chosen, counts=not settings.remain_switch_step_state)
 
     def _freeze(self, layers: list[SwitchedLinear]) -> None:
         """Zero the gradients of frozen vectors and count their updates down."""
-        frozen: list[tuple[Tensor, int, list[int]]] = []
+        frozen: list[Vectors] = []
         for layer in layers:
             for name, dim in _VECTORS.items():
                 counters = layer.switching.frozen_A if name == "lora_A" else layer.switching.frozen_B
                 if not counters.any():
                     continue
                 if slots := (counters > 0).nonzero().flatten().tolist():
-                    frozen.append((local(getattr(layer, name).grad), dim, slots))
+                    frozen.append(Vectors(local(getattr(layer, name).grad), dim, slots))
                 counters.copy_((counters - 1).clamp_(min=0))
         if frozen:
-            indices = to_device([item[2] for item in frozen], frozen[0][0].device)
-            for (gradient, dim, _), index in zip(frozen, indices, strict=True):
-                gradient.index_fill_(dim, index, 0)
+            zero_vectors(frozen, frozen[0].tensor.device)
+
+
+def switched_layers(model: nn.Module) -> list[SwitchedLinear]:
+    return [layer for layer in low_rank_layers(model).values() if isinstance(layer, SwitchedLinear)]

@@ -16,7 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 from peft_pretraining.optim.basis.basis_rule import BasisRule, Refresh
-from peft_pretraining.optim.basis.online_pca import BASIS_OPTIMIZERS, OnlinePCA, reconstruction_gradient
+from peft_pretraining.optim.basis.online_pca import BASIS_OPTIMIZERS, OnlinePCA
+from peft_pretraining.optim.basis.reconstruction import reconstruction_gradient
 from peft_pretraining.optim.basis.svd_basis import GaussianBasis, RandomBasis, SVDBasis, SVDThenRandom, check_method
 from peft_pretraining.optim.tensors.projection import SIDES
 

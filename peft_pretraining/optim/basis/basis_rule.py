@@ -82,6 +82,9 @@ class BasisRule:
     """Whether bases are made anew at every `update_proj_gap`, after the first."""
     reads_every_gradient = False
     """Whether `advance` needs G in every update: then gradients are reduced and added up as a whole."""
+    masks = False
+    """Whether `advance` heeds `update.mask`: of an update that turns out to be one to leave out, bases and the rule's
+    own tensors stay as they were. Rules without `advance` need not say so."""
     older: frozenset[str] = frozenset()
     """Keys of the rule's own tensors that only the states of older versions have."""
 

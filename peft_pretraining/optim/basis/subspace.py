@@ -240,11 +240,11 @@ def _usable_refreshes(due: Sequence[Arrival]) -> Phases[dict[int, Refresh]]:
     ]
     answers = yield flags
     # One look at all of them: on a device each takes as long as everything that waits there.
-    answers = iter(torch.stack([each.to(answers[0].device) for each in answers]).tolist() if answers else [])
+    found = iter(torch.stack([each.to(answers[0].device) for each in answers]).tolist() if answers else [])
     refreshes = {}
     for each, grad, reading in zip(due, seen, reads, strict=True):
         if reading:
-            not_finite, not_zero = next(answers)
+            not_finite, not_zero = next(found)
             if not_finite or not not_zero:
                 continue
         refreshes[id(each)] = _refresh(each, grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
-from peft_pretraining.optim.rules.update_rule import UpdateRule, places_by_step, scalar, upright
+from peft_pretraining.optim.rules.update_rule import UpdateRule, upright
 from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
-from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros
+from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros, zeros_like_each
 
 
 class AdamW(UpdateRule):
@@ -24,6 +25,7 @@ class AdamW(UpdateRule):
     `torch_epsilon` leaves it as torch's.
     """
 
+    masks = True
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __init__(self, torch_epsilon: bool = False):
@@ -41,17 +43,17 @@ class AdamW(UpdateRule):
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
         beta1, beta2 = group["betas"] or self.betas
         grads = [update.low_rank_grad.contiguous() for update in updates]  # the kernel walks through memory
-        minus_d = [torch.zeros_like(grad) for grad in grads]
+        minus_d = zeros_like_each(grads)
         found: list[Direction | None] = [None] * len(updates)
-        for k, places in places_by_step(updates).items():
-            adamw(
+        for (k, device, _), places in _alike(updates, grads).items():
+            mask = updates[places[0]].mask
+            torch._fused_adamw_(
                 [minus_d[place] for place in places],
                 [grads[place] for place in places],
                 [updates[place].state["exp_avg"] for place in places],
                 [updates[place].state["exp_avg_sq"] for place in places],
                 [],
-                [scalar(k - 1.0, grads[place].device) for place in places],  # which torch increments
-                fused=True,
+                [torch.full((), k, dtype=torch.float32, device=device)] * len(places),  # read, and not counted on
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
@@ -59,15 +61,29 @@ class AdamW(UpdateRule):
                 weight_decay=0.0,
                 eps=self.epsilon(group["eps"], beta2, k),
                 maximize=False,
+                found_inf=None if mask is None else mask.found_inf(device),
             )
-            correction = math.sqrt(1 - beta2**k) / (1 - beta1**k)
             for place in places:
-                found[place] = Direction(minus_d[place], -float(group["lr"]), correction)
+                found[place] = Direction(minus_d[place], -float(group["lr"]), self._bias_correction(k, group))
         return found
+
+    def _bias_correction(self, k: int, group: dict[str, Any]) -> float:
+        beta1, beta2 = group["betas"] or self.betas
+        return float(math.sqrt(1 - beta2**k) / (1 - beta1**k))
 
     def epsilon(self, eps: float, beta2: float, k: int) -> float:
         """torch's ε for the one that was set."""
         return eps if self._torch_epsilon else eps / math.sqrt(1 - beta2**k)
+
+
+def _alike(
+    updates: Sequence[ParamUpdate], grads: Sequence[Tensor]
+) -> dict[tuple[int, torch.device, torch.dtype], list[int]]:
+    """Places of those that one call of torch's kernel can take, by k, device and dtype."""
+    places: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}
+    for place, (update, grad) in enumerate(zip(updates, grads, strict=True)):
+        places.setdefault((update.k, grad.device, grad.dtype), []).append(place)
+    return places
 
 
 class TorchAdamW(AdamW):
@@ -148,6 +164,7 @@ class AdamW8bit(AdamW):
     Older versions kept 8 bits for matrices of any size; such a state is used as it is.
     """
 
+    _MOMENTS = ("exp_avg", "exp_avg_sq")
     _BLOCK = 256
     _SMALLEST = 4096
     older = frozenset({"exp_avg_absmax", "exp_avg_sq_absmax"})
@@ -175,7 +192,7 @@ class AdamW8bit(AdamW):
                 "rank or number of devices"
             )
         declared = {}
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in self._MOMENTS:
             numbers = torch.zeros(upright(like, shard).shape, dtype=torch.uint8, device=like.device)
             scales = torch.zeros(-(-like.numel() // self._BLOCK), dtype=torch.float32, device=like.device)
             if shard.dim is None:
@@ -192,22 +209,40 @@ class AdamW8bit(AdamW):
         for place, direction in zip(wide, super().directions(in_float, group), strict=True):
             assert direction is not None
             found[place] = direction._replace(tensor=direction.tensor.to(updates[place].low_rank_grad.dtype))
-        for place, update in enumerate(updates):
-            if found[place] is None:
-                found[place] = self._direction(update, group)
+        narrow = [place for place in range(len(updates)) if place not in set(wide)]
+        self._in_bytes([updates[place] for place in narrow], narrow, found, group)
         return found
 
-    def _direction(self, update: ParamUpdate, group: dict[str, Any]) -> Direction:
-        """D by bitsandbytes' kernel, which takes one tensor at a time."""
+    def _in_bytes(
+        self,
+        updates: Sequence[ParamUpdate],
+        places: Sequence[int],
+        found: list[Direction | None],
+        group: dict[str, Any],
+    ) -> None:
+        """D of those whose moments are in 8 bits."""
+        grads = []
+        for update in updates:
+            grad = update.low_rank_grad  # the kernel does not take float64
+            grad = grad.float() if grad.dtype == torch.float64 else grad
+            grads.append(upright(grad, update.low_rank_shard).contiguous())
+        minus_d = zeros_like_each(grads)
+        mask = updates[0].mask if updates else None
+        kept = [update.state[key] for update in updates for key in (*self._MOMENTS, *sorted(self.older))]
+        with mask.guarding([*kept, *minus_d]) if mask is not None else nullcontext():
+            for update, grad, moved in zip(updates, grads, minus_d, strict=True):
+                self._move_by_kernel(update, grad, moved, group)
+        for place, update, moved in zip(places, updates, minus_d, strict=True):
+            direction = upright(moved, update.low_rank_shard).to(update.low_rank_grad.dtype)
+            found[place] = Direction(direction, -float(group["lr"]), self._bias_correction(update.k, group))
+
+    def _move_by_kernel(self, update: ParamUpdate, grad: Tensor, minus_d: Tensor, group: dict[str, Any]) -> None:
+        """bitsandbytes' kernel, which takes one tensor at a time."""
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
-        state, k, shard = update.state, update.k, update.low_rank_shard
-        signed, unsigned = self._quantization_maps(update.low_rank_grad.device)
+        state, k = update.state, update.k
+        signed, unsigned = self._quantization_maps(grad.device)
         beta1, beta2 = group["betas"] or self.betas
-        dtype = update.low_rank_grad.dtype  # the kernel does not take float64
-        grad = update.low_rank_grad.float() if dtype == torch.float64 else update.low_rank_grad
-        grad = upright(grad, shard).contiguous()
-        minus_d = torch.zeros_like(grad)
         optimizer_update_8bit_blockwise(
             "adam",
             grad,
@@ -226,8 +261,6 @@ class AdamW8bit(AdamW):
             state["exp_avg_absmax"],
             state["exp_avg_sq_absmax"],
         )
-        correction = math.sqrt(1 - beta2**k) / (1 - beta1**k)
-        return Direction(upright(minus_d, shard).to(dtype), -float(group["lr"]), correction)
 
     def rotate_momentum(
         self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE

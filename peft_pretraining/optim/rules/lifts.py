@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.collectives import Phased
-from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.moving_weights import Moving, moving_lots
+from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
 from peft_pretraining.optim.tensors.projection import Projection
 from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
@@ -17,7 +19,6 @@ from peft_pretraining.optim.tensors.state_tensor import StateTensor
 class Lift:
     """Moves the weights of one parameter group, all of its matrices at once.
 
-    >>> import torch
     >>> from peft_pretraining.optim import LowRankOptimizer
     >>> class Bounded(Lift):
     ...     def move(self, updates, group):
@@ -34,6 +35,10 @@ class Lift:
     True
     """
 
+    masks = False
+    """Whether `move` leaves weight and state as they are where D is zeros, but for the decay that `update.moving()`
+    takes care of: all that are linear in D do. A lift that says nothing is asked only for updates that take place: the
+    optimizer then waits for the device to know."""
     reads_gradient = False
     """Whether `move` needs G beside R. Then gradients are reduced as a whole, clipped by G's norm, and added up as a
     whole by per-layer updates."""
@@ -60,42 +65,59 @@ class Identity(Lift):
     """W <- W - factor D, in the gradient's own coordinates."""
 
     name = "identity"
+    masks = True
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
-        for update in updates:
-            assert update.direction is not None
-            direction, factor, _ = update.direction
-            for rows, weight in update.moving_rows():
-                weight.add_(direction if rows is None else direction[rows], alpha=-factor)
+        for lot in moving_lots(updates):
+            for factor, members in _by_factor(lot).items():
+                directions = [_direction(update)[0] for update, _, _ in members]
+                parts = [
+                    direction if rows is None else direction[rows]
+                    for direction, (_, rows, _) in zip(directions, members, strict=True)
+                ]
+                torch._foreach_add_([weight for _, _, weight in members], parts, alpha=-factor)
 
 
 class ProjectBack(Lift):
     """W <- W - factor scale P D, W - factor scale D Q, or both sides (GaLore, arXiv 2403.03507, algorithm 2)."""
 
     name = "project_back"
+    masks = True
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
-        for update in updates:
-            assert update.direction is not None
-            direction, factor, _ = update.direction
-            bases = update.bases
-            for rows, weight in update.moving_rows():
-                update.projection.add_projected_back(weight, bases, direction, -factor * update.scale, rows)
+        for lot in moving_lots(updates):
+            for update, rows, weight in lot:
+                direction, factor, _ = _direction(update)
+                update.projection.add_projected_back(weight, update.bases, direction, -factor * update.scale, rows)
 
 
 class Sign(Lift):
     """W <- W - factor sign(P D): Lion's step, which is a sign in full space whatever the scale (arXiv 2302.06675)."""
 
     name = "sign"
+    masks = True
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
-        for update in updates:
-            assert update.direction is not None
-            direction, factor, _ = update.direction
-            bases = update.bases
-            for rows, weight in update.moving_rows():
-                full = update.projection.project_back(bases, direction, rows)
-                weight.add_(full.sign(), alpha=-factor)
+        for lot in moving_lots(updates):
+            for factor, members in _by_factor(lot).items():
+                signs = [
+                    update.projection.project_back(update.bases, _direction(update)[0], rows).sign()
+                    for update, rows, _ in members
+                ]
+                torch._foreach_add_([weight for _, _, weight in members], signs, alpha=-factor)
+
+
+def _direction(update: ParamUpdate) -> Direction:
+    assert update.direction is not None
+    return update.direction
+
+
+def _by_factor(lot: Sequence[Moving]) -> dict[float, list[Moving]]:
+    """Those that move by one multiple of their directions."""
+    found: dict[float, list[Moving]] = {}
+    for each in lot:
+        found.setdefault(_direction(each.update).factor, []).append(each)
+    return found
 
 
 LIFTS: dict[str, type[Lift]] = {"identity": Identity, "project_back": ProjectBack, "sign": Sign}

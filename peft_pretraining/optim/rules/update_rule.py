@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class UpdateRule:
     """Whether the rule goes without basis and lift, and moves the weights itself (`move`)."""
     widens = False
     """Whether a rule that moves weights takes gradients and moments in any dtype, and computes in float32 at least."""
+    masks = False
+    """Whether `directions` heeds `update.mask`: of an update that turns out to be one to leave out the state stays as
+    it was, and D is zeros. `batches` does that for what is written with it. A rule that says nothing is asked only for
+    updates that take place: the optimizer then waits for the device to know."""
     betas: tuple[float, float] | None = None
     """What `betas` are where a group does not say."""
     first_moment = "exp_avg"
@@ -112,24 +116,16 @@ def upright(matrix: Tensor, shard: ShardInfo) -> Tensor:
     return matrix.T if matrix.ndim == 2 and shard.along == 1 else matrix
 
 
-def mean_over(part: Tensor, dim: int, shard: ShardInfo) -> Collective:
-    """What `mean_from` makes the mean over a dimension of: over all devices where that dimension is divided."""
-    return Collective(part.sum(dim), shard) if shard.dim == dim else Collective(part.mean(dim), WHOLE)
+def mean_over(part: Tensor, axis: int, shard: ShardInfo, shape: torch.Size) -> Collective:
+    """What `mean_from` makes the mean over a dimension of, counted from the end of `shape`: of one matrix, or of what
+    else `part` has one of, or several. Over all devices where that dimension is divided."""
+    return Collective(part.sum(axis), shard) if _is_divided(axis, shard, shape) else Collective(part.mean(axis), WHOLE)
 
 
-def mean_from(answer: Tensor, dim: int, shard: ShardInfo) -> Tensor:
+def mean_from(answer: Tensor, axis: int, shard: ShardInfo, shape: torch.Size) -> Tensor:
     """The mean that was asked for by `mean_over`."""
-    return answer / shard.shape[dim] if shard.dim == dim else answer
+    return answer / shard.shape[len(shape) + axis] if _is_divided(axis, shard, shape) else answer
 
 
-def places_by_step(updates: Iterable[ParamUpdate]) -> dict[int, list[int]]:
-    """Places of updates that are the k-th of their parameter, by k."""
-    places: dict[int, list[int]] = {}
-    for place, update in enumerate(updates):
-        places.setdefault(update.k, []).append(place)
-    return places
-
-
-def scalar(value: float, device: torch.device) -> Tensor:
-    """A float32 number on a device."""
-    return torch.full((), value, dtype=torch.float32, device=device)
+def _is_divided(axis: int, shard: ShardInfo, shape: torch.Size) -> bool:
+    return shard.dim == len(shape) + axis

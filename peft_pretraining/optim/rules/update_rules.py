@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.rules.adamw import AdamW, AdamW8bit, TorchAdamW
+from peft_pretraining.optim.rules.batches import Batch, Batches
 from peft_pretraining.optim.rules.update_rule import UpdateRule, mean_from, mean_over
 from peft_pretraining.optim.tensors.collectives import Collective, Phases
 from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
@@ -31,6 +32,7 @@ class Adafactor(UpdateRule):
     `beta1` adds a first moment, of the update already multiplied by the rate.
     """
 
+    masks = True
     decays_first = True
     optional = frozenset({"exp_avg"})
     _EPS, _DECAY, _CLIP = 1e-30, 0.8, 1.0
@@ -54,57 +56,59 @@ class Adafactor(UpdateRule):
         return declared
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
-        matrices = [update for update in updates if update.low_rank_grad.ndim >= 2]
-        squares = {id(update): _wide(update.low_rank_grad).square().add_(self._EPS) for update in updates}
+        batches = Batches(updates)
+        matrices = [batch for batch in batches if len(batch.shape) >= 2]
+        squares = {id(batch): _wide(batch.grad).square().add_(self._EPS) for batch in batches}
         means = yield [
-            mean_over(squares[id(update)], update.low_rank_grad.ndim - axis, update.low_rank_shard)
-            for update in matrices
-            for axis in (1, 2)
+            mean_over(squares[id(batch)], axis, batch.shard, batch.shape) for batch in matrices for axis in (-1, -2)
         ]
-        for place, update in enumerate(matrices):
-            self._track_means(update, means[2 * place], means[2 * place + 1])
+        for place, batch in enumerate(matrices):
+            self._track_means(batch, means[2 * place], means[2 * place + 1])
         # Of the row means, (..., m).
         of_rows = yield [
-            mean_over(update.state["exp_avg_sq_row"], update.low_rank_grad.ndim - 2, update.low_rank_shard)
-            for update in matrices
+            mean_over(batch.state("exp_avg_sq_row"), -1, batch.shard, batch.shape[:-1]) for batch in matrices
         ]
         row_means = {
-            id(update): mean_from(answer, update.low_rank_grad.ndim - 2, update.low_rank_shard)
-            for update, answer in zip(matrices, of_rows, strict=True)
+            id(batch): mean_from(answer, -1, batch.shard, batch.shape[:-1])
+            for batch, answer in zip(matrices, of_rows, strict=True)
         }
-        steps = [self._scaled(update, squares.pop(id(update)), row_means.get(id(update))) for update in updates]
+        steps = [self._scaled(batch, squares.pop(id(batch)), row_means.get(id(batch))) for batch in batches]
         totals = yield [
-            Collective(step.square().sum(), update.low_rank_shard) for step, update in zip(steps, updates, strict=True)
+            Collective(step.square().sum(batch.axes) if batch.axes else step.square(), batch.shard)
+            for step, batch in zip(steps, batches, strict=True)
         ]
-        return [self._finished(*each, group) for each in zip(updates, steps, totals, strict=True)]
+        for batch, step, total in zip(batches, steps, totals, strict=True):
+            batches.answer(batch, self._finished(batch, step, total, group), 1.0)
+        return batches.directions()
 
-    def _decay(self, update: ParamUpdate) -> float:
-        return float(1 - update.k**-self._DECAY)
+    def _decay(self, batch: Batch) -> float:
+        return float(1 - batch.k**-self._DECAY)
 
-    def _track_means(self, update: ParamUpdate, row: Tensor, col: Tensor) -> None:
-        state, dims, shard = update.state, update.low_rank_grad.ndim, update.low_rank_shard
-        weight = 1 - self._decay(update)
-        state["exp_avg_sq_row"].lerp_(mean_from(row, dims - 1, shard), weight)
-        state["exp_avg_sq_col"].lerp_(mean_from(col, dims - 2, shard), weight)
+    def _track_means(self, batch: Batch, row: Tensor, col: Tensor) -> None:
+        shape, weight = batch.shape, 1 - self._decay(batch)
+        batch.state("exp_avg_sq_row").lerp_(mean_from(row, -1, batch.shard, shape), weight)
+        batch.state("exp_avg_sq_col").lerp_(mean_from(col, -2, batch.shard, shape), weight)
 
-    def _scaled(self, update: ParamUpdate, square: Tensor, row_mean: Tensor | None) -> Tensor:
+    def _scaled(self, batch: Batch, square: Tensor, row_mean: Tensor | None) -> Tensor:
         """The gradient over the root of its second moment, as far as that is known."""
-        state, wide = update.state, _wide(update.low_rank_grad)
+        wide = _wide(batch.grad)
         if row_mean is None:
-            return wide * state["exp_avg_sq"].lerp_(square, 1 - self._decay(update)).rsqrt()
-        scale = (state["exp_avg_sq_row"] / row_mean.unsqueeze(-1)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
-        return wide * scale * state["exp_avg_sq_col"].rsqrt().unsqueeze(-2)  # (..., m, n)
+            return wide * batch.state("exp_avg_sq").lerp_(square, 1 - self._decay(batch)).rsqrt()
+        scale = (batch.state("exp_avg_sq_row") / row_mean.unsqueeze(-1)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
+        return wide * scale * batch.state("exp_avg_sq_col").rsqrt().unsqueeze(-2)  # (..., m, n)
 
-    def _finished(self, update: ParamUpdate, step: Tensor, total: Tensor, group: dict[str, Any]) -> Direction:
+    def _finished(self, batch: Batch, step: Tensor, total: Tensor, group: dict[str, Any]) -> Tensor:
         """The step clipped, times the rate, and its running mean where there is a first moment."""
-        shard, grad = update.low_rank_shard, update.low_rank_grad
-        rms = (total / (step.numel() if shard.dim is None else shard.shape.numel())).sqrt()
-        step.div_((rms / self._CLIP).clamp_(min=1.0)).mul_(float(group["lr"]))
+        shard = batch.shard
+        rms = (total / (batch.shape if shard.dim is None else shard.shape).numel()).sqrt()
+        clip = (rms / self._CLIP).clamp_(min=1.0)
+        step.div_(clip.view((*clip.shape, *(1 for _ in batch.axes)))).mul_(float(group["lr"]))
+        step = step.to(batch.dtype)
         if group["beta1"]:
-            if self.first_moment not in update.state:  # switched on since
-                update.state[self.first_moment] = zeros(grad)
-            step = update.state["exp_avg"].lerp_(step.to(grad.dtype), 1 - group["beta1"])
-        return Direction(step.to(grad.dtype), 1.0)
+            if not batch.has(self.first_moment):  # switched on since
+                return batch.add_state(self.first_moment, zeros(step).lerp_(step, 1 - group["beta1"]))
+            step = batch.state(self.first_moment).lerp_(step, 1 - group["beta1"])
+        return step
 
 
 def _wide(grad: Tensor) -> Tensor:
@@ -115,6 +119,7 @@ def _wide(grad: Tensor) -> Tensor:
 class Lion(UpdateRule):
     """The sign, in full space, of a mixture of momentum and gradient (arXiv 2302.06675, algorithm 2)."""
 
+    masks = True
     lift = "sign"
     betas: tuple[float, float] = (0.9, 0.99)
 
@@ -126,17 +131,19 @@ class Lion(UpdateRule):
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
         beta1, beta2 = group["betas"] or self.betas
-        found: list[Direction | None] = []
-        for update in updates:
-            grad, moment = update.low_rank_grad, update.state["exp_avg"]
-            found.append(Direction(torch.lerp(moment, grad, 1 - beta1), float(group["lr"])))
-            moment.lerp_(grad, 1 - beta2)
-        return found
+        batches = Batches(updates)
+        for batch in batches:
+            moment = batch.state("exp_avg")
+            direction = torch.lerp(moment, batch.grad, 1 - beta1)
+            moment.lerp_(batch.grad, 1 - beta2)
+            batches.answer(batch, direction, float(group["lr"]))
+        return batches.directions()
 
 
 class SGD(UpdateRule):
     """b = R at first, then b <- μ b + (1 - dampening) R. Without momentum there is no state."""
 
+    masks = True
     first_moment = "momentum_buffer"
     optional = frozenset({"momentum_buffer"})
 
@@ -147,20 +154,21 @@ class SGD(UpdateRule):
         return {self.first_moment: StateTensor.like_gradient(zeros(like), shard)} if group["momentum"] else {}
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
-        return [Direction(self._tracked(update, group), float(group["lr"])) for update in updates]
+        batches = Batches(updates)
+        for batch in batches:
+            batches.answer(batch, self._tracked(batch, group), float(group["lr"]))
+        return batches.directions()
 
-    def _tracked(self, update: ParamUpdate, group: dict[str, Any]) -> Tensor:
+    def _tracked(self, batch: Batch, group: dict[str, Any]) -> Tensor:
         """b after this update."""
-        grad = update.low_rank_grad
         if not group["momentum"]:
-            return grad
-        if self.first_moment not in update.state:  # switched on since
-            update.state[self.first_moment] = grad.clone()
-            return update.state[self.first_moment]
-        buffer = update.state[self.first_moment]
-        if update.k == 1:
-            return buffer.copy_(grad)
-        return buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
+            return batch.grad
+        if not batch.has(self.first_moment):  # switched on since
+            return batch.add_state(self.first_moment, batch.grad.clone())
+        buffer = batch.state(self.first_moment)
+        if batch.k == 1:
+            return buffer.copy_(batch.grad)
+        return buffer.mul_(group["momentum"]).add_(batch.grad, alpha=1 - group["dampening"])
 
 
 UPDATE_RULES: dict[str, Callable[[], UpdateRule]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from peft_pretraining.optim.rules.lifts import LIFTS, Lift
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.rules.update_rules import UPDATE_RULES
 from peft_pretraining.optim.state.base import name_of
+from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.projection import Projection
 from peft_pretraining.optim.tensors.state_tensor import (
     BASIS_DTYPES,
@@ -50,6 +52,12 @@ class Objects:
     def reads_gradient(self) -> bool:
         """Whether every update needs G, not only R, of the group's matrices."""
         return self.lift.reads_gradient or (self.basis is not None and self.basis.reads_every_gradient)
+
+    @property
+    def masks(self) -> bool:
+        """Whether an update needs nobody to know whether it takes place, if no new bases are stored in it."""
+        basis = self.basis is None or self.basis.refreshes or self.basis.masks
+        return (self.rule.masks or self.rule.moves_weights) and self.lift.masks and basis
 
 
 def objects_of(group: dict[str, Any]) -> Objects:
@@ -206,11 +214,18 @@ def as_saved(tensor: StateTensor, param: Tensor) -> Tensor:
 
 
 def keep_changes(
-    slot: Slot, param: Tensor, found: dict[str, Tensor], state: dict[str, Any], group: dict[str, Any]
+    slot: Slot,
+    param: Tensor,
+    found: dict[str, Tensor],
+    state: dict[str, Any],
+    group: dict[str, Any],
+    mask: Mask | None = None,
 ) -> None:
     """Take over what the objects have added to a parameter's state, and drop what they have deleted from it."""
     if found.keys() == state.keys():
         return
+    if mask is not None:
+        mask.undo(partial(_put_back, state, dict(state)))
     for key in state.keys() - found.keys():
         del state[key]
     if added := found.keys() - state.keys():
@@ -218,3 +233,8 @@ def keep_changes(
         for key in added:
             example = declared[key]
             state[key] = as_saved(StateTensor(found[key], example.dim, example.length), param)
+
+
+def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
+    state.clear()
+    state.update(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -97,6 +97,26 @@ class Backward(Protocol):
 
     def drop(self) -> None:
         """Forget the gradients."""
+
+    # For updates inside the backward pass.
+
+    def hand_over_to(self, arrives: Callable[[Tensor, Tensor], None] | None) -> None:
+        """Let a bound method have each weight's G as it comes; it is not kept alive."""
+
+    def hand_over_drawn(self) -> dict[Tensor, Projected]:
+        """Bases that were drawn for this update; first ones are in place."""
+
+    def leaf_of(self, weight: Tensor) -> Tensor | None:
+        """What gets a weight's R as its gradient."""
+
+    def weight_of(self, leaf: Tensor) -> Tensor:
+        """Whose R it gets."""
+
+    def take_part(self, weight: Tensor) -> Tensor:
+        """R of one micro-batch, which is forgotten here."""
+
+    def project_from_now(self, weight: Tensor) -> None:
+        """Form no further G in this update: the stored bases are those to project in."""
 
 
 class SubspaceOptimizer(InPlaceOptimizer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.projection import Bases, Projection
 from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically, rows_at_once
 
@@ -62,11 +63,16 @@ class ParamUpdate:
     """By what R was multiplied since it was projected; `grad` was not, unless the lift reads it."""
     direction: Direction | None = None
     """The update rule's answer, for the lift."""
+    mask: Mask | None = None
+    """Where nobody has read yet whether the update must leave no trace. Only rules and lifts that declare that they
+    mask see one."""
+    count: int | None = None
+    """`k`, where it has been read already."""
 
     @property
     def k(self) -> int:
         """Updates of this parameter, this one included."""
-        return int(self.state["step"])
+        return int(self.state["step"]) if self.count is None else self.count
 
     @property
     def bases(self) -> Bases:
@@ -81,6 +87,16 @@ class ParamUpdate:
             wide = torch.promote_types(wide, torch.float32)
         return wide if self.rounds_once and wide != self.weight.dtype else None
 
+    def decay_(self, weights: Sequence[Tensor], before: bool) -> None:
+        """Decoupled weight decay of weights (or parts) that decay as this one does, if its turn is `before` the step,
+        or after it."""
+        if not self.decay or before != self.decays_first:
+            return
+        if self.mask is None:
+            torch._foreach_mul_(list(weights), 1 - self.decay)
+        else:
+            self.mask.scale_(weights, 1 - self.decay)
+
     @contextmanager
     def moving(self) -> Iterator[Tensor]:
         """The weight to add to, in place. Decoupled weight decay, W <- W - lr * decay * W, takes place before or after
@@ -93,11 +109,9 @@ class ParamUpdate:
         """As `moving`, a block of rows after the other where the weight is widened: a copy of all of it never exists.
         Each comes with the rows that it is; None: all of them."""
         if self.widened is None:
-            if self.decay and self.decays_first:
-                self.weight.mul_(1 - self.decay)
+            self.decay_([self.weight], before=True)
             yield None, self.weight
-            if self.decay and not self.decays_first:
-                self.weight.mul_(1 - self.decay)
+            self.decay_([self.weight], before=False)
             return
         if self.weight.ndim == 0:
             with self.moving() as weight:
@@ -112,11 +126,9 @@ class ParamUpdate:
     @contextmanager
     def _moving(self, part: Tensor, rows: slice) -> Iterator[Tensor]:
         weight = part if self.widened is None else part.to(self.widened)
-        if self.decay and self.decays_first:
-            weight.mul_(1 - self.decay)
+        self.decay_([weight], before=True)
         yield weight
-        if self.decay and not self.decays_first:
-            weight.mul_(1 - self.decay)
+        self.decay_([weight], before=False)
         if weight is part:
             return
         if self.noise is None:

@@ -127,7 +127,8 @@ class Projection:
     def store(self, state: Mapping[str, Tensor], bases: Bases) -> None:
         """Put bases into the state's tensors."""
         for key, kept in self.as_stored(bases).items():
-            state[key].copy_(kept)
+            if kept is not state[key]:
+                state[key].copy_(kept)
 
     def low_rank_shape(self, shape: torch.Size) -> torch.Size:
         """Of R, for a weight, or a part of one, of `shape`."""

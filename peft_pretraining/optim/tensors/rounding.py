@@ -8,6 +8,7 @@ way to divide a weight over devices, rounds alike.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from peft_pretraining import rng
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.tensors.launching import launches_cost
 
 NUMBERS_AT_ONCE = 2**22
 """Of a weight that is widened by rows: its float32 copy and the noise are 16 MB each."""
@@ -36,9 +38,20 @@ class Noise:
     shard: ShardInfo = WHOLE
     """Which part of the weight this device has."""
 
+    @property
+    def key(self) -> int:
+        """What the numbers of this weight and update are made of."""
+        return rng.derive_seed(self.seed, f"rounding of {self.name}", self.step)
+
     def vectors(self, rows: slice, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """32 bits for each of these rows of this device's part, and for each entry of a row, which is of `shape`:
         int32, flat."""
+        places = self.places(rows, shape, device)
+        bits = hashed(self.key, places)
+        return bits[: rows.stop - rows.start], bits[rows.stop - rows.start :]
+
+    def places(self, rows: slice, shape: torch.Size, device: torch.device) -> Tensor:
+        """The numbers of these rows, and of the entries of a row, in the whole weight: int64, flat."""
         offset = self.shard.offset if self.shard.dim == 0 else 0
         of_rows = torch.arange(offset + rows.start, offset + rows.stop, device=device)
         if self.shard.dim:
@@ -47,13 +60,11 @@ class Noise:
             of_columns = self.shard.part(of_columns, self.shard.dim - 1).reshape(-1)
         else:
             of_columns = torch.arange(_COLUMNS, _COLUMNS + shape.numel(), device=device)
-        key = rng.derive_seed(self.seed, f"rounding of {self.name}", self.step)
-        bits = hashed(key, torch.cat((of_rows, of_columns)))
-        return bits[: len(of_rows)], bits[len(of_rows) :]
+        return torch.cat((of_rows, of_columns))
 
 
-def hashed(key: int, index: Tensor) -> Tensor:
-    """32 well-mixed bits for each number, int32. `index` (int64) is used up."""
+def hashed(key: int | Tensor, index: Tensor) -> Tensor:
+    """32 well-mixed bits for each number, int32. `index` (int64) is used up. Keys of several weights: int64 (L, 1)."""
     x = index.add_(1).mul_(_GOLDEN).bitwise_xor_(key)
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         x.bitwise_xor_((x >> shift) & (2 ** (64 - shift) - 1)).mul_(multiplier)
@@ -61,8 +72,8 @@ def hashed(key: int, index: Tensor) -> Tensor:
 
 
 def crossed(by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Whole numbers from 0 to 65535, int32 (rows, columns)."""
-    x = by_row.unsqueeze(1) + by_column  # wraps around
+    """Whole numbers from 0 to 65535, int32 (..., rows, columns)."""
+    x = by_row.unsqueeze(-1) + by_column.unsqueeze(-2)  # wraps around
     x.mul_(_MULTIPLIERS[0])
     x.bitwise_xor_(x >> 15)
     x.mul_(_MULTIPLIERS[1])
@@ -88,6 +99,42 @@ def round_stochastically(target: Tensor, wide: Tensor, noise: Noise, rows: slice
         part.view(torch.int32).add_(drawn).bitwise_and_(-65536)
         part.masked_fill_(not_numbers, torch.nan)
     target.copy_(wide)
+
+
+def round_together(
+    targets: Sequence[Tensor], wides: Sequence[Tensor], noises: Sequence[Noise], rows: Sequence[slice]
+) -> None:
+    """`round_stochastically` of many, bit for bit: on devices those of one shape by one set of launches."""
+    alike: dict[Hashable, list[int]] = {}
+    for place, (target, wide, noise, its) in enumerate(zip(targets, wides, noises, rows, strict=True)):
+        stacks = launches_cost(target.device) and target.dtype == torch.bfloat16 and target.numel() > 0
+        kind = (target.shape, wide.dtype, target.device, its.start, its.stop, noise.shard)
+        alike.setdefault(kind if stacks else place, []).append(place)
+    for places in alike.values():
+        if len(places) == 1:
+            place = places[0]
+            round_stochastically(targets[place], wides[place], noises[place], rows[place])
+            continue
+        stack = torch.stack([wides[place] for place in places]).float()
+        round_stack_(stack, [noises[place] for place in places], rows[places[0]])
+        torch._foreach_copy_([targets[place] for place in places], list(stack.unbind()))
+
+
+def round_stack_(wide: Tensor, noises: Sequence[Noise], rows: slice) -> Tensor:
+    """Rounds a contiguous stack of float32 weights (L, ...), or of their rows `rows`, in place: float32 numbers that
+    bfloat16 has. All `noises` are of one shard."""
+    stack = wide.view(len(noises), rows.stop - rows.start, -1)
+    count = stack.shape[1]
+    keys = torch.tensor([each.key for each in noises])
+    if wide.device.type == "cuda":
+        keys = keys.pin_memory()
+    places = noises[0].places(rows, wide.shape[2:], wide.device)
+    bits = hashed(keys.to(wide.device, non_blocking=True)[:, None], places.repeat(len(noises), 1))
+    by_row, by_column = bits[:, :count], bits[:, count:]
+    not_numbers = stack.isnan()  # a payload of ones, such as CUDA's, would carry over into the sign
+    stack.view(torch.int32).add_(crossed(by_row, by_column)).bitwise_and_(-65536)
+    stack.masked_fill_(not_numbers, torch.nan)
+    return wide
 
 
 def rows_at_once(matrix: Tensor) -> int:

@@ -6,12 +6,14 @@ it over devices, and what it counts in bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.optim.tensors.launching import launches_cost
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,36 @@ def is_counter(value: Tensor) -> bool:
     return value.dtype == torch.int64 and value.ndim == 0
 
 
+def counts(counters: Sequence[Tensor]) -> list[int]:
+    """The values of counters, read together."""
+    return torch.stack(list(counters)).tolist() if counters else []
+
+
 def zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros of the same shape, contiguous whatever `like` is."""
     return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
+_ALIGNED = 64
+"""Numbers at whose multiples tensors begin that lie in one buffer: 128 bytes at least."""
+
+
+def zeros_like_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous zeros in the shapes of `tensors`: on devices other than the CPU parts of one buffer for each dtype,
+    which one launch fills."""
+    found: list[Tensor | None] = [None] * len(tensors)
+    buffers: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if not launches_cost(tensor.device):
+            found[place] = zeros(tensor)
+        else:
+            buffers.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for (device, dtype), places in buffers.items():
+        sizes = [-(-tensors[place].numel() // _ALIGNED) * _ALIGNED for place in places]
+        parts = torch.split(torch.zeros(sum(sizes), device=device, dtype=dtype), sizes)
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part[: tensors[place].numel()].view(tensors[place].shape)
+    return [tensor for tensor in found if tensor is not None]
 
 
 STATE_FORMATS = ("published", "weight", "float32", "8bit")

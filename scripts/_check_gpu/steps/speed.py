@@ -94,9 +94,11 @@ def _tokens_per_second(scene: Scene, trainee: Trainee) -> float:
     count, times = scene.size(5, 1), []
     for turn in range(5):
         trainee.synchronise()
-        began = time.perf_counter()
-        read = sum(trainee.update().tokens for _ in range(count))
+        began, before = time.perf_counter(), trainee.run.state.tokens_seen
+        for _ in range(count):
+            trainee.launch()
         trainee.synchronise()
+        read = trainee.run.state.tokens_seen - before
         if turn:  # kernels are chosen and bases taken in the first
             times.append(read / (time.perf_counter() - began))
     return statistics.median(times)
@@ -124,7 +126,7 @@ def profiled(trainee: Trainee, on_cuda: bool) -> dict[str, int]:
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
     trainee.synchronise()
     with torch.profiler.profile(activities=activities) as profiler:
-        trainee.update()
+        trainee.launch()
     return {event.key: event.count for event in profiler.key_averages()}
 
 
@@ -134,7 +136,7 @@ def waiting_calls(trainee: Trainee) -> int:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainee.update()
+            trainee.launch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(each.message) for each in caught)
