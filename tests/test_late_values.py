@@ -21,7 +21,6 @@ FULL_RANK = {"method": "full_rank"}
 METHODS = {
     "full_rank": FULL_RANK,
     "galore": {**GALORE, "update_proj_gap": 4},
-    "online": {"method": "online_subspace_descent", "rank": 4},
     "lora": {"method": "lora", "rank": 4},
     "switchlora": {"method": "switchlora", "rank": 4, "init_lora_type": "switchlora", "lora_alpha": 1.0},
     "per_layer": {**GALORE, "update_proj_gap": 4, "per_layer": True},
@@ -66,6 +65,23 @@ def test_skipped_updates_and_saves_are_those_of_a_run_that_reads_at_once(command
     one, other = both(command, tmp_path, monkeypatch, act, **METHODS[method], skip_batches="6")
     same(one, other)
     assert [row["update_step"] - 1 for row in recorded(other) if row.get("skipped")] == [3, 6, 8, 9]
+
+
+def test_rules_that_stack_matrices_round_otherwise(command, tmp_path, monkeypatch):
+    """Masked updates of Online Subspace Descent multiply matrices of one shape together."""
+
+    def act(argv):
+        with poison(monkeypatch, {3}):
+            assert helpers.run(argv) == 0
+
+    monkeypatch.setattr("peft_pretraining.training.progress._LARGEST_SKIPPED_SHARE", 0.5)
+    settings = {"method": "online_subspace_descent", "rank": 4, "dtype": "float64"}
+    one, other = (
+        helpers.tensors(folder / "model_15") for folder in both(command, tmp_path, monkeypatch, act, **settings)
+    )
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: n + text)
 
 
 def test_updates_are_left_to_the_device(command, tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ class Tracker(TorchDispatchMode):
         random = operator.name.strip("_").startswith(_RANDOM)
         if not inputs and random:
             device = {**kwargs, "device": torch.device("meta"), "generator": None}
-            device = {key: value for key, value in device.items() if value is not None}
+            device = {key: value for key, value in device.items() if value is not None or key in kwargs}
             return _untouched(func(*args, **device)) if _product(args) > LARGE else func(*args, **kwargs)
         if operator.is_view or not any(each.numel() > LARGE for each in inputs):
             return func(*args, **kwargs)
