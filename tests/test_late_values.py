@@ -224,3 +224,28 @@ def test_a_copy_is_of_what_was_there():
     copy = LateCopy(tensor)
     tensor.zero_()
     assert copy.tolist() == [1.5, float("inf")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full_rank", "galore", "lora", "per_layer"])
+def test_a_gpu_is_not_waited_for(command, monkeypatch, method):
+    """torch raises an error at whatever waits in an ordinary update; the third one chooses no kernels any more."""
+    from peft_pretraining.training import loop
+
+    real, watched = loop.train_step, []
+
+    def train_step(run, micro_batches, stop):
+        ordinary = 2 < run.state.update_step < 7
+        watched.extend([run.state.update_step] * ordinary)
+        torch.cuda.set_sync_debug_mode("error" if ordinary else "default")
+        try:
+            return real(run, micro_batches, stop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    settings = {**METHODS[method], "update_proj_gap": None if method in ("full_rank", "lora") else 100}
+    staggered = {"stagger_refresh": False} if method == "per_layer" else {}
+    quick = {**QUICK, "eval_every": 100, "save_every": 100, "num_training_steps": 8}
+    assert helpers.run(command(**{**quick, **settings, **staggered})) == 0
+    assert watched == [3, 4, 5, 6]
