@@ -1,0 +1,72 @@
+"""How much an update asks of a GPU beside its forward and backward pass, simulated on the meta device.
+
+    python tests/launches.py            # a table: launches of gradient norm and step, waits, of 60M and 1B
+
+Counted are operators; kernels are up to a sixth fewer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from footprint import config_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+OSD = {"method": "online_subspace_descent", "proj_type": "continuous"}
+LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "full_rank": ({"method": "full_rank"}, 40, 120),
+    "full_rank adafactor": ({"method": "full_rank", "optimizer": "adafactor"}, 200, 600),
+    "full_rank lion": ({"method": "full_rank", "optimizer": "lion"}, 200, 600),
+    "full_rank bf16_sr": ({"method": "full_rank", "precision": "bf16_sr"}, 600, 12_000),
+    "galore": ({"method": "galore"}, 150, 450),
+    "golore": ({"method": "golore"}, 150, 450),
+    "galore per layer": ({"method": "galore", "per_layer": True}, 400, 1200),
+    "osd": (OSD, 300, 900),
+    "lora": ({"method": "lora"}, 60, 180),
+    "switchlora": ({"method": "switchlora", "lora_alpha": 1.0, "init_lora_type": "switchlora"}, 300, 900),
+    "golore_adapter": ({"method": "golore_adapter"}, 60, 180),
+}
+"""Settings, and the most launches of gradient norm and step at 60M and 1B. Stochastic rounding goes through float32 copies
+of 4 million numbers at a time, however large the model: memory is what bf16_sr is for."""
+
+
+def counted(model: str, settings: dict[str, Any]) -> tuple[dict[str, int], int]:
+    """Launches by phase, and waits, of an ordinary update."""
+    from peft_pretraining.report.footprint.drive import Simulation
+
+    shape = json.loads((CONFIGS / f"llama_{model}.json").read_text())
+    own = {"precision": "bf16", **settings}
+    if settings["method"] not in ("full_rank", "lora", "switchlora"):
+        own["update_proj_gap"] = 1000
+    with Simulation(config_of(**own), shape) as simulation:
+        for step in range(2):
+            simulation.update(step)
+        counts = simulation.update(2).counts
+    return counts.launches(), sum(counts.host_waits().values())
+
+
+def beside_the_passes(model: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """Launches of gradient norm and step, and waits."""
+    launches, waits = counted(model, settings)
+    own = launches["norm"] + launches["step"]
+    if settings.get("per_layer"):  # which takes place inside the backward pass
+        plain, _ = counted(model, {**settings, "per_layer": False})
+        own += launches["backward"] - plain["backward"]
+    return own, waits
+
+
+def main() -> None:
+    print("| | 60M | waits | 1B | waits |")
+    print("|---|--:|--:|--:|--:|")
+    for name, (settings, *_) in LIMITS.items():
+        cells = [str(number) for model in ("60m", "1b") for number in beside_the_passes(model, settings)]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
