@@ -20,7 +20,7 @@ from peft_pretraining.models.compute_dtype import compute_in
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.loss import token_loss_sum
 from peft_pretraining.runtime.watchdog import Watchdog, watched
-from peft_pretraining.training import build
+from peft_pretraining.training import device_settings
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 33}
@@ -114,11 +114,11 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch, caplog):
     assert why_not(CPU) is None
     monkeypatch.setattr(compiled, "_without_host_compiler", lambda: "there is no C++ compiler")
     with pytest.raises(ConfigError, match=r"--compile on: there is no C\+\+ compiler"):
-        build._compile_or_not("on", "cpu")
-    assert build._compile_or_not("auto", "cpu") == build._compile_or_not("off", "cpu") == "off"
+        device_settings.compile_or_not("on", "cpu")
+    assert device_settings.compile_or_not("auto", "cpu") == device_settings.compile_or_not("off", "cpu") == "off"
     monkeypatch.setattr(compiled, "_finds_triton", lambda: False)
     with caplog.at_level(logging.WARNING, "peft_pretraining"):
-        assert build._compile_or_not("auto", "cuda") == "off"
+        assert device_settings.compile_or_not("auto", "cuda") == "off"
     assert "triton is not installed" in caplog.text
 
 

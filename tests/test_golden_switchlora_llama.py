@@ -53,7 +53,7 @@ class Observer:
             return switch
 
         def observed_after(*_):
-            self.after[run.state.update_step + 1] = self.snapshot()
+            self.after[run.optimizer.update_step + 1] = self.snapshot()
 
         run.method.plan = observed_plan
         run.optimizer.register_step_post_hook(observed_after)

@@ -63,7 +63,10 @@ VARIANTS = {
     "full_rank fused loss": {"method": "full_rank", "fused_loss": "on"},
     "full_rank lion": {"optimizer": "lion"},
     "galore reverse": {"method": "galore", "proj_type": "reverse_std", **PROJECTED},
-    "galore left, staggered": {"method": "galore", "proj_type": "left", "stagger_refresh": True, **PROJECTED},
+    "galore left, staggered": {
+        **{"method": "galore", "proj_type": "left", "stagger_refresh": True, "svd_method": "subspace"},
+        **PROJECTED,
+    },
     "galore adafactor": {"optimizer": "galore_adafactor", "beta1": 0.9, **PROJECTED},
     "galore lion": {"optimizer": "galore_lion", **PROJECTED},
     "golore sgd": {"optimizer": "golore_sgd", "rand_ratio": 0, "lr": 0.1, **PROJECTED},

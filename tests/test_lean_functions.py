@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from peft_pretraining.models.compute_dtype import compute_in
-from peft_pretraining.models.lean_functions import GatedProduct, Norm
+from peft_pretraining.models.lean_functions import GatedLinear, GatedProduct, Norm
 
 
 def test_gradients_are_those_of_the_function():
@@ -17,6 +17,8 @@ def test_gradients_are_those_of_the_function():
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, weight: Norm.apply(x, weight, 1e-6), (x, weight))
     assert torch.autograd.gradcheck(GatedProduct.apply, (gate, up))
+    matrix = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(GatedLinear.apply, (gate, up, matrix))
 
 
 def layers():

@@ -19,7 +19,7 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.optim.tensors.full_precision import full_float32_products
 from peft_pretraining.report import compare
-from peft_pretraining.training import build
+from peft_pretraining.training import device_settings
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 16}
@@ -321,6 +321,6 @@ def test_float32_products_on_cuda_are_in_tf32_by_default(words, tmp_path, monkey
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     config = loaded(words, tmp_path, precision="fp32", **({"matmul_precision": asked} if asked else {})).config
-    build.set_matmul_precision(config, torch.device("cuda"))
-    build.set_matmul_precision(config, CPU)
+    device_settings.set_matmul_precision(config, torch.device("cuda"))
+    device_settings.set_matmul_precision(config, CPU)
     assert chosen == [asked or "high"]

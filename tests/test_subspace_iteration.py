@@ -1,11 +1,14 @@
 """Bases by subspace iteration: what they capture of any matrix, how they go on from the last ones, and over devices."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from projection_helpers import build, matrix, parameter
 
+from peft_pretraining.config import Config, recorded
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.basis import subspace_iteration
 from peft_pretraining.optim.basis.basis_rule import Refresh
@@ -232,3 +235,17 @@ def test_every_rule_that_takes_bases_from_gradients_does(group):
         assert energies[1] < 0.9  # random by then
     elif "proj_type" not in group:
         assert energies[1] > 0.9
+
+
+@pytest.mark.parametrize("found", ["gram", "exact", None])
+def test_a_run_that_goes_on_keeps_its_method(found, tmp_path):
+    content = yaml.safe_load((Path(__file__).parent / "compat/runs/galore/config.yaml").read_text())
+    content["settings"].pop("svd_method")
+    if found:
+        content["settings"]["svd_method"] = found
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    new = Config.from_settings({"method": "galore", "save_dir": str(tmp_path / "new"), "autoresume": True})
+    old = new.replace(save_dir=str(tmp_path))
+    assert recorded.keep_speed(new, ()).method.svd_method == "auto"
+    assert recorded.keep_speed(old, ()).method.svd_method == (found or "gram")
+    assert recorded.keep_speed(old.replace(svd_method="subspace"), {"svd_method"}).method.svd_method == "subspace"

@@ -12,7 +12,7 @@ from peft_pretraining.config import Config
 
 _SPEED = {
     **{"compile": "off", "fused_loss": "off", "projected_backward": "off"},
-    **{"svd_method": "gram", "stagger_refresh": None},
+    "svd_method": "gram",
 }
 """Settings that change how fast an update is and the last digits of what it computes -> what runs had before there were
 these settings."""

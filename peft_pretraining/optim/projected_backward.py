@@ -1,7 +1,7 @@
 """Projected gradients that the backward pass itself returns: what an optimizer takes in place of `param.grad`.
 
 Layers return R as the gradient of a leaf (nn/projected_linear.py). In an update that takes a basis from a gradient, the
-layers that are due form G instead, which is used up layer by layer: with one micro-batch a single G exists at a time.
+layers that are due form G instead, which are used up a few at a time inside the backward pass.
 Bases that do not depend on the gradient are drawn before the forward pass, which projects in them at once. As without
 all this, new bases are stored in the step alone: an update that is skipped leaves no trace, and its refresh pending.
 """
@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from peft_pretraining.distributed.gathering import mean_part
 from peft_pretraining.distributed.sharding import HALF, ShardInfo, local
-from peft_pretraining.optim.basis.subspace import Arrival, Projected, draw_bases
+from peft_pretraining.optim.basis.subspace import Arrival, Projected, draw_bases, project_now
 from peft_pretraining.optim.low_rank import LowRankOptimizer
+from peft_pretraining.optim.tensors.collectives import in_lots
 from peft_pretraining.optim.tensors.projection import Projection
 
 _NUMBERS_AT_ONCE = 2**24
 """Of R that are averaged over devices by one collective, where no wrapper of the model averages them: 64 MB."""
+
+_NUMBERS_OF_G = 2**24
+"""Of the G whose bases are taken together: all of a small model, a layer or two of a large one; 64 MB in float32."""
 
 
 class Layer(Protocol):
@@ -69,6 +73,8 @@ class ProjectedBackward:
         self._is_sharded = any(ShardInfo.of(weight).dim is not None for weight in layers)
         self._index, self._count, self._to_observe = 0, 1, 0
         self._averaged = False
+        self._waiting: list[Tensor] = []
+        """Weights whose G are complete, until there are enough to take bases from all at once."""
         self._arrives: weakref.WeakMethod[Callable[[Tensor, Tensor], None]] | None = None
         self._by_leaf: dict[Tensor, Tensor] = {source.leaf: weight for weight, source in self.sources.items()}
         for weight, source in self.sources.items():
@@ -148,17 +154,22 @@ class ProjectedBackward:
         source.total = grad if source.total is None else source.total.add_(grad)
         if not last or self._to_observe:
             return None
-        self._choose(weight, source)
-        assert source.projected is not None
-        return None if self._is_sharded else source.projected.low_rank_grad.to(source.leaf.dtype)
+        self._waiting.append(weight)
+        if sum(each.numel() for each in self._waiting) >= _NUMBERS_OF_G:
+            self._choose(self._waiting)
+            self._waiting = []
+        # Where somebody waits for a gradient of the leaf, he gets one that `take` does not look at.
+        return None if self._is_sharded else source.leaf.new_zeros(()).expand(source.leaf.shape)
 
-    def _choose(self, weight: Tensor, source: _Source) -> None:
-        """Take the basis from G, which is complete, and keep nothing of it but R. Nothing is stored."""
-        source.total, total = None, self._mean_total(source)
-        arrival = self._arrival(weight, self._optimizer.step_of(weight))
-        arrival.grad = total
-        source.projected = arrival.subspace.project(arrival.state, total, arrival.group, arrival.step)
-        source.is_chosen = True
+    def _choose(self, weights: Sequence[Tensor]) -> None:
+        """Take bases from G, which are complete, and keep nothing of these but R. Nothing is stored."""
+        arrivals = []
+        for weight in weights:
+            source, arrival = self.sources[weight], self._arrival(weight, self._optimizer.step_of(weight))
+            source.total, arrival.grad = None, self._mean_total(source)
+            arrivals.append(arrival)
+        for weight, projected in zip(weights, project_now(arrivals), strict=True):
+            self.sources[weight].projected, self.sources[weight].is_chosen = projected, True
 
     def _mean_total(self, source: _Source) -> Tensor:
         total = source.total
@@ -190,9 +201,10 @@ class ProjectedBackward:
     @torch.no_grad()
     def complete(self) -> None:
         """Make means over the ranks of what has none, and choose the bases that the backward pass has not."""
-        for weight, source in self.sources.items():
-            if source.total is not None:
-                self._choose(weight, source)
+        left = [weight for weight, source in self.sources.items() if source.total is not None]
+        for lot in in_lots(left, Tensor.numel, _NUMBERS_OF_G):
+            self._choose(lot)
+        self._waiting = []
         if self._is_sharded and not self._averaged:
             self._averaged = True
             self._average([source.leaf.grad for source in self.sources.values() if source.leaf.grad is not None])
@@ -211,10 +223,11 @@ class ProjectedBackward:
         """R as the update rule sees it, and what becomes of the bases with it."""
         optimizer, source = self._optimizer, self.sources[weight]
         found, arrived = source.projected, source.leaf.grad
-        if arrived is None:
-            assert found is not None, "it has not arrived"
+        if source.is_chosen:
+            assert found is not None
             low = found.low_rank_grad
         else:
+            assert arrived is not None, "it has not arrived"
             shard = optimizer.shard_of(weight)
             low = shard.part(arrived, shard.dim or 0)
         low = low.to(optimizer.dtype_of(weight))
@@ -224,7 +237,7 @@ class ProjectedBackward:
 
     def drop(self) -> None:
         """Forget the gradients; a refresh that was not stored stays due."""
-        self._averaged = False
+        self._averaged, self._waiting = False, []
         for source in self.sources.values():
             source.leaf.grad = source.total = None
             if source.is_chosen:

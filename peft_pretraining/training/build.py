@@ -31,14 +31,14 @@ from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.methods import METHODS, load_method
+from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.models.compiled import why_not
 from peft_pretraining.models.token_ids import adopt_saved
 from peft_pretraining.optim.model_groups import describe_groups
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import describe_speed, distributed_model, reduced_model
+from peft_pretraining.training.device_settings import for_device, set_matmul_precision
 from peft_pretraining.training.loop import Run, train
 from peft_pretraining.training.profiling import Profiler, describe_peak, reset_peak_memory
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
@@ -96,7 +96,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     Nothing is written before everything that can fail on bad input has succeeded, but for the mark of who holds a
     folder that is there already.
     """
-    launch = _for_device(launch, group.device.type)
+    launch = for_device(launch, group.device.type)
     config = launch.config
     for warning in launch.warnings:
         log.warning(warning)
@@ -148,41 +148,6 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
         tracker=tracker,
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
     )
-
-
-def _for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
-    """With the precision that an `auto` means on this device, and with what `--compile auto` does: these are recorded,
-    and a run keeps them wherever it goes."""
-    precision = launch.config.resolved_precision(device_type)
-    settings = {"precision": precision.name, "compile": _compile_or_not(launch.config.model.compile, device_type)}
-    if precision.weight_dtype == "bfloat16":
-        settings["state_dtype"] = precision.state_format
-    if (for_device := METHODS[launch.config.method.method].for_device) is not None:
-        settings |= for_device(launch.config, device_type)
-    return replace(launch, config=launch.config.replace(**settings))
-
-
-def _compile_or_not(asked: str, device_type: str) -> str:
-    """`on` or `off`. Raises `ConfigError` where layers are to be compiled, and nothing here can."""
-    if asked == "off" or (asked == "auto" and device_type != "cuda"):
-        return "off"
-    reason = why_not(torch.device(device_type))
-    if reason is None:
-        return "on"
-    if asked == "on":
-        raise ConfigError([f"--compile on: {reason}; --compile off runs without"])
-    log.warning("layers are not compiled: %s", reason)
-    return "off"
-
-
-def set_matmul_precision(config: Config, device: torch.device) -> None:
-    """How a model with float32 products multiplies on CUDA: by default in TF32, several times as fast. The optimizer
-    keeps bases and merges out of it (`optim.tensors.full_precision`). On the CPU products are always in full."""
-    asked = config.precision.matmul_precision
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision(asked or "high")
-    elif asked not in (None, "highest"):
-        log.warning("without effect on the CPU, whose float32 products are in full: --matmul_precision")
 
 
 def _on_main(group: ProcessGroup, act: Callable[[], T | ConfigError]) -> T | None:

@@ -166,7 +166,7 @@ def sketches(refreshes: Sequence[Refresh], side_of: Callable[[Refresh], str], mo
         key = (refresh.seed, rows, columns, dtype, refresh.grad.device)
         if key not in drawn:
             generator = rng.generator(refresh.seed, f"sketch of {rows} x {columns}")
-            numbers = torch.randn(rows, columns, generator=generator)
+            numbers = torch.empty(rows, columns).normal_(generator=generator)
             drawn[key] = torch.linalg.qr(numbers.to(refresh.grad.device, dtype))[0]
         return drawn[key]
 

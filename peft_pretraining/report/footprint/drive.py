@@ -19,7 +19,7 @@ from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
 from peft_pretraining.distributed import CheckpointGroup, ProcessGroup
 from peft_pretraining.distributed.sharding import local
-from peft_pretraining.methods import load_method
+from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.models.loss import Batch
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.report.footprint.counters import Counts
@@ -61,7 +61,10 @@ class Simulation:
     """
 
     def __init__(self, config: Config, shape: dict[str, Any], devices: int = 1):
-        self.config = config.replace(precision=config.resolved_precision("cuda").name, world_size=devices)
+        for_device = METHODS[config.method.method].for_device
+        chosen = for_device(config, "cuda") if for_device is not None else {}
+        precision = config.resolved_precision("cuda").name
+        self.config = config.replace(precision=precision, world_size=devices, **chosen)
         self.shape, self.tracker = shape, Tracker()
         self.group = _Group(0, devices, 0, min(devices, PER_NODE), META)
         self.batch_size = config.batch.batch_size or 1

@@ -165,10 +165,8 @@ class Tracker(TorchDispatchMode):
         """Large tensors get memory, which nobody touches, but no numbers."""
         random = operator.name.strip("_").startswith(_RANDOM)
         if not inputs and random:
-            device = {**kwargs, "device": torch.device("meta")}
-            device = {key: value for key, value in device.items() if value is not None}
-            if "generator" in device:  # one of the CPU's, which an operator with such an argument must have
-                device["generator"] = None
+            device = {key: value for key, value in kwargs.items() if value is not None}
+            device |= {"device": torch.device("meta"), **({"generator": None} if "generator" in kwargs else {})}
             return _untouched(func(*args, **device)) if _product(args) > LARGE else func(*args, **kwargs)
         if operator.is_view or not any(each.numel() > LARGE for each in inputs):
             return func(*args, **kwargs)
