@@ -21,7 +21,6 @@ FULL_RANK = {"method": "full_rank"}
 METHODS = {
     "full_rank": FULL_RANK,
     "galore": {**GALORE, "update_proj_gap": 4},
-    "online": {"method": "online_subspace_descent", "rank": 4},
     "lora": {"method": "lora", "rank": 4},
     "switchlora": {"method": "switchlora", "rank": 4, "init_lora_type": "switchlora", "lora_alpha": 1.0},
     "per_layer": {**GALORE, "update_proj_gap": 4, "per_layer": True},
@@ -66,6 +65,23 @@ def test_skipped_updates_and_saves_are_those_of_a_run_that_reads_at_once(command
     one, other = both(command, tmp_path, monkeypatch, act, **METHODS[method], skip_batches="6")
     same(one, other)
     assert [row["update_step"] - 1 for row in recorded(other) if row.get("skipped")] == [3, 6, 8, 9]
+
+
+def test_rules_that_stack_matrices_round_otherwise(command, tmp_path, monkeypatch):
+    """Masked updates of Online Subspace Descent multiply matrices of one shape together."""
+
+    def act(argv):
+        with poison(monkeypatch, {3}):
+            assert helpers.run(argv) == 0
+
+    monkeypatch.setattr("peft_pretraining.training.progress._LARGEST_SKIPPED_SHARE", 0.5)
+    settings = {"method": "online_subspace_descent", "rank": 4, "dtype": "float64"}
+    one, other = (
+        helpers.tensors(folder / "model_15") for folder in both(command, tmp_path, monkeypatch, act, **settings)
+    )
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: n + text)
 
 
 def test_updates_are_left_to_the_device(command, tmp_path, monkeypatch):
@@ -208,3 +224,28 @@ def test_a_copy_is_of_what_was_there():
     copy = LateCopy(tensor)
     tensor.zero_()
     assert copy.tolist() == [1.5, float("inf")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full_rank", "galore", "lora", "per_layer"])
+def test_a_gpu_is_not_waited_for(command, monkeypatch, method):
+    """torch raises an error at whatever waits in an ordinary update; the third one chooses no kernels any more."""
+    from peft_pretraining.training import loop
+
+    real, watched = loop.train_step, []
+
+    def train_step(run, micro_batches, stop):
+        ordinary = 2 < run.state.update_step < 7
+        watched.extend([run.state.update_step] * ordinary)
+        torch.cuda.set_sync_debug_mode("error" if ordinary else "default")
+        try:
+            return real(run, micro_batches, stop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    settings = {**METHODS[method], "update_proj_gap": None if method in ("full_rank", "lora") else 100}
+    staggered = {"stagger_refresh": False} if method == "per_layer" else {}
+    quick = {**QUICK, "eval_every": 100, "save_every": 100, "num_training_steps": 8}
+    assert helpers.run(command(**{**quick, **settings, **staggered})) == 0
+    assert watched == [3, 4, 5, 6]

@@ -213,8 +213,8 @@ def test_every_parameter_may_have_a_mask_of_its_own(rule):
         broken = [grad * torch.nan if each else grad.clone() for grad, each in zip(grads, left_out, strict=True)]
         for optimizer in (masked, plain):
             optimizer.begin_update(step)
-        moving = [(p, g, masked.group_of(p), None) for p, g in zip(params, broken, strict=True)]
-        masked.update_together(moving, masks)
+        for param, grad, mask in zip(params, broken, masks, strict=True):
+            masked.update_together([(param, grad, masked.group_of(param), None)], mask)
         for mask, each in zip(masks, left_out, strict=True):
             mask.settle(each)
         moving = zip(others, grads, left_out, strict=True)

@@ -19,6 +19,8 @@ from peft_pretraining.distributed.process_group import as_it_is
 from peft_pretraining.distributed.sharding import ShardInfo, each_norm, whole_norm
 from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.low_rank import LowRankOptimizer
+from peft_pretraining.optim.tensors.late_copy import LateCopy
+from peft_pretraining.optim.tensors.mask import Mask
 
 NUMBERS_AT_ONCE = 2**22
 """That wait at most before they move; the last one may bring more."""
@@ -63,6 +65,12 @@ class CompleteGradients:
         self.squared_norms: dict[Tensor, Tensor] = {}
         """Of the update's gradients that have moved, or stayed behind, before clipping."""
         self._moved = self._frozen = False
+        self.late = False
+        """Whether nothing is to be read back from the device, where that can be."""
+        self._unsettled: list[tuple[Mask, LateCopy]] = []
+        """Lots of this update of which nobody knows whether they have moved, and what will tell."""
+        self._earlier: list[tuple[Mask, LateCopy]] = []
+        """Those of updates before."""
 
     def begin(self, frozen: bool) -> None:
         """An update begins; what another one that broke off has left is dropped."""
@@ -71,6 +79,8 @@ class CompleteGradients:
         self._lot, self._zero = [], []
         self.squared_norms.clear()
         self._moved, self._frozen = False, frozen
+        self._earlier += self._unsettled
+        self._unsettled = []
 
     def __contains__(self, param: Tensor) -> bool:
         return param in self.squared_norms or any(each.param is param for each in self._lot)
@@ -84,6 +94,7 @@ class CompleteGradients:
     def move(self) -> None:
         """Move what waits."""
         lot, self._lot = self._lot, []
+        self._settle(self._earlier)  # counts of updates are about to be read
         self._average([each for each in lot if not each.averaged])
         for each in lot:
             each.gradient = each.gradient.to(self._optimizer.dtype_of(each.param))
@@ -110,21 +121,26 @@ class CompleteGradients:
 
     def _clip_and_update(self, lot: list[Complete]) -> None:
         measured = [self._measured(each) for each in lot]
-        norms = each_norm(measured)
-        values = norms.tolist()
-        limits = norms
+        norms = limits = each_norm(measured)
         if self._clip_full:
             limits = each_norm([_of_whole(each) or part for each, part in zip(lot, measured, strict=True)])
         factors = list((self._clip / (limits + 1e-6)).clamp(max=1.0).unbind())
+        if self.late and not self._frozen and all(self._masks(each) for each in lot):
+            self._keep_norms(lot, norms)
+            finite = norms.isfinite().all()
+            self._scale(list(zip(lot, factors, strict=True)))
+            self._update(lot, self._mask(finite))
+            return
         moving: list[Complete] = []
         clipped: list[tuple[Complete, Tensor]] = []
-        for each, part, norm, value, factor in zip(lot, measured, norms.unbind(), values, factors, strict=True):
+        self._keep_norms(lot, norms)
+        for each, part, value, factor in zip(lot, measured, norms.tolist(), factors, strict=True):
             if not math.isfinite(value):  # in float64 it overflows no more
                 norm = whole_norm([(part[0].double(), part[1])])
                 value = float(norm)
+                self.squared_norms[each.param] = norm.square()
                 if not self._clip_full or each.whole is None:
                     factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
-            self.squared_norms[each.param] = norm.double().square()
             if self._frozen or not math.isfinite(value):
                 self.take_back(each.param)
             elif value == 0 and not self._moved and part[1].on_all_ranks(~each.gradient.any()):
@@ -135,9 +151,40 @@ class CompleteGradients:
                 moving += [*self._zero, each]
                 clipped.append((each, factor))
                 self._zero.clear()
-        if self._clip:
-            self._scale(clipped)
-        self._optimizer.update_together([(each.param, self._read(each), each.group, each.projected) for each in moving])
+        self._scale(clipped)
+        self._update(moving)
+
+    def _keep_norms(self, lot: list[Complete], norms: Tensor) -> None:
+        squares = norms.double().square().unbind()
+        self.squared_norms.update(zip((each.param for each in lot), squares, strict=True))
+
+    def _masks(self, each: Complete) -> bool:
+        """Whether a parameter can move without a look at whether its gradient is finite."""
+        changes = each.projected is not None and each.projected.changes_bases
+        return not changes and self._optimizer.objects(each.param).masks
+
+    def _mask(self, finite: Tensor) -> Mask:
+        """What a lot moves by, which is settled once the host knows."""
+        found_inf = finite.logical_not().float()
+        mask = Mask(found_inf)
+        self._unsettled.append((mask, LateCopy(found_inf)))
+        self._moved = True
+        return mask
+
+    def settle(self) -> None:
+        """Take back what was counted for lots that stayed as they are, of which the host hears here."""
+        for lots in (self._earlier, self._unsettled):
+            self._settle(lots)
+
+    @staticmethod
+    def _settle(lots: list[tuple[Mask, LateCopy]]) -> None:
+        for mask, found_inf in lots:
+            mask.settle(bool(found_inf.tolist()))
+        lots.clear()
+
+    def _update(self, lot: list[Complete], mask: Mask | None = None) -> None:
+        read = [(each.param, self._read(each), each.group, each.projected) for each in lot]
+        self._optimizer.update_together(read, mask)
 
     def _measured(self, each: Complete) -> tuple[Tensor, ShardInfo]:
         """What the norm is of: R, or G where the lift reads it."""
@@ -147,6 +194,8 @@ class CompleteGradients:
 
     def _scale(self, clipped: list[tuple[Complete, Tensor]]) -> None:
         """Multiply gradients by a factor each."""
+        if not self._clip:
+            return
         scaled = list(clipped)
         for each, factor in clipped:
             if each.projected is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -183,15 +183,15 @@ class LowRankOptimizer(MaskedUpdates):
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
         mask: Mask | None = None,
+        grads: Mapping[Tensor, Tensor | None] | None = None,
     ) -> None:
-        """Move parameters by their gradients, projected ones by those that wait for them."""
+        """Move parameters by their gradients, or by `grads`, projected ones by those that wait for them."""
+        if grads is None:
+            grads = {param: None if param.grad is None else gradient_of(param) for param, _ in moving}
         moving = self._alike_together(moving)
         counted = [param for param, _ in moving if is_counter(self.state[param]["step"])]
         known = dict(zip(counted, counts([self.state[param]["step"] for param in counted]), strict=True))
-        members = (
-            self._member(param, group, None if param.grad is None else gradient_of(param), mask, known.get(param))
-            for param, group in moving
-        )
+        members = (self._member(param, group, grads[param], mask, known.get(param)) for param, group in moving)
         move(members, self._lots([param for param, _ in moving]), self.refresh_metrics, found_inf, grad_scale)
 
     def _takes_place(self, mask: Mask | None) -> bool:
@@ -261,20 +261,17 @@ class LowRankOptimizer(MaskedUpdates):
     def update_together(
         self,
         moving: Sequence[tuple[Tensor, Tensor | None, dict[str, Any], Projected | None]],
-        masks: Sequence[Mask | None] | None = None,
+        mask: Mask | None = None,
     ) -> None:
         """Move some parameters at once, each by its gradient after `project` and whatever scaling since (None: it is
         not projected) and by the full one (m, n), where there is no projection or its objects read it.
 
-        `masks`: one for each; of parameters whose objects mask and which store no new basis. The caller settles them.
+        `mask`: of parameters whose objects mask and which store no new bases. The caller settles it.
         """
         self.projected.update({param: projected for param, _, _, projected in moving if projected is not None})
-        members = [
-            self._member(param, group, grad, mask)
-            for (param, grad, group, _), mask in zip(moving, masks or [None] * len(moving), strict=True)
-        ]
-        move(members, self._lots([param for param, *_ in moving]), self.refresh_metrics)
-        for param, *_ in moving:
+        grads = {param: grad for param, grad, _, _ in moving}
+        self._move([(param, group) for param, _, group, _ in moving], mask=mask, grads=grads)
+        for param in grads:
             self.projected.pop(param, None)
 
     def update(self, param: Tensor, grad: Tensor | None, group: dict[str, Any], projected: Projected | None) -> None:

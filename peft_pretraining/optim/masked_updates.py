@@ -66,8 +66,18 @@ class MaskedUpdates(ProjectedGradients):
             self._unsettled.settle(skipped)
             self._unsettled = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def settle_all(self) -> None:
         self.settle()
+        for follower in self._followers:
+            follower.settle()
+
+    def read_late(self) -> None:
+        self.reads_found_inf = False
+        for follower in self._followers:
+            follower.read_late()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle_all()
         return super().state_dict()
 
     def _loaded(self) -> None:

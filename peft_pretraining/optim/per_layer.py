@@ -162,6 +162,16 @@ class PerLayerUpdates:
         self._complete.begin(frozen)
         self._pass = None
 
+    def read_late(self) -> None:
+        """From now on nothing is read back from the device in an update that stores no new basis, and `settle` is told
+        when it has to be known. Only for loops that make no update without targets: gradients of nothing but zeros move
+        their parameters then. A lot of parameters moves or stays as one."""
+        self._complete.late = True
+
+    def settle(self) -> None:
+        """Take back what was counted for parameters that stayed as they are."""
+        self._complete.settle()
+
     def grad_norm(self) -> Tensor:
         """Global norm of this update's gradients before clipping: of R where there is a projection, else of G. A scalar
         in float64; 0 without gradients."""
@@ -237,7 +247,10 @@ class PerLayerUpdates:
             self._sums[param] = self._sums[param].add_(grad) if param in self._sums else grad
             return
         part = grad if full else subspace.project_in(self._bases(param, self._optimizer.local_state(param)), grad)
-        self._sums.add(param, part, noise, low_rank=not full)
+        if self._count == 1 and self._reduce is as_it_is:
+            self._sums[param] = part  # there is nothing to add to it
+        else:
+            self._sums.add(param, part, noise, low_rank=not full)
 
     def _complete_of(self, param: Tensor, group: dict[str, Any]) -> Complete:
         """A parameter's gradient, to which all micro-batches that use it have added: taken out of where it was."""
@@ -246,7 +259,8 @@ class PerLayerUpdates:
             del self._kept[param]
             gradient, param.grad = gradient_of(param), None
             return Complete(param, group, gradient)
-        as_it_came = param in self._whole and (self._count == 1 or objects.reads_gradient)
+        as_it_came = self._count == 1 and self._reduce is as_it_is
+        as_it_came |= param in self._whole and (self._count == 1 or objects.reads_gradient)
         total = self._sums.pop(param) if as_it_came else self._sums.total(param)
         subspace = optimizer.subspaces.get(param)
         if subspace is None:

@@ -74,4 +74,5 @@ def forget_what_is_under_way(run: Run) -> None:
     """Before going back: nothing is to come of the update that was begun before the one that is not finite was seen."""
     if run.late.take() is not None:
         run.gradients.settle(False)
+    run.gradients.settle_all()
     run.late.finished()

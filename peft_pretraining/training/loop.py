@@ -83,6 +83,7 @@ def catch_up(run: Run, watchdog: Watchdog, bar: tqdm) -> bool:
     if run.late.waiting:
         with watchdog.watch(f"update {run.state.update_step - 1}", FIRST_UPDATE_FACTOR):
             settle(run)
+    run.gradients.settle_all()
     return report_finished(run, bar)
 
 

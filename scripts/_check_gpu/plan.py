@@ -8,7 +8,8 @@ PEAKS = (
     *("60m full_rank", "60m galore", "1b full_rank", "1b galore", "1b galore 8-bit per-layer", "1b lora"),
     *("1b golore_adapter", "7b galore 8-bit per-layer"),
 )
-SPEEDS = ("60m", "350m")
+SPEEDS = ("60m", "350m", "1b")
+LAUNCHES = "full_rank,galore,galore per layer,online_subspace_descent,switchlora"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ STEPS = (
     ),
     Step("settings", "settings.every_one", 100),
     Step("refresh", "refresh.bases", 40),
-    *(Step("speed", "speed.updates", 90, case, quick=case == SPEEDS[0]) for case in SPEEDS),
+    Step("launches", "speed.launches", 120, LAUNCHES),
+    *(Step("speed", "speed.updates", 240, case, quick=case == SPEEDS[0]) for case in SPEEDS),
     Step("precision", "precision.compared", 90),
     Step("several GPUs", "groups.of_two", 90, quick=False, devices=2),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +53,6 @@ class Scene:
     def memory(self) -> float:
         """GiB of the device."""
         return torch.cuda.get_device_properties(self.device).total_memory / 2**30
-
-
-@functools.cache
-def known_flags() -> frozenset[str]:
-    from peft_pretraining.config import cli
-
-    return frozenset(flag.name for flag in cli.all_flags())
 
 
 def argv(settings: dict[str, Any]) -> list[str]:

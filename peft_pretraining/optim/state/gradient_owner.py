@@ -77,6 +77,9 @@ class GradientOwner:
         """Tells what `found_inf` of the last `step` was, before anything else is asked for that depends on it: the next
         step, saving, an evaluation. With `skipped` the optimizer takes back what it has counted without looking."""
 
+    def settle_all(self) -> None:
+        """Settles what moved inside the backward pass as well: before its state is saved or replaced."""
+
     def metrics(self) -> dict[str, float]:
         """Numbers about the last update, for the log: once, so read them after it."""
         return {name: float(value) for name, value in self.reported.items()}

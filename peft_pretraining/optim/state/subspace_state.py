@@ -66,6 +66,12 @@ class Follower(Protocol):
     def finish(self) -> None:
         """The backward passes of an update are over."""
 
+    def read_late(self) -> None:
+        """Updates are to go on without a look at whether their gradients are finite."""
+
+    def settle(self) -> None:
+        """Take back what was counted for parameters whose gradients were not finite; the host may have to wait."""
+
 
 class Backward(Protocol):
     """Where R of some weights comes from in place of `param.grad`: their layers' backward passes."""

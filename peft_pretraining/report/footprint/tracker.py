@@ -165,8 +165,8 @@ class Tracker(TorchDispatchMode):
         """Large tensors get memory, which nobody touches, but no numbers."""
         random = operator.name.strip("_").startswith(_RANDOM)
         if not inputs and random:
-            device = {key: value for key, value in kwargs.items() if value is not None}
-            device |= {"device": torch.device("meta"), **({"generator": None} if "generator" in kwargs else {})}
+            device = {**kwargs, "device": torch.device("meta"), "generator": None}
+            device = {key: value for key, value in device.items() if value is not None or key in kwargs}
             return _untouched(func(*args, **device)) if _product(args) > LARGE else func(*args, **kwargs)
         if operator.is_view or not any(each.numel() > LARGE for each in inputs):
             return func(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ..lines import Lines
-from ..scene import Scene, known_flags
+from ..scene import Scene
 from ..trainee import Trainee, settings_of
 from .planned import Expected, simulated
 
@@ -20,27 +19,48 @@ KINDS: dict[str, dict[str, Any]] = {
     "full_rank": {"method": "full_rank"},
     "galore": {"method": "galore", "update_proj_gap": 1000},
     "galore per layer": {"method": "galore", "update_proj_gap": 1000, "per_layer": True},
+    "golore": {"method": "golore", "update_proj_gap": 1000},
+    "online_subspace_descent": {"method": "online_subspace_descent", "proj_type": "continuous"},
+    "switchlora": {"method": "switchlora", "lora_alpha": 1.0, "init_lora_type": "switchlora"},
+    "lora": {"method": "lora"},
+    "golore_adapter": {"method": "golore_adapter", "update_proj_gap": 1000},
 }
-RANKS = {"60m": 128, "350m": 256}
-NEEDS = {"60m": 10, "350m": 26}
-"""GiB, eager in bfloat16."""
-FASTER = {"compiled": {"compile": True}, "fused head": {"fused_loss": "on"}}
-"""Settings that make an update faster; a version may not have all of them yet."""
-PLAIN = {"precision": "bf16", "fused_loss": "off"}
-"""As the numbers below were measured."""
+FAST = {"precision": "bf16", "compile": "on", "fused_loss": "on"}
+PLAIN = {"precision": "bf16", "compile": "off"}
+"""For what is compared with the simulation, which counts operators one by one."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    tokens: float
-    """Per second, full-rank, eager, on an H100 or H200: nine tenths of what an H200 did are an H100's, less a tenth."""
-    compiled: float
-    """The same, compiled and with a fused head: the aim."""
+class Case:
+    """One model, with a batch that fills the device."""
+
+    rank: int
+    batch: int
+    needs: float
+    """GiB, full-rank and compiled."""
+    kinds: tuple[str, ...]
+    least_tokens: float = 0.0
+    """Per second, full-rank, on an H100 or H200."""
+    least_mfu: float = 0.0
+    """The share of 989 TFLOP/s, on these."""
 
 
-LIMITS = {"60m": Limits(390_000, 850_000), "350m": Limits(83_000, 190_000)}
-RATIO = {"galore": 0.75, "galore per layer": 0.2}
-"""Of full-rank's speed at 60M, eager; an H200 had 0.82 and 0.26. Larger models wait less."""
+FASTER_THAN_FULL_RANK = ("full_rank", "galore", "galore per layer", "golore")
+CASES = {
+    "60m": Case(128, 256, 16, tuple(KINDS), least_tokens=1.2e6),
+    "350m": Case(256, 64, 20, FASTER_THAN_FULL_RANK, least_mfu=0.45),
+    "1b": Case(512, 32, 24, FASTER_THAN_FULL_RANK, least_mfu=0.5),
+}
+RATIOS: dict[str, dict[str, float]] = {
+    "60m": {"galore": 1.0, "golore": 1.0, "online_subspace_descent": 0.9, "switchlora": 0.9},
+    "350m": {"galore": 1.08, "golore": 1.08},
+    "1b": {"galore": 1.08, "golore": 1.08},
+}
+"""Of compiled full-rank training's speed in the same process."""
+PER_LAYER = 0.95
+"""Of galore's speed without per-layer updates."""
+DENSE = 989e12
+"""FLOP/s of bfloat16 products on an H100 or H200."""
 
 MORE, FURTHER_WAITS = 1.1, 2
 """Beyond the launches and waits that are simulated: an H200 had as many waits, and 6 to 14% fewer launches."""
@@ -50,39 +70,73 @@ _WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchron
 
 
 def updates(scene: Scene, lines: Lines, case: str) -> None:
-    if why := scene.lacks(NEEDS[case]):
+    if why := scene.lacks(CASES[case].needs):
         lines.absent(f"{case}: speed", why)
         return
     tokens: dict[str, float] = {}
-    expected = {name: simulated(scene, _settings(scene, case, name)) for name in KINDS if case == "60m"}
-    for name in KINDS:
-        with Trainee(_settings(scene, case, name), scene.device) as trainee:
+    for name in CASES[case].kinds:
+        with Trainee(_settings(scene, case, name, PLAIN if scene.quick else FAST), scene.device) as trainee:
+            began = time.perf_counter()
+            trainee.update()
+            trainee.synchronise()
+            lines.reports(f"{case} {name}: the first update, compilation included", time.perf_counter() - began, "s")
             tokens[name] = _tokens_per_second(scene, trainee)
-            _speed(scene, lines, case, name, tokens)
-            if name in expected:
-                _waits_and_launches(scene, lines, name, trainee, expected[name])
-        if scene.on_cuda:
-            torch.cuda.empty_cache()
-    _faster(scene, lines, case)
+            _speed(scene, lines, case, name, tokens, trainee)
+        _empty(scene)
 
 
-def _settings(scene: Scene, case: str, name: str) -> dict[str, Any]:
-    rank = {} if name == "full_rank" else {"rank": scene.size(RANKS[case], 4)}
-    return settings_of(scene, case, name.replace(" ", "_"), **PLAIN, **KINDS[name], **rank)
+def launches(scene: Scene, lines: Lines, case: str) -> None:
+    """What an update of 60M launches and waits for, eager, and its speed."""
+    if why := scene.lacks(10):
+        lines.absent("60m: launches", why)
+        return
+    for name in case.split(","):
+        settings = {**_settings(scene, "60m", name, PLAIN), "batch_size": scene.size(64, 4)}
+        expected = simulated(scene, settings)
+        with Trainee(settings, scene.device) as trainee:
+            lines.reports(f"60m {name}, eager", _tokens_per_second(scene, trainee), "tokens/s")
+            _waits_and_launches(scene, lines, name, trainee, expected)
+        _empty(scene)
 
 
-def _speed(scene: Scene, lines: Lines, case: str, name: str, tokens: dict[str, float]) -> None:
-    what = f"{case} {name}, eager"
+def _empty(scene: Scene) -> None:
+    if scene.on_cuda:
+        torch.cuda.empty_cache()
+
+
+def _settings(scene: Scene, case: str, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    rank = {} if name == "full_rank" else {"rank": scene.size(CASES[case].rank, 4)}
+    size = {"batch_size": scene.size(CASES[case].batch, 4)}
+    return settings_of(scene, case, name.replace(" ", "_"), **{**size, **changes, **KINDS[name], **rank})
+
+
+def _speed(scene: Scene, lines: Lines, case: str, name: str, tokens: dict[str, float], trainee: Trainee) -> None:
+    judged, what = scene.on_cuda and not scene.quick, f"{case} {name}, compiled"
     if name != "full_rank":
-        ratio = tokens[name] / tokens["full_rank"]
-        if scene.on_cuda and not scene.quick:
-            lines.at_least(f"{what}: speed, of full_rank's", ratio, RATIO[name])
-        else:
-            lines.reports(f"{what}: speed, of full_rank's", ratio)
-    elif scene.on_cuda and not scene.quick and is_known(scene):
-        lines.at_least(what, tokens[name], LIMITS[case].tokens, "tokens/s")
+        _compare(
+            lines, judged, f"{what}: speed, of full_rank's", tokens[name] / tokens["full_rank"], RATIOS[case].get(name)
+        )
+        if name == "galore per layer":
+            _compare(lines, judged, f"{what}: speed, of galore's", tokens[name] / tokens["galore"], PER_LAYER)
+        return
+    judged = judged and is_known(scene)
+    _compare(lines, judged, f"{what}: tokens/s", tokens[name], CASES[case].least_tokens or None)
+    mfu = tokens[name] * flops_per_token(trainee.run.model, scene.length) / DENSE
+    _compare(lines, judged, f"{what}: share of {DENSE / 1e12:.0f} TFLOP/s", mfu, CASES[case].least_mfu or None)
+
+
+def _compare(lines: Lines, judged: bool, what: str, seen: float, least: float | None) -> None:
+    if judged and least is not None:
+        lines.at_least(what, seen, least)
     else:
-        lines.reports(what, tokens[name], "tokens/s")
+        lines.reports(what, seen)
+
+
+def flops_per_token(model: torch.nn.Module, length: int) -> float:
+    """Of full-rank training: six for each weight that multiplies, and attention (arXiv 2204.02311, appendix B)."""
+    shape: Any = model.config
+    multiplied = sum(param.numel() for param in model.parameters()) - shape.vocab_size * shape.hidden_size
+    return 6.0 * multiplied + 12.0 * shape.num_hidden_layers * shape.hidden_size * length
 
 
 def is_known(scene: Scene) -> bool:
@@ -140,23 +194,3 @@ def waiting_calls(trainee: Trainee) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(each.message) for each in caught)
-
-
-def _faster(scene: Scene, lines: Lines, case: str) -> None:
-    """Compiled, with a fused head: where this version has them."""
-    there = {name: changes for name, changes in FASTER.items() if changes.keys() <= known_flags()}
-    for name in FASTER.keys() - there.keys():
-        lines.absent(f"{case} full_rank, {name}", "this version has none")
-    if not there:
-        return
-    settings = settings_of(scene, case, "faster", **{**PLAIN, "method": "full_rank"})
-    for changes in there.values():
-        settings |= changes
-    with contextlib.ExitStack() as stack:
-        trainee = stack.enter_context(Trainee(settings, scene.device))
-        speed = _tokens_per_second(scene, trainee)
-    what = f"{case} full_rank, {' and '.join(there)}"
-    if scene.on_cuda and not scene.quick and is_known(scene) and len(there) == len(FASTER):
-        lines.at_least(what, speed, LIMITS[case].compiled, "tokens/s")
-    else:
-        lines.reports(what, speed, "tokens/s")
