@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_pretraining.optim import LowRankOptimizer
+from peft_pretraining.optim import Direction, LowRankOptimizer, UpdateRule
 from peft_pretraining.optim.tensors import launching
+from peft_pretraining.optim.tensors.mask import Mask
 
 SHAPES = ((6, 4), (6, 4), (4, 7), (6, 4), (70, 64), (5,), (5,), ())
 """Of the parameters; the first five are projected where there is a basis, and the fifth is large enough for 8 bits."""
@@ -198,3 +199,66 @@ def test_masks_leave_rounded_weights_alone(rule, basis, settings):
             loop.update(step, broken)
     loops[1].settle()
     assert_same(*loops, exact=True)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "torch_adamw"])
+def test_every_parameter_may_have_a_mask_of_its_own(rule):
+    """As updates inside the backward pass need it: some move, and the others stay as they are."""
+    (masked, params), (plain, others) = build(rule, "no basis"), build(rule, "no basis")
+    generator = torch.Generator().manual_seed(3)
+    for step in range(3):
+        grads = [torch.randn(param.shape, generator=generator, dtype=torch.float64) for param in params]
+        left_out = [(index + step) % 3 == 0 for index in range(len(params))]
+        masks = [Mask(torch.tensor(float(each))) for each in left_out]
+        broken = [grad * torch.nan if each else grad.clone() for grad, each in zip(grads, left_out, strict=True)]
+        for optimizer in (masked, plain):
+            optimizer.begin_update(step)
+        for param, grad, mask in zip(params, broken, masks, strict=True):
+            masked.update_together([(param, grad, masked.group_of(param), None)], mask)
+        for mask, each in zip(masks, left_out, strict=True):
+            mask.settle(each)
+        moving = zip(others, grads, left_out, strict=True)
+        plain.update_together([(p, g, plain.group_of(p), None) for p, g, each in moving if not each])
+        for one, other in zip(params, others, strict=True):
+            compare(one, other, exact=False)
+            assert int(masked.state[one]["step"]) == int(plain.state[other]["step"])
+
+
+def test_a_step_without_settling_reads_the_flag_itself():
+    """And so do a saved state and, where parameters count their own updates, whatever asks for the count."""
+    for ask in (lambda optimizer: optimizer.state_dict(), lambda optimizer: optimizer.step()):
+        optimizer, params = build("adamw", "no basis")
+        optimizer.reads_found_inf = False
+        optimizer.begin_update(0)
+        for param in params:
+            param.grad = torch.full_like(param, torch.nan)
+        optimizer.found_inf = torch.ones(())
+        before = [param.detach().clone() for param in params]
+        optimizer.step()
+        assert int(optimizer.state[params[0]]["step"]) == 1
+        optimizer.zero_grad()
+        ask(optimizer)
+        assert int(optimizer.state[params[0]]["step"]) == 0
+        assert all(map(torch.equal, before, params))
+
+
+class Unaware(UpdateRule):
+    """Says nothing of masks."""
+
+    def directions(self, updates, group):
+        assert not any(update.mask for update in updates)
+        return [Direction(update.low_rank_grad, update.rate) for update in updates]
+
+
+def test_a_rule_that_says_nothing_is_asked_only_for_updates_that_take_place():
+    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))]
+    optimizer = LowRankOptimizer([{"params": params[:1], "rule": Unaware()}, {"params": params[1:]}], lr=0.5)
+    optimizer.reads_found_inf = False
+    for step, left_out in enumerate((True, False)):
+        optimizer.begin_update(step)
+        for param in params:
+            param.grad = torch.full_like(param, torch.nan if left_out else 1.0)
+        optimizer.found_inf = torch.tensor(float(left_out))
+        optimizer.step()
+        optimizer.settle(left_out)
+        assert torch.equal(params[0], torch.full((3, 2), 1.0 if left_out else 0.5))

@@ -117,8 +117,6 @@ def become_projected(layer: nn.Linear, leaf: nn.Parameter, projection: Projectio
     """Make a linear layer one that returns R, in place.
 
         >>> from peft_pretraining.optim.low_rank import LowRankOptimizer
-    from peft_pretraining.optim.projected_backward import ProjectedBackward
-    from peft_pretraining.optim.tensors.projection import Projection
         >>> layer = nn.Linear(4, 6, bias=False)
         >>> projection = Projection.for_weight("std", 2, layer.weight.shape)
         >>> projected = become_projected(layer, nn.Parameter(torch.zeros(()).expand(6, 2)), projection)

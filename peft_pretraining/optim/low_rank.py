@@ -192,7 +192,7 @@ class LowRankOptimizer(MaskedUpdates):
         counted = [param for param, _ in moving if is_counter(self.state[param]["step"])]
         known = dict(zip(counted, counts([self.state[param]["step"] for param in counted]), strict=True))
         members = (self._member(param, group, grads[param], mask, known.get(param)) for param, group in moving)
-        move(members, self._lots([param for param, _ in moving]), self.refresh_metrics, found_inf, grad_scale, mask)
+        move(members, self._lots([param for param, _ in moving]), self.refresh_metrics, found_inf, grad_scale)
 
     def _takes_place(self, mask: Mask | None) -> bool:
         """Whether the update is not to be left out, or is masked; its gradients are projected, and divided by

@@ -14,7 +14,7 @@ from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.state.slots import Objects, Slot, keep_changes
 from peft_pretraining.optim.tensors.collectives import Phases, in_lots, phases, run, together
 from peft_pretraining.optim.tensors.mask import Mask, count
-from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ParamUpdate, by_mask
 from peft_pretraining.optim.tensors.state_tensor import counts
 
 _NUMBERS_AT_ONCE = 2**26
@@ -44,43 +44,39 @@ def move(
     metrics: dict[str, list[Tensor]],
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
-    mask: Mask | None = None,
 ) -> None:
     """Moves all weights, those of one group by one call of each of its objects, and the collectives of all groups
     together.
 
     `members` may be a generator. `lots`: how many times `_NUMBERS_AT_ONCE` numbers move at a time. `found_inf` and
-    `grad_scale` are for rules that move weights themselves, `mask` is what the others heed.
+    `grad_scale` are for rules that move weights themselves; others heed the updates' masks.
     """
     for lot in in_lots(members, _numbers, lots * _NUMBERS_AT_ONCE):
         groups: dict[int, list[Member]] = {}
         for member in lot:
             groups.setdefault(id(member.group), []).append(member)
-        run(together([_move_group(group, metrics, found_inf, grad_scale, mask) for group in groups.values()]))
+        run(together([_move_group(group, metrics, found_inf, grad_scale) for group in groups.values()]))
 
 
 def _numbers(member: Member) -> int:
-    """Entries of D, over all devices."""
-    return member.slot.numbers
+    """Entries of D, over all devices; none where the rule makes no copies."""
+    return 0 if member.slot.objects.rule.widens else member.slot.numbers
 
 
 def _move_group(
-    members: Sequence[Member],
-    metrics: dict[str, list[Tensor]],
-    found_inf: Tensor | None,
-    grad_scale: Tensor | None,
-    mask: Mask | None,
+    members: Sequence[Member], metrics: dict[str, list[Tensor]], found_inf: Tensor | None, grad_scale: Tensor | None
 ) -> Phases[None]:
     """The update of one group's parameters."""
     objects, group = members[0].slot.objects, members[0].group
     updates = [member.update for member in members]
     if objects.rule.moves_weights:
-        if mask is not None:
-            found_inf = mask.found_inf(updates[0].weight.device)
-        objects.rule.move(updates, group, found_inf, grad_scale)
+        for mask, masked in by_mask(updates):
+            its = found_inf if mask is None else mask.found_inf(masked[0].weight.device)
+            objects.rule.move(masked, group, its, grad_scale)
         return
     _widen(members, objects)
-    count([update.state["step"] for update in updates], mask)
+    for mask, masked in by_mask(updates):
+        count([update.state["step"] for update in masked], mask)
     for member in members:
         if member.projected and (subspace := member.slot.subspace) and member.projected.changes_bases:
             subspace.apply(member.update.state, member.projected, member.update.step, objects.rule, metrics)
@@ -89,10 +85,10 @@ def _move_group(
         member.update.direction = direction
     _narrow(members, objects)
     for member in members:
-        keep_changes(member.slot, member.param, member.update.state, member.state, group, mask)
+        keep_changes(member.slot, member.param, member.update.state, member.state, group, member.update.mask)
     yield from phases(objects.lift.move([update for update in updates if update.direction is not None], group))
     if objects.basis and not objects.basis.refreshes:
-        yield from _advance(objects, members, group, mask)
+        yield from _advance(objects, members, group)
 
 
 def _widen(members: Sequence[Member], objects: Objects) -> None:
@@ -123,7 +119,7 @@ def _narrow(members: Sequence[Member], objects: Objects) -> None:
             member.update.state[key] = moment
 
 
-def _advance(objects: Objects, members: Sequence[Member], group: dict[str, Any], mask: Mask | None) -> Phases[None]:
+def _advance(objects: Objects, members: Sequence[Member], group: dict[str, Any]) -> Phases[None]:
     """Let the basis rule take its own step: after the first basis, and where this update has not made one anew."""
     assert objects.basis is not None
     known = counts([member.update.state["refreshes"] for member in members])
@@ -134,7 +130,7 @@ def _advance(objects: Objects, members: Sequence[Member], group: dict[str, Any],
     ]
     if updates:
         rate = updates[0].rate
-        pace = rate / _base_rate(group, rate, mask) / group["update_proj_gap"] if rate else 0.0
+        pace = rate / _base_rate(group, rate, updates[0].mask) / group["update_proj_gap"] if rate else 0.0
         yield from phases(objects.basis.advance(updates, pace))
 
 

@@ -13,7 +13,7 @@ from peft_pretraining.optim.rules.lifts import LIFTS
 from peft_pretraining.optim.rules.update_rules import SGD, Adafactor, AdamW, AdamW8bit, Lion, UpdateRule
 from peft_pretraining.optim.tensors.collectives import Phases, in_lots, phases
 from peft_pretraining.optim.tensors.mask import count
-from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ParamUpdate, by_mask
 from peft_pretraining.optim.tensors.projection import Bases, Projection
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, counter, counts
 
@@ -74,7 +74,8 @@ class OnlinePCA(SVDBasis):
         gradients = yield from reconstruction_gradients(updates, moved)
         settings = {**self._settings, "lr": pace}
         own = [own_state(update.state, "basis_") for update in updates]
-        count([state["step"] for state in own], updates[0].mask)
+        for mask, masked in by_mask(updates):
+            count([update.state["basis_step"] for update in masked], mask)
         known = counts([state["step"] for state in own])
         steps = []
         for update, bases, state, k, gradient in zip(updates, moved, own, known, gradients, strict=True):

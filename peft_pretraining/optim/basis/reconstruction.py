@@ -66,7 +66,15 @@ def _alike(updates: Sequence[ParamUpdate], bases: Sequence[Bases]) -> dict[Hasha
         projection = update.projection
         ((side, basis),) = its.items()
         single = projection.shards_projected_side or (not launches_cost(basis.device) and update.mask is None)
-        kind = (side, basis.shape, basis.dtype, basis.device, projection.shard.dim, id(update.scaled_by))
+        kind = (
+            side,
+            basis.shape,
+            basis.dtype,
+            basis.device,
+            projection.shard.dim,
+            id(update.scaled_by),
+            id(update.mask),
+        )
         found.setdefault(place if single else kind, []).append(place)
     return found
 

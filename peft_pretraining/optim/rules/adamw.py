@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.rules.update_rule import UpdateRule, upright
-from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate, by_mask
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros, zeros_like_each
 
 
@@ -45,8 +45,8 @@ class AdamW(UpdateRule):
         grads = [update.low_rank_grad.contiguous() for update in updates]  # the kernel walks through memory
         minus_d = zeros_like_each(grads)
         found: list[Direction | None] = [None] * len(updates)
-        for (k, device, _), places in _alike(updates, grads).items():
-            mask = updates[places[0]].mask
+        for places in _alike(updates, grads):
+            k, device, mask = updates[places[0]].k, grads[places[0]].device, updates[places[0]].mask
             torch._fused_adamw_(
                 [minus_d[place] for place in places],
                 [grads[place] for place in places],
@@ -76,14 +76,12 @@ class AdamW(UpdateRule):
         return eps if self._torch_epsilon else eps / math.sqrt(1 - beta2**k)
 
 
-def _alike(
-    updates: Sequence[ParamUpdate], grads: Sequence[Tensor]
-) -> dict[tuple[int, torch.device, torch.dtype], list[int]]:
-    """Places of those that one call of torch's kernel can take, by k, device and dtype."""
-    places: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}
+def _alike(updates: Sequence[ParamUpdate], grads: Sequence[Tensor]) -> list[list[int]]:
+    """Places of those that one call of torch's kernel can take."""
+    places: dict[Hashable, list[int]] = {}
     for place, (update, grad) in enumerate(zip(updates, grads, strict=True)):
-        places.setdefault((update.k, grad.device, grad.dtype), []).append(place)
-    return places
+        places.setdefault((update.k, grad.device, grad.dtype, id(update.mask)), []).append(place)
+    return list(places.values())
 
 
 class TorchAdamW(AdamW):
@@ -227,13 +225,16 @@ class AdamW8bit(AdamW):
             grad = grad.float() if grad.dtype == torch.float64 else grad
             grads.append(upright(grad, update.low_rank_shard).contiguous())
         minus_d = zeros_like_each(grads)
-        mask = updates[0].mask if updates else None
-        kept = [update.state[key] for update in updates for key in (*self._MOMENTS, *sorted(self.older))]
-        with mask.guarding([*kept, *minus_d]) if mask is not None else nullcontext():
-            for update, grad, moved in zip(updates, grads, minus_d, strict=True):
-                self._move_by_kernel(update, grad, moved, group)
-        for place, update, moved in zip(places, updates, minus_d, strict=True):
-            direction = upright(moved, update.low_rank_shard).to(update.low_rank_grad.dtype)
+        keys = (*self._MOMENTS, *sorted(self.older))
+        with ExitStack() as guards:
+            for mask, masked in by_mask(updates):
+                if mask is not None:
+                    moved = [part for part, update in zip(minus_d, updates, strict=True) if update.mask is mask]
+                    guards.enter_context(mask.guarding([*moved, *(each.state[key] for each in masked for key in keys)]))
+            for update, grad, part in zip(updates, grads, minus_d, strict=True):
+                self._move_by_kernel(update, grad, part, group)
+        for place, update, part in zip(places, updates, minus_d, strict=True):
+            direction = upright(part, update.low_rank_shard).to(update.low_rank_grad.dtype)
             found[place] = Direction(direction, -float(group["lr"]), self._bias_correction(update.k, group))
 
     def _move_by_kernel(self, update: ParamUpdate, grad: Tensor, minus_d: Tensor, group: dict[str, Any]) -> None:

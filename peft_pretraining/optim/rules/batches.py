@@ -114,7 +114,8 @@ class Batches:
         for place, update in enumerate(updates):
             grad = update.low_rank_grad
             stacks = launches_cost(grad.device) or update.mask is not None
-            kind = (grad.shape, grad.dtype, grad.device, update.k, update.low_rank_shard, *update.state)
+            tensors = (grad.shape, grad.dtype, grad.device, *update.state)
+            kind = (*tensors, update.k, update.low_rank_shard, id(update.mask))
             alike.setdefault(kind if stacks else place, []).append(place)
         self._batches = [
             Batch([updates[place] for place in places], places, stacked=len(places) > 1) for places in alike.values()

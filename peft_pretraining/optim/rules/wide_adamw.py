@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_pretraining.optim.rules.adamw import TorchAdamW
 from peft_pretraining.optim.rules.update_rule import UpdateRule
-from peft_pretraining.optim.tensors import rounding
+from peft_pretraining.optim.tensors import moving_weights, rounding
 from peft_pretraining.optim.tensors.collectives import in_lots
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.param_update import ParamUpdate
@@ -49,73 +49,84 @@ class WideTorchAdamW(TorchAdamW):
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> None:
-        pieces = (piece for update in updates for piece in _pieces(update))
+        together = [update for update in updates if launches_cost(update.weight.device)]
+        for members in _alike(together):
+            self._move_together(members, group, found_inf, grad_scale)
+        apart = (update for update in updates if not launches_cost(update.weight.device))
+        pieces = (piece for update in apart for piece in _pieces(update))
         for lot in in_lots(pieces, lambda piece: piece.numbers, rounding.NUMBERS_AT_ONCE):
             self._move(lot, group, found_inf, grad_scale)
+
+    def _move_together(
+        self, updates: Sequence[ParamUpdate], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None
+    ) -> None:
+        """Move weights of one shape and kind, or what needs no widening."""
+        if _is_wide(updates[0]):
+            lists = zip(*([update.weight, *_others(update)] for update in updates), strict=True)
+            weights, grads, first, second = (list(tensors) for tensors in lists)
+            steps = [update.state["step"] for update in updates]
+            self._fused(weights, grads, first, second, steps, group, found_inf, grad_scale)
+            return
+        for members, rows in moving_weights.in_stacks(updates):
+            last = rows is None or rows.stop == members[0].weight.shape[0]
+            steps = [update.state["step"] for update in members]
+            counts = steps if last else [step.clone() for step in steps]
+            columns = list(zip(*([update.weight, *_others(update)] for update in members), strict=True))
+            kept = [[each if rows is None else each[rows] for each in column] for column in columns]
+            stacks = [torch.stack(column).to(_wide(column[0].dtype)) for column in kept]
+            weights, grads, first, second = (list(stack.unbind()) for stack in stacks)
+            self._fused(weights, grads, first, second, counts, group, found_inf, grad_scale)
+            torch._foreach_copy_(kept[2] + kept[3], first + second)
+            wide = stacks[0]
+            del stacks, grads, first, second  # before there is noise beside the weights
+            moving_weights.put(members, rows, wide)
 
     def _move(
         self, pieces: Sequence[_Piece], group: dict[str, Any], found_inf: Tensor | None, grad_scale: Tensor | None
     ) -> None:
         kept = [_tensors(piece) for piece in pieces]
-        wide = _widened(kept)
+        wide = [[tensor.to(_wide(tensor.dtype)).contiguous() for tensor in tensors] for tensors in kept]
         steps = [piece.update.state["step"] for piece in pieces]
         weights, grads, first, second = (list(tensors) for tensors in zip(*wide, strict=True))
         counts = [step if piece.last else step.clone() for piece, step in zip(pieces, steps, strict=True)]
         self._fused(weights, grads, first, second, counts, group, found_inf, grad_scale)
-        _put_back(pieces, kept, wide)
+        for piece, (weight, _, *moments), (moved, _, *new) in zip(pieces, kept, wide, strict=True):
+            for moment, value in zip(moments, new, strict=True):
+                if value is not moment:
+                    moment.copy_(value)
+            if moved is weight:
+                continue
+            if piece.update.noise is None:
+                weight.copy_(moved)
+            else:
+                rounding.round_stochastically(weight, moved, piece.update.noise, piece.rows)
 
 
-def _widened(kept: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """Contiguous, and in float32 at least; what is so already is the tensor itself."""
-    wide = [[_room(tensor) if launches_cost(tensor.device) else _copied(tensor) for tensor in each] for each in kept]
-    pairs = [
-        (new, tensor)
-        for tensors, their in zip(kept, wide, strict=True)
-        for tensor, new in zip(tensors, their, strict=True)
-        if new is not tensor and launches_cost(tensor.device)
-    ]
-    if pairs:
-        torch._foreach_copy_([new for new, _ in pairs], [tensor for _, tensor in pairs])
-    return [[tensor.contiguous() for tensor in tensors] for tensors in wide]
+def _others(update: ParamUpdate) -> list[Tensor]:
+    """Gradient and moments."""
+    return [update.low_rank_grad, update.state["exp_avg"], update.state["exp_avg_sq"]]
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide(tensor.dtype))
+def _is_wide(update: ParamUpdate) -> bool:
+    return all(tensor.dtype == _wide(tensor.dtype) for tensor in (update.weight, *_others(update)))
 
 
-def _room(tensor: Tensor) -> Tensor:
-    """Where the wide copy of a tensor is to go: the tensor itself where it needs none."""
-    wide = _wide(tensor.dtype)
-    if wide == tensor.dtype:
-        return tensor
-    return torch.empty_like(tensor, dtype=wide, memory_format=torch.contiguous_format)
-
-
-def _put_back(pieces: Sequence[_Piece], kept: Sequence[Sequence[Tensor]], wide: Sequence[Sequence[Tensor]]) -> None:
-    """Keep weights and moments as they are kept: those that were copied."""
-    plain: list[tuple[Tensor, Tensor]] = []
-    drawn: list[tuple[Tensor, Tensor, _Piece]] = []
-    for piece, (weight, _, *moments), (moved, _, *new) in zip(pieces, kept, wide, strict=True):
-        plain += [(moment, value) for moment, value in zip(moments, new, strict=True) if value is not moment]
-        if moved is not weight and piece.update.noise is None:
-            plain.append((weight, moved))
-        elif moved is not weight:
-            drawn.append((weight, moved, piece))
-    if plain:
-        torch._foreach_copy_([target for target, _ in plain], [value for _, value in plain])
-    rounding.round_together(
-        [weight for weight, _, _ in drawn],
-        [moved for _, moved, _ in drawn],
-        [noise for _, _, piece in drawn if (noise := piece.update.noise) is not None],
-        [piece.rows for _, _, piece in drawn],
-    )
+def _alike(updates: Sequence[ParamUpdate]) -> list[list[ParamUpdate]]:
+    """Those that are moved together."""
+    found: dict[Hashable, list[ParamUpdate]] = {}
+    for update in updates:
+        kind: Hashable = (update.weight.device, update.weight.dtype)
+        if not _is_wide(update):
+            dtypes = tuple(tensor.dtype for tensor in _others(update))
+            kind = (kind, dtypes, update.weight.shape, update.noise and update.noise.shard)
+        found.setdefault(kind, []).append(update)
+    return list(found.values())
 
 
 def _pieces(update: ParamUpdate) -> Iterator[_Piece]:
     weight = update.weight
     count = weight.shape[0] if weight.ndim else 1
-    tensors = (weight, update.low_rank_grad, update.state["exp_avg"], update.state["exp_avg_sq"])
-    if all(tensor.dtype == _wide(tensor.dtype) for tensor in tensors):
+    if _is_wide(update):
         yield _Piece(update, slice(0, count), weight.numel(), last=True)
         return
     at_once = rounding.rows_at_once(weight)
@@ -127,9 +138,7 @@ def _pieces(update: ParamUpdate) -> Iterator[_Piece]:
 
 def _tensors(piece: _Piece) -> list[Tensor]:
     """Weight, gradient and moments."""
-    update = piece.update
-    tensors = (update.weight, update.low_rank_grad, update.state["exp_avg"], update.state["exp_avg_sq"])
-    return [piece.of(tensor) for tensor in tensors]
+    return [piece.of(tensor) for tensor in (piece.update.weight, *_others(piece.update))]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

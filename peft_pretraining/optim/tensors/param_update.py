@@ -135,3 +135,12 @@ class ParamUpdate:
             part.copy_(weight)
         else:
             round_stochastically(part, weight, self.noise, rows)
+
+
+def by_mask(updates: Sequence[ParamUpdate]) -> Iterator[tuple[Mask | None, list[ParamUpdate]]]:
+    """Updates that take place or not together: as a rule all of them."""
+    alike: dict[int, list[ParamUpdate]] = {}
+    for update in updates:
+        alike.setdefault(id(update.mask), []).append(update)
+    for members in alike.values():
+        yield members[0].mask, members

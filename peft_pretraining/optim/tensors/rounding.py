@@ -8,7 +8,7 @@ way to divide a weight over devices, rounds alike.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from peft_pretraining import rng
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
-from peft_pretraining.optim.tensors.launching import launches_cost
 
 NUMBERS_AT_ONCE = 2**22
 """Of a weight that is widened by rows: its float32 copy and the noise are 16 MB each."""
@@ -99,25 +98,6 @@ def round_stochastically(target: Tensor, wide: Tensor, noise: Noise, rows: slice
         part.view(torch.int32).add_(drawn).bitwise_and_(-65536)
         part.masked_fill_(not_numbers, torch.nan)
     target.copy_(wide)
-
-
-def round_together(
-    targets: Sequence[Tensor], wides: Sequence[Tensor], noises: Sequence[Noise], rows: Sequence[slice]
-) -> None:
-    """`round_stochastically` of many, bit for bit: on devices those of one shape by one set of launches."""
-    alike: dict[Hashable, list[int]] = {}
-    for place, (target, wide, noise, its) in enumerate(zip(targets, wides, noises, rows, strict=True)):
-        stacks = launches_cost(target.device) and target.dtype == torch.bfloat16 and target.numel() > 0
-        kind = (target.shape, wide.dtype, target.device, its.start, its.stop, noise.shard)
-        alike.setdefault(kind if stacks else place, []).append(place)
-    for places in alike.values():
-        if len(places) == 1:
-            place = places[0]
-            round_stochastically(targets[place], wides[place], noises[place], rows[place])
-            continue
-        stack = torch.stack([wides[place] for place in places]).float()
-        round_stack_(stack, [noises[place] for place in places], rows[places[0]])
-        torch._foreach_copy_([targets[place] for place in places], list(stack.unbind()))
 
 
 def round_stack_(wide: Tensor, noises: Sequence[Noise], rows: slice) -> Tensor:
