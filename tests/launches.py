@@ -22,7 +22,7 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
     "full_rank": ({"method": "full_rank"}, 40, 120),
     "full_rank adafactor": ({"method": "full_rank", "optimizer": "adafactor"}, 200, 600),
     "full_rank lion": ({"method": "full_rank", "optimizer": "lion"}, 200, 600),
-    "full_rank bf16_sr": ({"method": "full_rank", "precision": "bf16_sr"}, 600, 12_000),
+    "full_rank bf16_sr": ({"method": "full_rank", "precision": "bf16_sr"}, 600, 1800),
     "galore": ({"method": "galore"}, 150, 450),
     "golore": ({"method": "golore"}, 150, 450),
     "galore per layer": ({"method": "galore", "per_layer": True}, 400, 1200),
@@ -31,8 +31,7 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
     "switchlora": ({"method": "switchlora", "lora_alpha": 1.0, "init_lora_type": "switchlora"}, 300, 900),
     "golore_adapter": ({"method": "golore_adapter"}, 60, 180),
 }
-"""Settings, and the most launches of gradient norm and step at 60M and 1B. Stochastic rounding goes through float32 copies
-of 4 million numbers at a time, however large the model: memory is what bf16_sr is for."""
+"""Settings, and the most launches of gradient norm and step at 60M and 1B."""
 
 
 def counted(model: str, settings: dict[str, Any]) -> tuple[dict[str, int], int]:

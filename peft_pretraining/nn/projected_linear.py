@@ -116,14 +116,14 @@ def can_project(layer: nn.Module) -> bool:
 def become_projected(layer: nn.Linear, leaf: nn.Parameter, projection: Projection) -> ProjectedLinear:
     """Make a linear layer one that returns R, in place.
 
-        >>> from peft_pretraining.optim.low_rank import LowRankOptimizer
-        >>> layer = nn.Linear(4, 6, bias=False)
-        >>> projection = Projection.for_weight("std", 2, layer.weight.shape)
-        >>> projected = become_projected(layer, nn.Parameter(torch.zeros(()).expand(6, 2)), projection)
-        >>> projected.kept_bases = projection.stored_bases({"right_basis": torch.eye(2, 4)})
-        >>> projected(torch.ones(3, 4)).sum().backward()
-        >>> layer.weight.grad is None, projected.leaf.grad.tolist() == [[3.0, 3.0]] * 6
-        (True, True)
+    >>> from peft_pretraining.optim.low_rank import LowRankOptimizer
+    >>> layer = nn.Linear(4, 6, bias=False)
+    >>> projection = Projection.for_weight("std", 2, layer.weight.shape)
+    >>> projected = become_projected(layer, nn.Parameter(torch.zeros(()).expand(6, 2)), projection)
+    >>> projected.kept_bases = projection.stored_bases({"right_basis": torch.eye(2, 4)})
+    >>> projected(torch.ones(3, 4)).sum().backward()
+    >>> layer.weight.grad is None, projected.leaf.grad.tolist() == [[3.0, 3.0]] * 6
+    (True, True)
     """
     assert can_project(layer)
     layer.__class__ = ProjectedLinear
