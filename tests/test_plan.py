@@ -126,18 +126,33 @@ def exchanged(model, layout, devices, method="galore"):
     return refresh, ordinary
 
 
+WHOLE_GRADIENTS = {"projected_backward": "off"}
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_ddp_exchanges_what_its_formula_says(model, devices):
-    refresh, ordinary = exchanged(model, {}, devices)
+    refresh, ordinary = exchanged(model, WHOLE_GRADIENTS, devices)
     assert ordinary == {"all_reduce": FLOAT * (DENSE + LOW_RANK)}
     assert refresh == {"all_reduce": FLOAT * (DENSE + PROJECTED)}
 
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_fsdp_exchanges_what_its_formula_says(model, devices):
-    refresh, ordinary = exchanged(model, {"distributed_type": "fsdp"}, devices)
+    refresh, ordinary = exchanged(model, {"distributed_type": "fsdp", **WHOLE_GRADIENTS}, devices)
     assert ordinary == {"all_gather": 2 * WHOLE, "reduce_scatter": WHOLE}
     assert refresh == {**ordinary, "all_reduce": GRAM + AGREED}
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_projected_backward_passes_exchange_projected_gradients(model, devices):
+    """With DDP refreshes average whole gradients besides, with FSDP2 instead."""
+    refresh, ordinary = exchanged(model, {}, devices)
+    assert ordinary == {"all_reduce": FLOAT * (DENSE + LOW_RANK)}
+    assert refresh == {"all_reduce": FLOAT * (DENSE + LOW_RANK + PROJECTED)}
+    refresh, ordinary = exchanged(model, {"distributed_type": "fsdp"}, devices)
+    gathered = {"all_gather": 2 * WHOLE}
+    assert ordinary == {**gathered, "reduce_scatter": FLOAT * DENSE, "all_reduce": FLOAT * LOW_RANK}
+    assert refresh == {**gathered, "reduce_scatter": WHOLE, "all_reduce": GRAM + AGREED}
 
 
 def test_replicas_exchange_their_shards(model):

@@ -68,8 +68,7 @@ HINTS: dict[str, str] = {
     "beta2": "it is --adam_beta2",
     "betas": "they are --adam_beta1 and --adam_beta2",
     "flash_attention": "it is --attn_implementation flash_attention_2",
-    "torch_compile": "models are not compiled",
-    "compile": "models are not compiled",
+    "torch_compile": "here it is --compile on",
     "device": "the device is CUDA where there is one (CUDA_VISIBLE_DEVICES chooses), else the CPU",
 }
 """Name that is no flag -> what to write instead."""
