@@ -32,6 +32,16 @@ WARM_ROUNDS, COLD_ROUNDS = 2, 6
 """At most, from a basis in use and from a sketch."""
 _ENOUGH = 1e-3
 """Share of the energy that may be missing, by the bounds, when the iteration ends."""
+_NEGLIGIBLE = 0.01
+"""Share of ‖A‖² in the rows of A that the iteration leaves out: no more of the energy can be missed for want of them."""
+_WORTH_SORTING = 2**16
+"""Numbers of a matrix from which on its rows are weighed."""
+_WORTH_COPYING = 0.1
+"""Share of the rows from which on they are left out: the others are copied."""
+_SQUARED_AT_ONCE = 2**14
+"""Numbers that stay in the cache."""
+_LEAST = 1e-25
+"""‖A‖² above which the squares of single numbers that matter are normal in float32."""
 _NOISE = 1e-6
 """Share of X in S X: the least singular value that it can have, relative to its norm, and well above what rounding in
 float32 takes away. The squares that CholeskyQR takes are far above float64's digits."""
@@ -53,6 +63,8 @@ class Iterate:
     """How many of its first columns are wanted: a sketch has more."""
     rounds: int
     """At most."""
+    places: Tensor | None = None
+    """Of the rows of A that products are made of, on this device; None: of all."""
     norm: Tensor | None = None
     """‖A‖, float64."""
     captured: Tensor | None = None
@@ -64,15 +76,19 @@ class Iterate:
         """Whether devices hold different parts of the side that the basis is on."""
         return self.shard.dim is not None and self.shard.dim == int(self.columns)
 
+    def part(self) -> Tensor:
+        """`grad`, or a copy of what is not left out of it."""
+        return self.grad if self.places is None else self.grad.index_select(int(not self.columns), self.places)
+
 
 def iterate(every: Sequence[Iterate], at_once: int) -> Phases[list[bool]]:
     """Improve each basis in place; returns whether that went well. Others have bases to forget.
 
     `at_once`: numbers of the bases of one shape that are decomposed together.
     """
-    squares = yield [Collective(_square(each.grad), each.shard) for each in every]
-    for each, square in zip(every, squares, strict=True):
-        each.norm = square.sqrt()
+    squares = yield [Collective(_squares(each), each.shard) for each in every]
+    for each, its in zip(every, squares, strict=True):
+        _leave_out(each, its)
     running, well = list(every), dict.fromkeys(map(id, every), True)
     for done in range(1, max((each.rounds for each in every), default=0) + 1):
         products = yield from _gram_products(running)
@@ -80,13 +96,49 @@ def iterate(every: Sequence[Iterate], at_once: int) -> Phases[list[bool]]:
         running = _unfinished(running, done, well)
         if not running:
             break
+    for each in every:
+        each.places = None
     return [well[id(each)] for each in every]
 
 
-def _square(part: Tensor) -> Tensor:
-    """‖A‖², this device's share, in float64: squares of a small float32 number underflow."""
-    norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
-    return norm.square()
+def _squares(each: Iterate) -> Tensor:
+    """What this device adds to ‖A‖², in float64, and on the CPU to the share of each row of A (l,) in it."""
+    grad = each.grad
+    if grad.device.type != "cpu" or each.shard.shape.numel() < _WORTH_SORTING:
+        return torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+    squares = _squares_of_rows(grad, each.columns, torch.promote_types(grad.dtype, torch.float32))
+    if not _LEAST < float(squares.sum()) < 1 / _LEAST:  # squares of such numbers under- or overflow in float32
+        squares = _squares_of_rows(grad, each.columns, torch.float64)
+    if each.shard.dim is None or each.divided_side:
+        return squares
+    whole = squares.new_zeros(each.shard.shape[int(not each.columns)])
+    each.shard.part(whole, 0).copy_(squares)
+    return whole
+
+
+def _squares_of_rows(grad: Tensor, rows: bool, dtype: torch.dtype) -> Tensor:
+    """‖·‖² of each row, or each column, in float64, of a gradient that is squared in `dtype`, a bit at a time."""
+    if rows:
+        return torch.linalg.vector_norm(grad, dim=1, dtype=dtype).double().square()
+    total = grad.new_zeros(grad.shape[1], dtype=torch.float64)
+    for block in torch.split(grad, max(1, _SQUARED_AT_ONCE // max(1, grad.shape[1]))):
+        total += block.to(dtype).square().sum(0)
+    return total
+
+
+def _leave_out(each: Iterate, squares: Tensor) -> None:
+    """Set ‖A‖, and, on the CPU, where a product takes as long as it has rows, let A be without those that hardly
+    count: in gradients of MLPs half of them have a hundredth of the energy. `squares`: of all rows, or their sum."""
+    if squares.dim():
+        ascending, order = squares.sort()
+        few = order[: int((ascending.cumsum(0) <= _NEGLIGIBLE * ascending.sum()).sum())]
+        if len(few) >= _WORTH_COPYING * len(squares):
+            kept = torch.ones_like(squares, dtype=torch.bool).index_fill_(0, few, False)
+            squares = squares * kept
+            if each.shard.dim is not None and not each.divided_side:
+                kept = each.shard.part(kept, 0)
+            each.places = kept.nonzero()[:, 0]
+    each.norm = squares.sum().sqrt()
 
 
 def _unfinished(running: list[Iterate], done: int, well: dict[int, bool]) -> list[Iterate]:
@@ -117,7 +169,7 @@ def _denominator(each: Iterate) -> Tensor:
 
 def _gram_product(each: Iterate) -> Tensor:
     """Aᵀ (A X) / ‖A‖², of a matrix that is not divided, or of this device's rows."""
-    size, grad = _denominator(each), each.grad
+    size, grad = _denominator(each), each.part()
     x = each.basis / size
     if grad.dtype == x.dtype:
         product = grad.mT @ (grad @ x) if each.columns else grad @ (grad.mT @ x)
@@ -144,13 +196,13 @@ def _outer(each: Iterate) -> Tensor:
     x = each.basis / _denominator(each)
     if each.divided_side:
         x = each.shard.part(x, 0)
-    grad = each.grad.to(x.dtype)
+    grad = each.part().to(x.dtype)
     return grad @ x if each.columns else grad.mT @ x
 
 
 def _inner(each: Iterate, outer: Tensor) -> Tensor:
     """Aᵀ Y / ‖A‖ (s, r), with zeros where other devices' parts belong."""
-    grad = each.grad.to(outer.dtype)
+    grad = each.part().to(outer.dtype)
     part = grad.mT @ outer if each.columns else grad @ outer
     whole = torch.zeros_like(each.basis)
     each.shard.part(whole, 0).copy_(part.div_(_denominator(each)))
@@ -185,11 +237,15 @@ def _orthonormalize(running: Sequence[Iterate], products: Sequence[Tensor], at_o
         together = 1 if running[places[0]].basis.device.type == "cpu" else max(1, at_once // shape.numel())
         for start in range(0, len(places), together):
             lot = places[start : start + together]
-            basis = torch.stack([running[place].basis for place in lot])
-            product = torch.stack([products[place] for place in lot])
+            basis = _stacked([running[place].basis for place in lot])
+            product = _stacked([products[place] for place in lot])
             found, captured = next_bases(basis, product, rank)
             for place, new, bounds in zip(lot, found.unbind(), captured.unbind(), strict=True):
                 running[place].basis, running[place].captured = new, bounds
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(list(matrices))
 
 
 def next_bases(basis: Tensor, product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
