@@ -208,6 +208,8 @@ def with_signs(vectors: Tensor, old: Tensor | None, dim: int) -> Tensor:
         score = vectors.gather(dim, vectors.abs().argmax(dim, keepdim=True))
     else:
         score = (vectors * old.to(vectors.dtype)).sum(dim, keepdim=True)
+    if vectors.device.type == "cpu" and not (score < 0).any():
+        return vectors
     return torch.where(score < 0, -vectors, vectors)
 
 
