@@ -32,6 +32,21 @@ WARM_ROUNDS, COLD_ROUNDS = 2, 6
 """At most, from a basis in use and from a sketch."""
 _ENOUGH = 1e-3
 """Share of the energy that may be missing, by the bounds, when the iteration ends."""
+_NEGLIGIBLE = (0.1, 0.03)
+"""Share of ‖A‖² in the rows of A that a first round from a basis in use, and other rounds, leave out. No more of the
+energy can be missed for want of them; of real gradients' it is 2e-4."""
+_WORTH_SORTING = 2**16
+"""Numbers of a matrix from which on its rows are weighed."""
+_WORTH_COPYING = 0.1
+"""Share of the rows from which on they are left out: the others are copied."""
+_SQUARED_AT_ONCE = 2**15
+"""Numbers that stay in the cache."""
+_LEAST = 1e-25
+"""‖A‖² above which the squares of single numbers that matter are normal in float32."""
+_ORTHONORMAL = 40
+"""Roundings that entries of QᵀQ may be off: 5e-6 in float32."""
+_NEARLY = 1e-3
+"""By what entries of QᵀQ may be off for a step of Newton and Schulz to make them right: it squares that."""
 _NOISE = 1e-6
 """Share of X in S X: the least singular value that it can have, relative to its norm, and well above what rounding in
 float32 takes away. The squares that CholeskyQR takes are far above float64's digits."""
@@ -53,8 +68,14 @@ class Iterate:
     """How many of its first columns are wanted: a sketch has more."""
     rounds: int
     """At most."""
+    places: Tensor | None = None
+    """Of the rows of A that products are made of, on this device; None: of all."""
+    later: tuple[Tensor | None, Tensor] | None = None
+    """`places` and `norm` in the rounds after the first, if others."""
+    shift: float = 0.0
+    """The next round is one with S - shift I."""
     norm: Tensor | None = None
-    """‖A‖, float64."""
+    """‖A‖ of these rows, float64."""
     captured: Tensor | None = None
     """Bounds of the energy, (2,): a share of ‖A‖² that the basis captures at least, and how much more it is than the
     basis before captured. NaN where a decomposition has failed."""
@@ -64,29 +85,81 @@ class Iterate:
         """Whether devices hold different parts of the side that the basis is on."""
         return self.shard.dim is not None and self.shard.dim == int(self.columns)
 
+    def part(self) -> Tensor:
+        """`grad`, or a copy of what is not left out of it."""
+        return self.grad if self.places is None else self.grad.index_select(int(not self.columns), self.places)
+
 
 def iterate(every: Sequence[Iterate], at_once: int) -> Phases[list[bool]]:
     """Improve each basis in place; returns whether that went well. Others have bases to forget.
 
     `at_once`: numbers of the bases of one shape that are decomposed together.
     """
-    squares = yield [Collective(_square(each.grad), each.shard) for each in every]
-    for each, square in zip(every, squares, strict=True):
-        each.norm = square.sqrt()
+    squares = yield [Collective(_squares(each), each.shard) for each in every]
+    for each, its in zip(every, squares, strict=True):
+        _leave_out(each, its)
     running, well = list(every), dict.fromkeys(map(id, every), True)
     for done in range(1, max((each.rounds for each in every), default=0) + 1):
         products = yield from _gram_products(running)
-        _orthonormalize(running, products, at_once)
+        _orthonormalize(running, products, at_once, done)
+        for each in running:
+            if each.later is not None:
+                each.places, each.norm = each.later
         running = _unfinished(running, done, well)
         if not running:
             break
+    for each in every:
+        each.places = None
     return [well[id(each)] for each in every]
 
 
-def _square(part: Tensor) -> Tensor:
-    """‖A‖², this device's share, in float64: squares of a small float32 number underflow."""
-    norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
-    return norm.square()
+def _squares(each: Iterate) -> Tensor:
+    """What this device adds to ‖A‖², in float64, and on the CPU to the share of each row of A (l,) in it."""
+    grad = each.grad
+    if grad.device.type != "cpu" or each.shard.shape.numel() < _WORTH_SORTING:
+        return torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+    squares = _squares_of_rows(grad, each.columns, torch.promote_types(grad.dtype, torch.float32))
+    if not _LEAST < float(squares.sum()) < 1 / _LEAST:  # squares of such numbers under- or overflow in float32
+        squares = _squares_of_rows(grad, each.columns, torch.float64)
+    if each.shard.dim is None or each.divided_side:
+        return squares
+    whole = squares.new_zeros(each.shard.shape[int(not each.columns)])
+    each.shard.part(whole, 0).copy_(squares)
+    return whole
+
+
+def _squares_of_rows(grad: Tensor, rows: bool, dtype: torch.dtype) -> Tensor:
+    """‖·‖² of each row, or each column, in float64, of a gradient that is squared in `dtype`, a bit at a time."""
+    if rows:
+        return torch.linalg.vector_norm(grad, dim=1, dtype=dtype).double().square()
+    total = grad.new_zeros(grad.shape[1], dtype=torch.float64)
+    for block in torch.split(grad, max(1, _SQUARED_AT_ONCE // max(1, grad.shape[1]))):
+        total += block.to(dtype).square().sum(0)
+    return total
+
+
+def _leave_out(each: Iterate, squares: Tensor) -> None:
+    """Set ‖A‖, and, on the CPU, where a product takes as long as it has rows, let A be without those that hardly
+    count: in gradients of MLPs half of them have a few hundredths of the energy. `squares`: of all rows, or their sum."""
+    if not squares.dim():
+        each.norm = squares.sqrt()
+        return
+    ascending, order = squares.sort()
+    sums = ascending.cumsum(0)
+    few = [int((sums <= share * sums[-1]).sum()) for share in _NEGLIGIBLE]
+    first, each.later = (_without(each, order[:number], squares) for number in few)
+    each.places, each.norm = first if each.rounds <= WARM_ROUNDS else each.later
+
+
+def _without(each: Iterate, few: Tensor, squares: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The places of this device's rows of A that are not among `few`, or None where these are not worth it, and ‖A‖."""
+    if len(few) < _WORTH_COPYING * len(squares):
+        return None, squares.sum().sqrt()
+    kept = torch.ones_like(squares, dtype=torch.bool).index_fill_(0, few, False)
+    norm = (squares * kept).sum().sqrt()
+    if each.shard.dim is not None and not each.divided_side:
+        kept = each.shard.part(kept, 0)
+    return kept.nonzero()[:, 0], norm
 
 
 def _unfinished(running: list[Iterate], done: int, well: dict[int, bool]) -> list[Iterate]:
@@ -97,9 +170,13 @@ def _unfinished(running: list[Iterate], done: int, well: dict[int, bool]) -> lis
     for each, (share, gained) in zip(running, captured, strict=True):
         if share != share:  # NaN
             well[id(each)] = False
-        elif min(1 - share, gained / 2 / max(share, _ENOUGH)) > _ENOUGH and done < each.rounds:
+        elif not _enough(share, gained) and done < each.rounds:
             left.append(each)
     return left
+
+
+def _enough(share: float, gained: float) -> bool:
+    return min(1 - share, gained / 2 / max(share, _ENOUGH)) <= _ENOUGH
 
 
 def _gram_products(running: Sequence[Iterate]) -> Phases[list[Tensor]]:
@@ -117,7 +194,7 @@ def _denominator(each: Iterate) -> Tensor:
 
 def _gram_product(each: Iterate) -> Tensor:
     """Aᵀ (A X) / ‖A‖², of a matrix that is not divided, or of this device's rows."""
-    size, grad = _denominator(each), each.grad
+    size, grad = _denominator(each), each.part()
     x = each.basis / size
     if grad.dtype == x.dtype:
         product = grad.mT @ (grad @ x) if each.columns else grad @ (grad.mT @ x)
@@ -144,13 +221,13 @@ def _outer(each: Iterate) -> Tensor:
     x = each.basis / _denominator(each)
     if each.divided_side:
         x = each.shard.part(x, 0)
-    grad = each.grad.to(x.dtype)
+    grad = each.part().to(x.dtype)
     return grad @ x if each.columns else grad.mT @ x
 
 
 def _inner(each: Iterate, outer: Tensor) -> Tensor:
     """Aᵀ Y / ‖A‖ (s, r), with zeros where other devices' parts belong."""
-    grad = each.grad.to(outer.dtype)
+    grad = each.part().to(outer.dtype)
     part = grad.mT @ outer if each.columns else grad @ outer
     whole = torch.zeros_like(each.basis)
     each.shard.part(whole, 0).copy_(part.div_(_denominator(each)))
@@ -176,37 +253,84 @@ def other_sides(every: Sequence[Iterate], known: Sequence[Tensor]) -> Phases[lis
     return found
 
 
-def _orthonormalize(running: Sequence[Iterate], products: Sequence[Tensor], at_once: int) -> None:
-    """Give each its next basis, those of equal shapes together (on the CPU one after the other)."""
-    by_shape: dict[tuple[torch.Size, int, torch.dtype], list[int]] = {}
+def _orthonormalize(running: Sequence[Iterate], products: Sequence[Tensor], at_once: int, done: int) -> None:
+    """Give each its next basis after `done` rounds, those of equal shapes together (on the CPU one after the other)."""
+    by_shape: dict[tuple[torch.Size, int, bool, torch.dtype], list[int]] = {}
     for place, each in enumerate(running):
-        by_shape.setdefault((each.basis.shape, each.rank, each.basis.dtype), []).append(place)
-    for (shape, rank, _), places in by_shape.items():
-        together = 1 if running[places[0]].basis.device.type == "cpu" else max(1, at_once // shape.numel())
+        key = (each.basis.shape, each.rank, done == each.rounds, each.basis.dtype)
+        by_shape.setdefault(key, []).append(place)
+    for (shape, rank, last, _), places in by_shape.items():
+        on_cpu = running[places[0]].basis.device.type == "cpu"
+        together = 1 if on_cpu else max(1, at_once // shape.numel())
         for start in range(0, len(places), together):
-            lot = places[start : start + together]
-            basis = torch.stack([running[place].basis for place in lot])
-            product = torch.stack([products[place] for place in lot])
-            found, captured = next_bases(basis, product, rank)
-            for place, new, bounds in zip(lot, found.unbind(), captured.unbind(), strict=True):
-                running[place].basis, running[place].captured = new, bounds
+            lot = [running[place] for place in places[start : start + together]]
+            basis = _stacked([each.basis for each in lot])
+            product = _stacked([products[place] for place in places[start : start + together]])
+            if on_cpu and lot[0].shift:
+                product = product - lot[0].shift * basis
+            if on_cpu and done + 1 == lot[0].rounds and rank == shape[1]:
+                found, captured = _next_columns(lot[0], product)
+            else:
+                found, captured = next_bases(basis, product, rank, last)
+            for each, new, bounds in zip(lot, found.unbind(), captured.unbind(), strict=True):
+                each.basis, each.captured = new, bounds
 
 
-def next_bases(basis: Tensor, product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(list(matrices))
+
+
+def next_bases(basis: Tensor, product: Tensor, rank: int, last: bool) -> tuple[Tensor, Tensor]:
     """Q (L, s, k) with QᵀQ = I of products S X (L, s, k), tr S = 1, and the bounds of `Iterate.captured` for its first
-    `rank` columns (L, 2)."""
+    `rank` columns (L, 2), which say nothing but whether it failed when this round is the `last`."""
     product, noise = _with_noise(basis, product)
-    inner = basis.mT @ product  # Xᵀ (S + noise) X
     q, r, failed = (signed_qr if product.device.type == "cpu" else cholesky_qr2)(product)
-    factor, info = torch.linalg.cholesky_ex(inner)
-    nystrom = torch.linalg.solve_triangular(factor, r.mT[:, :, :rank], upper=False).square().sum((1, 2))
-    share = nystrom - rank * noise.flatten()
-    gained = nystrom - inner.diagonal(dim1=1, dim2=2)[:, :rank].sum(1)
-    bounds = torch.stack([share, gained], dim=1)
-    # Without a bound a further round is taken.
-    bounds = torch.where((info == 0)[:, None], bounds, bounds.new_tensor([0.0, 1.0]))
+    bounds = product.new_zeros(len(product), 2)
+    if not last:
+        inner = basis.mT @ product  # Xᵀ (S + noise) X
+        factor, info = torch.linalg.cholesky_ex(inner)
+        nystrom = torch.linalg.solve_triangular(factor, r.mT[:, :, :rank], upper=False).square().sum((1, 2))
+        share = nystrom - rank * noise.flatten()
+        gained = nystrom - inner.diagonal(dim1=1, dim2=2)[:, :rank].sum(1)
+        # Without a bound a further round is taken.
+        bounds = torch.where((info == 0)[:, None], torch.stack([share, gained], dim=1), bounds.new_tensor([0.0, 1.0]))
     failed = failed | ~q.sum((1, 2)).isfinite()
     return q, torch.where(failed[:, None], torch.nan, bounds)
+
+
+def _next_columns(each: Iterate, product: Tensor) -> tuple[Tensor, Tensor]:
+    """What `next_bases` returns, of one matrix on the CPU before its last round: Q where the bound shows that it is
+    enough, and otherwise columns F with which the last round ends as with Q itself, since F = Q R.
+
+    F = (S X) L⁻ᵀ with L Lᵀ = Xᵀ S X is Nyström's factor, S ≈ F Fᵀ. Its singular values lie half as many digits apart as
+    those of S X, so that CholeskyQR in its own dtype does for Q, with a step of Newton and Schulz where it is needed.
+    The last round's S is shifted by half of about the least singular value wanted: what is below loses more by it.
+    """
+    basis = each.basis[None]
+    shifted, noise = _with_noise(basis, product)
+    inner = basis.mT @ shifted
+    factor, info = torch.linalg.cholesky_ex(inner)
+    columns = torch.linalg.solve_triangular(factor.mT, shifted, upper=True, left=False)
+    nystrom = torch.linalg.vector_norm(columns).square()
+    if int(info) or not nystrom > _NOISE:
+        return next_bases(basis, product, each.rank, last=False)
+    bounds = torch.stack([nystrom - each.rank * noise.squeeze(), nystrom - inner.diagonal(dim1=1, dim2=2).sum()])
+    factor, info = torch.linalg.cholesky_ex(columns.mT @ columns)
+    if int(info):
+        return next_bases(basis, product, each.rank, last=False)
+    share, gained = float(bounds[0]), float(bounds[1])
+    if not _enough(share, gained):
+        each.shift = float(factor.diagonal(dim1=1, dim2=2).min()) ** 2 / 2
+        return columns / torch.linalg.vector_norm(columns, dim=1, keepdim=True), bounds[None]
+    q = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+    error = q.mT @ q
+    error.diagonal(dim1=1, dim2=2).sub_(1)
+    most = float(error.abs().max())
+    if not most < _NEARLY:
+        return next_bases(basis, product, each.rank, last=False)
+    if most > _ORTHONORMAL * torch.finfo(q.dtype).eps:
+        q = torch.baddbmm(q, q, error, alpha=-0.5)
+    return q, bounds[None]
 
 
 def _with_noise(basis: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
