@@ -10,7 +10,7 @@ from projection_helpers import build, matrix, parameter
 
 from peft_pretraining.config import Config, recorded
 from peft_pretraining.distributed.sharding import ShardInfo
-from peft_pretraining.optim.basis import subspace_iteration
+from peft_pretraining.optim.basis import rows_with_energy, subspace_iteration
 from peft_pretraining.optim.basis.basis_rule import Refresh
 from peft_pretraining.optim.basis.subspace_iteration import cholesky_qr2, signed_qr
 from peft_pretraining.optim.basis.svd_basis import SVDBasis
@@ -54,6 +54,23 @@ def assert_orthonormal(bases, tolerance=1e-5):
 
 def compute(refreshes, method="subspace"):
     return run(SVDBasis(method).compute_bases(refreshes))
+
+
+def in_turn(jobs):
+    """What generators return that take part in the same collectives, which are carried out here."""
+    found, asked = [], [next(job) for job in jobs]
+    while not found:
+        answers = []
+        for of_one in zip(*asked, strict=True):
+            assert len({(each.op, each.part.shape) for each in of_one}) == 1 and of_one[0].op == "sum"
+            answers.append(sum(each.part for each in of_one))
+        asked = []
+        for job in jobs:
+            try:
+                asked.append(job.send([answer.clone() for answer in answers]))
+            except StopIteration as end:
+                found.append(end.value)
+    return found
 
 
 @pytest.fixture(params=["householder", "cholesky"])
@@ -142,7 +159,7 @@ def test_narrow_gradients_are_widened_by_blocks(dtype, monkeypatch):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("side", ["left", "right", "full"])
 def test_devices_that_hold_parts_find_the_whole_ones_bases(shape, dim, side):
-    """Three devices, the last with a smaller part, act in turn, and their collectives are carried out here."""
+    """Three devices, the last with a smaller part, act in turn."""
     grads = [matrix(shape, seed) for seed in range(2)]
     parts = [torch.tensor_split(grad, [9, 18], dim) for grad in grads]
     jobs = []
@@ -152,23 +169,83 @@ def test_devices_that_hold_parts_find_the_whole_ones_bases(shape, dim, side):
             shard = ShardInfo(torch.Size(shape), dim, offset, of[place].shape[dim], dim)
             refreshes.append(refresh_of(of[place], side, shard=shard, name=str(seed)))
         jobs.append(SVDBasis("subspace").compute_bases(refreshes))
-    found, asked = [], [next(job) for job in jobs]
-    while not found:
-        answers = []
-        for of_one in zip(*asked, strict=True):
-            assert len({(each.op, each.part.shape) for each in of_one}) == 1 and of_one[0].op == "sum"
-            answers.append(sum(each.part for each in of_one))
-        asked = []
-        for job in jobs:
-            try:
-                asked.append(job.send([answer.clone() for answer in answers]))
-            except StopIteration as end:
-                found.append(end.value)
+    found = in_turn(jobs)
     whole = compute([refresh_of(grad, side, name=str(seed)) for seed, grad in enumerate(grads)])
     for of_one in found:
         for mine, expected in zip(of_one, whole, strict=True):
             for which, basis in expected.items():
                 torch.testing.assert_close(mine[which], basis, atol=1e-9, rtol=0)
+
+
+def unequal_rows(shape, dim, seed=0):
+    """Most of the energy in a third of the rows, or columns, and large enough to leave the others out."""
+    sizes = torch.where(torch.arange(shape[dim]) % 3 == 0, 1.0, 0.05)
+    return matrix(shape, seed) * (sizes[:, None] if dim == 0 else sizes)
+
+
+@pytest.fixture
+def weighed(monkeypatch):
+    """Weighs the rows of small matrices, too, and notes which were left out."""
+    monkeypatch.setattr(rows_with_energy, "_WORTH_SORTING", 0)
+    kept, without = [], rows_with_energy._without
+
+    def noting(each, few, squares):
+        found = without(each, few, squares)
+        kept.append(len(squares) if found[0] is None else len(found[0]))
+        return found
+
+    monkeypatch.setattr(rows_with_energy, "_without", noting)
+    return kept
+
+
+@pytest.mark.parametrize("shape, dim", [((60, 24), 0), ((24, 60), 1)])
+@pytest.mark.parametrize("dtype, scale", [(torch.float64, 1.0), (torch.float32, 1e-22), (torch.bfloat16, 1e15)])
+def test_rows_of_little_energy_are_left_out(shape, dim, dtype, scale, weighed):
+    grad = (scale * (unequal_rows(shape, dim) + with_spectrum(shape, 5 * SPECTRA["decaying"]))).to(dtype)
+    (cold,) = compute([refresh_of(grad)])
+    (warm,) = compute([refresh_of(grad, number=1, bases=cold)])
+    (exact,) = compute([refresh_of(grad)], "exact")
+    assert min(weighed) < 60
+    for bases in (cold, warm):
+        assert captured(grad, bases) > (1 - rows_with_energy._NEGLIGIBLE[1]) * captured(grad, exact)
+        assert_orthonormal(bases)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_devices_leave_out_the_same_rows(dim, weighed):
+    """Those that hold different rows of A, and those that hold different columns."""
+    grad = unequal_rows((60, 24), 0)
+    (first,) = compute([refresh_of(grad)])
+    (whole,) = compute([refresh_of(grad, number=1, bases=first)])
+    jobs, offset = [], 0
+    for part in torch.tensor_split(grad, [9, 18], dim):
+        shard = ShardInfo(grad.shape, dim, offset, part.shape[dim], dim)
+        jobs.append(SVDBasis("subspace").compute_bases([refresh_of(part, shard=shard, number=1, bases=first)]))
+        offset += part.shape[dim]
+    for (of_one,) in in_turn(jobs):
+        torch.testing.assert_close(of_one[RIGHT], whole[RIGHT], atol=1e-9, rtol=0)
+    assert min(weighed) < 20
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_warm_basis_is_that_of_householder_rounds(rounds, monkeypatch):
+    """Whether the bound ends the iteration after the first, by CholeskyQR, or a second begins from Nyström's factor."""
+    grad = with_spectrum((40, 24), SPECTRA["decaying"])
+    start = torch.linalg.qr(matrix((24, 6)))[0]
+    monkeypatch.setattr(subspace_iteration, "_enough", lambda share, gained: rounds == 1)
+    (found,) = compute([refresh_of(grad, number=1, bases={RIGHT: start.T})])
+    gram, expected = grad.T @ grad / grad.norm() ** 2, start
+    for number in range(rounds):
+        shifted = gram
+        if number:
+            factor = torch.linalg.cholesky(start.T @ gram @ start)
+            columns = gram @ start @ torch.linalg.inv(factor).T
+            least = torch.linalg.cholesky(columns.T @ columns).diagonal().min() ** 2
+            shifted = gram - least / 2 * torch.eye(24)
+        expected = signed_qr((shifted @ expected)[None])[0][0]
+    signs = (found[RIGHT].T * expected).sum(0).sign()
+    torch.testing.assert_close(found[RIGHT].T, expected * signs, atol=1e-3, rtol=0)
+    assert_orthonormal(found, 1e-12)
 
 
 def test_what_cannot_be_decomposed_falls_back_on_the_gram_matrix(monkeypatch):

@@ -8,7 +8,7 @@ places from one refresh to the next, and come in the order of the singular vecto
 
 * A is divided by ‖A‖, so that nothing under- or overflows, and S X gets a share of X, about the noise that rounding
   leaves in it: where A has no energy (rank below r) the old vectors stay, and no basis is ever undetermined.
-* On the CPU the QR decomposition is LAPACK's; on devices it is CholeskyQR2 (Fukaya et al., 2014), batched over equal
+* On the CPU the QR decomposition is LAPACK's, or that of `_next_columns`; on devices it is CholeskyQR2 (Fukaya et al., 2014), batched over equal
   shapes: products and triangular solves, in float64 where digits are lost. Nothing waits for it: whether the Cholesky
   decompositions succeeded is read once for all matrices and rounds.
 * Whether a round was enough is measured by the energy of Nyström's approximation (arXiv 1706.05736), a lower bound of
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.optim.basis.rows_with_energy import leave_out, squares_of
 from peft_pretraining.optim.tensors.collectives import Collective, Phases
 from peft_pretraining.optim.tensors.rounding import rows_at_once
 
@@ -32,17 +33,6 @@ WARM_ROUNDS, COLD_ROUNDS = 2, 6
 """At most, from a basis in use and from a sketch."""
 _ENOUGH = 1e-3
 """Share of the energy that may be missing, by the bounds, when the iteration ends."""
-_NEGLIGIBLE = (0.1, 0.03)
-"""Share of ‖A‖² in the rows of A that a first round from a basis in use, and other rounds, leave out. No more of the
-energy can be missed for want of them; of real gradients' it is 2e-4."""
-_WORTH_SORTING = 2**16
-"""Numbers of a matrix from which on its rows are weighed."""
-_WORTH_COPYING = 0.1
-"""Share of the rows from which on they are left out: the others are copied."""
-_SQUARED_AT_ONCE = 2**15
-"""Numbers that stay in the cache."""
-_LEAST = 1e-25
-"""‖A‖² above which the squares of single numbers that matter are normal in float32."""
 _ORTHONORMAL = 40
 """Roundings that entries of QᵀQ may be off: 5e-6 in float32."""
 _NEARLY = 1e-3
@@ -95,9 +85,9 @@ def iterate(every: Sequence[Iterate], at_once: int) -> Phases[list[bool]]:
 
     `at_once`: numbers of the bases of one shape that are decomposed together.
     """
-    squares = yield [Collective(_squares(each), each.shard) for each in every]
+    squares = yield [Collective(squares_of(each), each.shard) for each in every]
     for each, its in zip(every, squares, strict=True):
-        _leave_out(each, its)
+        leave_out(each, its, each.rounds <= WARM_ROUNDS)
     running, well = list(every), dict.fromkeys(map(id, every), True)
     for done in range(1, max((each.rounds for each in every), default=0) + 1):
         products = yield from _gram_products(running)
@@ -111,55 +101,6 @@ def iterate(every: Sequence[Iterate], at_once: int) -> Phases[list[bool]]:
     for each in every:
         each.places = None
     return [well[id(each)] for each in every]
-
-
-def _squares(each: Iterate) -> Tensor:
-    """What this device adds to ‖A‖², in float64, and on the CPU to the share of each row of A (l,) in it."""
-    grad = each.grad
-    if grad.device.type != "cpu" or each.shard.shape.numel() < _WORTH_SORTING:
-        return torch.linalg.vector_norm(grad, dtype=torch.float64).square()
-    squares = _squares_of_rows(grad, each.columns, torch.promote_types(grad.dtype, torch.float32))
-    if not _LEAST < float(squares.sum()) < 1 / _LEAST:  # squares of such numbers under- or overflow in float32
-        squares = _squares_of_rows(grad, each.columns, torch.float64)
-    if each.shard.dim is None or each.divided_side:
-        return squares
-    whole = squares.new_zeros(each.shard.shape[int(not each.columns)])
-    each.shard.part(whole, 0).copy_(squares)
-    return whole
-
-
-def _squares_of_rows(grad: Tensor, rows: bool, dtype: torch.dtype) -> Tensor:
-    """‖·‖² of each row, or each column, in float64, of a gradient that is squared in `dtype`, a bit at a time."""
-    if rows:
-        return torch.linalg.vector_norm(grad, dim=1, dtype=dtype).double().square()
-    total = grad.new_zeros(grad.shape[1], dtype=torch.float64)
-    for block in torch.split(grad, max(1, _SQUARED_AT_ONCE // max(1, grad.shape[1]))):
-        total += block.to(dtype).square().sum(0)
-    return total
-
-
-def _leave_out(each: Iterate, squares: Tensor) -> None:
-    """Set ‖A‖, and, on the CPU, where a product takes as long as it has rows, let A be without those that hardly
-    count: in gradients of MLPs half of them have a few hundredths of the energy. `squares`: of all rows, or their sum."""
-    if not squares.dim():
-        each.norm = squares.sqrt()
-        return
-    ascending, order = squares.sort()
-    sums = ascending.cumsum(0)
-    few = [int((sums <= share * sums[-1]).sum()) for share in _NEGLIGIBLE]
-    first, each.later = (_without(each, order[:number], squares) for number in few)
-    each.places, each.norm = first if each.rounds <= WARM_ROUNDS else each.later
-
-
-def _without(each: Iterate, few: Tensor, squares: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The places of this device's rows of A that are not among `few`, or None where these are not worth it, and ‖A‖."""
-    if len(few) < _WORTH_COPYING * len(squares):
-        return None, squares.sum().sqrt()
-    kept = torch.ones_like(squares, dtype=torch.bool).index_fill_(0, few, False)
-    norm = (squares * kept).sum().sqrt()
-    if each.shard.dim is not None and not each.divided_side:
-        kept = each.shard.part(kept, 0)
-    return kept.nonzero()[:, 0], norm
 
 
 def _unfinished(running: list[Iterate], done: int, well: dict[int, bool]) -> list[Iterate]:

@@ -115,7 +115,7 @@ def _gram_of_columns(a: Tensor) -> Tensor:
 def flags_of(part: Tensor) -> Tensor:
     """(2,) float32 numbers that are not zero if some entry of a matrix is not finite, and if some is not zero."""
     if part.device.type == "cpu" and part.dtype not in HALF:
-        # A norm takes a tenth of the time, and tells most often: only those of tiny or huge numbers are zero or infinite.
+        # A norm takes a tenth of the time, and mostly tells: it is 0 or infinite for tiny or huge numbers.
         norm = float(torch.linalg.vector_norm(part))
         if 0 < norm < float("inf"):
             return torch.tensor([0.0, 1.0])
