@@ -28,6 +28,7 @@ OPERATIONAL = {
         "workers",
         "activation_checkpointing",
         "fused_loss",
+        "lean_layers",
         "compile",
         "no_offload_candidates",
         "projected_backward",

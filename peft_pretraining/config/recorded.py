@@ -11,7 +11,7 @@ from peft_pretraining.checkpoint import resume, run_dir, train_state
 from peft_pretraining.config import Config
 
 _SPEED = {
-    **{"compile": "off", "fused_loss": "off", "projected_backward": "off"},
+    **{"compile": "off", "fused_loss": "off", "lean_layers": "off", "projected_backward": "off"},
     "svd_method": "gram",
 }
 """Settings that change how fast an update is and the last digits of what it computes -> what runs had before there were

@@ -75,6 +75,12 @@ class ModelConfig:
         choice("auto", "on", "off"),
         "compile decoder layers, and the fused loss, at their first use (docs/compile.md); auto: on CUDA",
     )
+    lean_layers: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "norms and MLPs that keep less for the backward pass, and differ from transformers' by rounding; with mixed "
+        "and bf16_sr always; auto: on CUDA",
+    )
     activation_checkpointing: bool = setting(
         False, boolean, "keep only each layer's input and recompute the rest in the backward pass"
     )

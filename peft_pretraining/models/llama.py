@@ -100,7 +100,7 @@ def build_model(
     embeddings.padding_idx = None
     model.config.use_cache = True
     make_maskless(model)
-    if {dtype, norm_dtype} != {compute_dtype}:
+    if config.lean_layers == "on" or {dtype, norm_dtype} != {compute_dtype}:
         compute_in(model, compute_dtype)
     if config.activation_checkpointing:
         # transformers renamed it in 5.2x; both take the arguments of torch.utils.checkpoint first.

@@ -15,10 +15,12 @@ from peft_pretraining.training.tracking import log
 
 
 def for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
-    """With the precision that an `auto` means on this device, and with what `--compile auto` does: these are recorded,
-    and a run keeps them wherever it goes."""
+    """With the precision that an `auto` means on this device, and with what `--compile auto` and `--lean_layers auto`
+    do: these are recorded, and a run keeps them wherever it goes."""
     precision = launch.config.resolved_precision(device_type)
-    settings = {"precision": precision.name, "compile": compile_or_not(launch.config.model.compile, device_type)}
+    model = launch.config.model
+    settings = {"precision": precision.name, "compile": compile_or_not(model.compile, device_type)}
+    settings["lean_layers"] = lean_or_not(model.lean_layers, device_type)
     if precision.weight_dtype == "bfloat16":
         settings["state_dtype"] = precision.state_format
     if (of_method := METHODS[launch.config.method.method].for_device) is not None:
@@ -37,6 +39,13 @@ def compile_or_not(asked: str, device_type: str) -> str:
         raise ConfigError([f"--compile on: {reason}; --compile off runs without"])
     log.warning("layers are not compiled: %s", reason)
     return "off"
+
+
+def lean_or_not(asked: str, device_type: str) -> str:
+    """`on` or `off`: where nothing is said, the CPU computes to the last digit what transformers' modules do."""
+    if asked == "auto":
+        return "on" if device_type == "cuda" else "off"
+    return asked
 
 
 def set_matmul_precision(config: Config, device: torch.device) -> None:

@@ -28,6 +28,7 @@ from peft_pretraining.report.footprint.stand_ins import META, PER_NODE, as_on_a_
 from peft_pretraining.report.footprint.storages import Storage
 from peft_pretraining.report.footprint.tracker import Tracker
 from peft_pretraining.training.build_model import choose_loss, distributed_model, reduced_model
+from peft_pretraining.training.device_settings import lean_or_not
 from peft_pretraining.training.evaluate import evaluate
 from peft_pretraining.training.loop import Run, train_step
 
@@ -63,6 +64,7 @@ class Simulation:
     def __init__(self, config: Config, shape: dict[str, Any], devices: int = 1):
         for_device = METHODS[config.method.method].for_device
         chosen = for_device(config, "cuda") if for_device is not None else {}
+        chosen |= {"lean_layers": lean_or_not(config.model.lean_layers, "cuda")}
         precision = config.resolved_precision("cuda").name
         self.config = config.replace(precision=precision, world_size=devices, **chosen)
         self.shape, self.tracker = shape, Tracker()
