@@ -52,8 +52,10 @@ def _squares_of_rows(grad: Tensor, rows: bool, dtype: torch.dtype) -> Tensor:
 
 def leave_out(each: Iterate, squares: Tensor, warm: bool) -> None:
     """Set ‖A‖, and, on the CPU, where a product takes as long as it has rows, let A be without those that hardly
-    count: in gradients of MLPs half of them have a few hundredths of the energy. `squares`: of all rows, or their
-    sum."""
+    count: in gradients of MLPs half of them have a few hundredths of the energy.
+
+    `squares`: of all rows, or their sum.
+    """
     if not squares.dim():
         each.norm = squares.sqrt()
         return

@@ -8,9 +8,9 @@ places from one refresh to the next, and come in the order of the singular vecto
 
 * A is divided by ‖A‖, so that nothing under- or overflows, and S X gets a share of X, about the noise that rounding
   leaves in it: where A has no energy (rank below r) the old vectors stay, and no basis is ever undetermined.
-* On the CPU the QR decomposition is LAPACK's, or that of `_next_columns`; on devices it is CholeskyQR2 (Fukaya et al.,
-  2014), batched over equal shapes: products and triangular solves, in float64 where digits are lost. Nothing waits for it: whether the Cholesky
-  decompositions succeeded is read once for all matrices and rounds.
+* On the CPU the QR decomposition is LAPACK's, or that of `_next_columns`; on devices it is CholeskyQR2
+  (Fukaya et al., 2014), batched over equal shapes: products and triangular solves, in float64 where digits are lost.
+  Nothing waits for it: whether the Cholesky decompositions succeeded is read once for all matrices and rounds.
 * Whether a round was enough is measured by the energy of Nyström's approximation (arXiv 1706.05736), a lower bound of
   what the basis captures: of tr S, which is an upper bound, or of what the last round has gained.
 * Devices that hold different rows of A add up S X; those that hold different columns add up A X first.
