@@ -63,8 +63,8 @@ class Simulation:
 
     def __init__(self, config: Config, shape: dict[str, Any], devices: int = 1):
         for_device = METHODS[config.method.method].for_device
-        chosen = for_device(config, "cuda") if for_device is not None else {}
-        chosen |= {"lean_layers": lean_or_not(config.model.lean_layers, "cuda")}
+        chosen = dict(for_device(config, "cuda")) if for_device is not None else {}
+        chosen["lean_layers"] = lean_or_not(config.model.lean_layers, "cuda")
         precision = config.resolved_precision("cuda").name
         self.config = config.replace(precision=precision, world_size=devices, **chosen)
         self.shape, self.tracker = shape, Tracker()
