@@ -168,19 +168,20 @@ def test_a_run_compiles_a_layer_twice_at_most(command, tmp_path, capsys, without
 
 def test_a_run_keeps_what_it_began_with(command, tmp_path, without_inductor):
     """Also one that was begun before there was a choice; and what is asked for counts."""
-    argv = command(tmp_path / "run", num_training_steps=2, compile="on", fused_loss="on")
+    argv = command(tmp_path / "run", num_training_steps=2, compile="on", fused_loss="on", lean_layers="on")
     helpers.stop_after(1, argv)
     plain = command(tmp_path / "run", num_training_steps=2, autoresume=True)
 
-    def resumed(*more) -> tuple[str, str]:
+    def resumed(*more) -> tuple[str, str, str]:
         model = cli.load([*plain, *more], environ={}).config.model
-        return model.compile, model.fused_loss
+        return model.compile, model.fused_loss, model.lean_layers
 
-    assert resumed() == ("on", "on") and resumed("--compile", "off") == ("off", "on")
+    assert resumed() == ("on", "on", "on") and resumed("--compile", "off") == ("off", "on", "on")
     for name in ("config.yaml", "model_1/training_state.json"):
         path = tmp_path / "run" / name
-        path.write_text(path.read_text().replace("compile", "other").replace("fused_loss", "another"))
-    assert resumed() == ("off", "off")
+        text = path.read_text().replace("compile", "other").replace("fused_loss", "another")
+        path.write_text(text.replace("lean_layers", "a_third"))
+    assert resumed() == ("off", "off", "off")
     assert cli.load(command(tmp_path / "new"), environ={}).config.model.compile == "auto"
 
 

@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from peft_pretraining.models.compute_dtype import compute_in
+from peft_pretraining.config.sections import ModelConfig
+from peft_pretraining.models.compute_dtype import RMSNorm, compute_in
 from peft_pretraining.models.lean_functions import GatedLinear, GatedProduct, Norm
+from peft_pretraining.models.llama import build_model
+from peft_pretraining.training.device_settings import lean_or_not
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "hidden_act": "silu"}
 
 
 def test_gradients_are_those_of_the_function():
@@ -82,3 +87,17 @@ def test_a_gated_product_keeps_its_inputs_alone():
     product = GatedProduct.apply(gate, up)
     assert torch.equal(product, F.silu(gate) * up)
     assert {id(each) for each in product.grad_fn.saved_tensors} <= {id(gate), id(up)}
+
+
+def test_runs_in_one_dtype_take_lean_layers_where_they_are_asked_for():
+    """Left open, on CUDA alone: the CPU goes on with transformers' modules."""
+    assert [lean_or_not("auto", device) for device in ("cuda", "cpu")] == ["on", "off"]
+    assert [lean_or_not("off", "cuda"), lean_or_not("on", "cpu")] == ["off", "on"]
+    shape = {**SIZES, "num_hidden_layers": 1, "vocab_size": 64}
+    ids, losses = torch.tensor([[1, 2, 3, 4]]), []
+    for lean, is_norm in (("off", LlamaRMSNorm), ("on", RMSNorm)):
+        config = ModelConfig(dtype="float32", lean_layers=lean)
+        model = build_model(config, shape, None, torch.device("cpu"), seed=1)
+        assert type(model.model.norm) is is_norm and (type(model.model.layers[0].mlp) is LlamaMLP) == (lean == "off")
+        losses.append(model(input_ids=ids, labels=ids).loss)
+    torch.testing.assert_close(losses[0], losses[1])
