@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import footprint
 import pytest
@@ -60,3 +63,16 @@ def test_a_gradient_that_is_kept_and_a_wait_are_seen(monkeypatch):
     assert measured["waits"] == SAID["cases"][name]["ordinary"]["waits"] + 1
     more = measured["peak_mib"] - SAID["cases"][name]["ordinary"]["peak_mib"]
     assert more == pytest.approx(matrices / footprint.MIB, abs=0.1)  # those of the first update, at the second's peak
+
+
+def test_a_simulation_leaves_torch_as_it_is():
+    """In a process of its own: torch collects what `with torch.device` changes at its first use."""
+    code = (
+        "import footprint, torch\n"
+        "footprint.measure('full_rank bf16')\n"
+        "with torch.device('meta'):\n"
+        "    assert torch.tensor([]).device.type == 'meta'\n"
+    )
+    tests = str(footprint.EXPECTED.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, str(footprint.EXPECTED.parents[1])])}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tests, check=True, timeout=240)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 META = torch.device("meta")
 PER_NODE = 8
@@ -25,6 +26,7 @@ _WITH_LISTS = ("torch.optim.optimizer", "torch.optim.adam", "torch.optim.adamw",
 @contextlib.contextmanager
 def as_on_a_gpu(quantised: bool = False) -> Iterator[None]:
     """Attention by CUDA's kernels, fused optimizers, and bitsandbytes' kernels if `quantised`."""
+    _device_constructors()  # which torch collects once: afterwards, `with torch.device(...)` would miss `torch.tensor`
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(torch, "meta", _handle(), create=True))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
