@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LARGE = 2**24
+"""Numbers of tensors that are worth a launch of their own."""
+
 
 class Mask:
     """`found_inf` of one update, which is read later, if at all: 1.0 if the update must leave no trace, else 0.0.
@@ -50,12 +53,17 @@ class Mask:
     @contextmanager
     def guarding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """What changes in place inside this context changes back if the update must leave no trace. There is room for
-        another two of everything meanwhile."""
+        another two of small tensors meanwhile, which are copied together, and for another one of large ones."""
+        large = [tensor for tensor in tensors if tensor.numel() >= _LARGE]
+        copies = [tensor.clone() for tensor in large]
         kinds: dict[Any, list[Tensor]] = {}
         for tensor in tensors:
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+            if tensor.numel() < _LARGE:
+                kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         before = [torch.cat([tensor.reshape(-1) for tensor in alike]) for alike in kinds.values()]
         yield
+        for tensor, copy in zip(large, copies, strict=True):
+            torch.where(self.skipped(tensor.device), copy, tensor, out=tensor)
         for old, alike in zip(before, kinds.values(), strict=True):
             chosen = self.choose(old, torch.cat([tensor.reshape(-1) for tensor in alike]))
             parts = torch.split(chosen, [tensor.numel() for tensor in alike])
