@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from peft_pretraining.optim import Direction, LowRankOptimizer, UpdateRule
-from peft_pretraining.optim.tensors import launching, mask
+from peft_pretraining.optim.tensors import launching
+from peft_pretraining.optim.tensors import mask as masking
 from peft_pretraining.optim.tensors.mask import Mask
 
 SHAPES = ((6, 4), (6, 4), (4, 7), (6, 4), (70, 64), (5,), (5,), ())
@@ -265,7 +266,7 @@ def test_a_rule_that_says_nothing_is_asked_only_for_updates_that_take_place():
 
 
 def test_large_states_are_guarded_one_by_one(monkeypatch):
-    monkeypatch.setattr(mask, "_LARGE", 4000)
+    monkeypatch.setattr(masking, "_LARGE", 4000)
     loops = [Loop(*build("adamw8bit", "no basis"), masked) for masked in (False, True)]
     for step, broken in enumerate(pattern(1, 8)):
         for loop in loops:

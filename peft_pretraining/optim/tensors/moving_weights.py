@@ -75,7 +75,7 @@ def in_stacks(updates: Sequence[ParamUpdate]) -> Iterator[tuple[Sequence[ParamUp
     """Weights of one shape in lots that there is room for; blocks of rows of large ones, None being all rows."""
     weight = updates[0].weight
     numbers, limit = max(1, weight.numel()), NUMBERS_AT_ONCE
-    if len(updates) >= _SHARE:  # not in the backward pass of large models, where little room is left
+    if len(updates) > 1:
         limit = min(max(_FEWEST, len(updates) * numbers // _SHARE), _MOST)
     if numbers <= limit or weight.ndim == 0:
         together = max(1, limit // numbers)
