@@ -200,6 +200,18 @@ def test_liger_kernel_makes_the_loss_of_eager_layers_where_it_is_installed(liger
     assert head("auto", Compilation()) == "compiled blocks of logits"  # which do not wait for the device
 
 
+def test_a_liger_kernel_that_cannot_be_imported_is_named(monkeypatch, caplog):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("0 active drivers")
+
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, MODULE, Broken(MODULE))
+    assert liger_loss() is None
+    assert "liger-kernel is installed, but cannot be imported: RuntimeError: 0 active drivers" in caplog.text
+
+
 def test_without_liger_kernel_or_with_an_old_one_blocks_do(liger, monkeypatch):
     monkeypatch.setattr(sys.modules[MODULE].LigerFusedLinearCrossEntropyLoss, "__init__", lambda self, bias=None: None)
     assert liger_loss() is None and head("auto") == "blocks of logits"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from peft_pretraining.models.fused_loss import fused_token_loss
 from peft_pretraining.models.loss import IGNORED
+
+log = logging.getLogger("peft_pretraining")
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -24,7 +27,10 @@ def liger_loss() -> HeadLoss | None:
     """
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-    except Exception:  # triton fails in ways of its own where there is no GPU
+    except ImportError:
+        return None
+    except Exception as error:  # triton, which it imports, raises errors of its own without a driver or a compiler
+        log.warning("liger-kernel is installed, but cannot be imported: %s: %s", type(error).__name__, error)
         return None
     if "accum_dtype" not in inspect.signature(LigerFusedLinearCrossEntropyLoss).parameters:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,10 +28,9 @@ from peft_pretraining.optim.gradient_sums import GradientSums, Noise
 from peft_pretraining.optim.low_rank import LowRankOptimizer
 from peft_pretraining.optim.state.base import check_dense, gradient_of
 from peft_pretraining.optim.state.settings import check_number
-from peft_pretraining.optim.tensors.projection import Bases
 
 
-class PerLayerUpdates:
+class PerLayerUpdates(AbstractContextManager["PerLayerUpdates"]):
     """Drives a `LowRankOptimizer` from hooks on its parameters' gradients; its `step` then has nothing left to do.
 
         >>> weight = torch.nn.Parameter(torch.zeros(6, 4))
@@ -76,16 +75,13 @@ class PerLayerUpdates:
         if optimizer.has_followers:
             raise RuntimeError("the optimizer has per-layer updates already: close() them first")
         self._optimizer, self._reduce, self._clip_full = optimizer, reduce, clip_full
-        self._early_first_bases = early_first_bases
-        self._sums = GradientSums(sum_dtype, seed)
+        self._early_first_bases, self._sums = early_first_bases, GradientSums(sum_dtype, seed)
         self._whole: set[Tensor] = set()  # those whose sum is of G, not of R
         self._kept: dict[Tensor, None] = {}  # without a projection: their sum is in `grad`
         self._early: dict[Tensor, Projected] = {}
         self._complete = CompleteGradients(optimizer, reduce, clip, clip_full)
-        self._index, self._count = 0, 1
-        self._begun = False
-        self._pass: int | None = None
-        """The backward pass whose end is awaited."""
+        self._index, self._count, self._begun = 0, 1, False
+        self._pass: int | None = None  # the backward pass whose end is awaited
         self._hooked: set[Tensor] = set()
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, remove_all, self._handles)
@@ -108,12 +104,7 @@ class PerLayerUpdates:
         self._optimizer.unfollow(self)
         scaled_losses.forget(self)
 
-    def __enter__(self) -> PerLayerUpdates:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -246,7 +237,11 @@ class PerLayerUpdates:
             # In its own dtype, as autograd would: of all layers they are large, and of one there is nothing to add.
             self._sums[param] = self._sums[param].add_(grad) if param in self._sums else grad
             return
-        part = grad if full else subspace.project_in(self._bases(param, self._optimizer.local_state(param)), grad)
+        part = grad
+        if not full:
+            early = self._early.get(param)
+            bases = (early and early.new_bases) or subspace.bases(self._optimizer.local_state(param))
+            part = subspace.project_in(bases, grad)
         if self._count == 1 and self._reduce is as_it_is:
             self._sums[param] = part  # there is nothing to add to it
         else:
@@ -281,11 +276,6 @@ class PerLayerUpdates:
             for param in [*self._sums, *self._kept]:
                 self._complete.add(self._complete_of(param, self._optimizer.group_of(param)))
             self._complete.move()
-
-    def _bases(self, param: Tensor, state: dict[str, Tensor]) -> Bases:
-        """Those in which this update's gradients are projected as they arrive."""
-        early = self._early.get(param)
-        return (early and early.new_bases) or self._optimizer.subspaces[param].bases(state)
 
     def _needs_full_gradient(self, param: Tensor, group: dict[str, Any], grad: Tensor) -> bool:
         """Whether this update's G, not R, has to be added up; makes new bases early where that avoids it."""

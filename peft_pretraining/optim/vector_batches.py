@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from peft_pretraining.optim.rules.torch_adamw import torch_step
 from peft_pretraining.optim.tensors.rounding import Noise, round_stack_
 
 NUMBERS_AT_ONCE = 2**26
@@ -65,23 +65,14 @@ def move_as_torch(
     weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any], masked: Masked
 ) -> None:
     """Update tensors of any shape that have one count each by torch's fused kernel, which counts."""
-    beta1, beta2 = group["betas"]
-    adamw(
+    torch_step(
         weights,
         [grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
-        [],
         [state["step"] for state in states],
-        fused=True,
-        found_inf=masked.found_inf,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
+        group,
+        masked.found_inf,
     )
 
 

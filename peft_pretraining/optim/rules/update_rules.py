@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
-from peft_pretraining.optim.rules.adamw import AdamW, AdamW8bit, TorchAdamW
+from peft_pretraining.optim.rules.adamw import AdamW, AdamW8bit
 from peft_pretraining.optim.rules.batches import Batch, Batches
+from peft_pretraining.optim.rules.torch_adamw import TorchAdamW
 from peft_pretraining.optim.rules.update_rule import UpdateRule, mean_from, mean_over
 from peft_pretraining.optim.tensors.collectives import Collective, Phases
 from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_pretraining.optim.rules.adamw import TorchAdamW
+from peft_pretraining.optim.rules.torch_adamw import TorchAdamW
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors import moving_weights, rounding
 from peft_pretraining.optim.tensors.collectives import in_lots
