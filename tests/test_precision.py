@@ -106,6 +106,7 @@ def test_what_nearest_rounding_costs_is_said(words, tmp_path):
 @pytest.mark.parametrize("sums", ["weight", "int8"])
 def test_settings_without_effect_are_named(words, tmp_path, sums):
     given = {"state_dtype": "weight", "matmul_precision": "high", "basis_dtype": "int8", "gradient_sum_dtype": sums}
+    given["lean_layers"] = "off"
     said = loaded(words, tmp_path, precision="mixed", **given).warnings
     assert all(any(f"--{name}" in line and "effect" in line for line in said) for name in given)
 

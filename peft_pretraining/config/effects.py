@@ -52,6 +52,11 @@ _AS_WEIGHTS = "with --precision {precision}, whose states and bases are in the w
 
 CONDITIONS = (
     Condition(("state_dtype",), _has_narrow_weights, _AS_WEIGHTS),
+    Condition(
+        ("lean_layers",),
+        lambda c: c.model.lean_layers != "off" or c.precision.precision not in ("mixed", "bf16_sr"),
+        "with --precision {precision}, whose norms and MLPs always keep less",
+    ),
     Condition(("basis_dtype",), _keeps_bases, "with --method {method}, which keeps no bases"),
     Condition(
         ("basis_dtype",), lambda c: c.precision.basis_dtype in ("auto", "int8") or _has_narrow_weights(c), _AS_WEIGHTS

@@ -20,6 +20,8 @@ def for_device(launch: ParsedArgs, device_type: str) -> ParsedArgs:
     precision = launch.config.resolved_precision(device_type)
     model = launch.config.model
     settings = {"precision": precision.name, "compile": compile_or_not(model.compile, device_type)}
+    if model.lean_layers == "off" and precision.casts and launch.config.precision.precision == "auto":
+        log.warning("without effect with --precision %s, which auto means here: --lean_layers off", precision.name)
     settings["lean_layers"] = lean_or_not(model.lean_layers, device_type)
     if precision.weight_dtype == "bfloat16":
         settings["state_dtype"] = precision.state_format
