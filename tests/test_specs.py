@@ -73,7 +73,7 @@ def test_a_spec_names_what_there_is(spec):
     known = {flag.name for flag in config_flags()}
     conditions = [name for item in spec.conditions for name in item.names]
     for part, names in {
-        **{part: getattr(spec, part) for part in ("defaults", "tiny", "refused", "reads")},
+        **{part: getattr(spec, part) for part in ("defaults", "tiny", "refused", "reads", "meanings")},
         "conditions": conditions,
     }.items():
         assert not (unknown := sorted(set(names) - known)), f"{spec.name}: {part} names no settings: {unknown}"
@@ -123,7 +123,7 @@ def test_help_shows_groups_and_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.load(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for title in ("model:", "data:", "learning-rate schedule:", "method: galore, online_subspace_descent, golore:"):
+    for title in ("model:", "data:", "learning-rate schedule:", "method: golore, golore_adapter:"):
         assert title in shown
     assert "updates between two evaluations (default: 1000)" in shown
 

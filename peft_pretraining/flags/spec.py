@@ -117,6 +117,8 @@ class MethodSpec:
     """Defaults of settings of any kind that are others for this method."""
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Setting -> the values that it may have here, where that is not all."""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """Setting -> what it multiplies or counts here: for `--help METHOD` and the method's page."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Setting of another method -> why it is an error here, and not only without effect."""
     update_rules: tuple[str, ...] = ("adamw",)
@@ -130,6 +132,8 @@ class MethodSpec:
     """Settings, beside those marked `identity=True`, without which saved tensors would compute something else."""
     reads: tuple[str, ...] = ()
     """Settings of other sections that it gives a meaning of its own."""
+    library: str = ""
+    """The class in its `method.py` that is its optimizer for other loops: `from peft_pretraining.optim import ...`."""
     period: str | None = None
     """The setting that counts updates from one that does more than usual (refreshes, merges) to the next."""
     conditions: tuple[Condition, ...] = ()

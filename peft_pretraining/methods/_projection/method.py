@@ -20,7 +20,7 @@ from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sid
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
-    from peft_pretraining.methods._projection.settings import ProjectionSettings
+    from peft_pretraining.methods._projection.settings import SideSettings
 
 log = logging.getLogger("peft_pretraining")
 
@@ -44,7 +44,7 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             "update_proj_gap": method.update_proj_gap,
             "scale": method.scale,
             "proj_type": method.proj_type,
-            "stagger_refresh": bool(method.stagger_refresh),
+            "stagger_refresh": bool(getattr(method, "stagger_refresh", False)),
         }
 
     def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
@@ -61,10 +61,10 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             lr=settings.lr,
             **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
-            svd_method=method.svd_method,
+            svd_method=getattr(method, "svd_method", "gram"),
             seed=self.config.run.seed,
-            full_norm=method.clip_norm == "full",
-            refresh_accumulation=method.refresh_accumulation,
+            full_norm=_clips_whole(method),
+            refresh_accumulation=getattr(method, "refresh_accumulation", 1),
         )
 
     def sharded_dimension(self, name: str, param: Tensor) -> int:
@@ -76,7 +76,8 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         return 1 if projected_sides(proj_type if proj_type in SIDES else "std", param.shape) == (LEFT,) else 0
 
     def prepare(self, model: nn.Module, optimizer: LowRankOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
-        if optimizer.full_norm and self.config.distributed.reduce_low_rank is not False:
+        asked_for = getattr(self.config.method, "clip_norm", None) == "full"
+        if asked_for and self.config.distributed.reduce_low_rank is not False:
             log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
         if not self.config.method.per_layer:
             return
@@ -89,12 +90,17 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             optimizer,
             reduce,
             clip=clip,
-            clip_full=clip > 0 and method.clip_norm == "full",
-            early_first_bases=bool(method.stagger_refresh),
+            clip_full=clip > 0 and _clips_whole(method),
+            early_first_bases=bool(getattr(method, "stagger_refresh", False)),
             sum_dtype=self.config.precision.gradient_sum_dtype,
             seed=self.config.run.seed,
         )
         log_per_layer_updates(optimizer, self.config)
+
+
+def _clips_whole(method: Any) -> bool:
+    """Whether gradients are clipped by the norm of whole ones: methods that read them have no choice."""
+    return bool(getattr(method, "clip_norm", "full") == "full")
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:
         log.info("clipping: each parameter's gradient by its own norm, %g; no global norm exists in time", clip)
     if method.proj_type in ONLINE_TYPES and accumulation > 1:
         log.info("online PCA needs whole gradients: with %d micro-batches every layer adds up its own", accumulation)
-    elif method.stagger_refresh and accumulation > 1:
+    elif getattr(method, "stagger_refresh", False) and accumulation > 1:
         log.info("the first bases come from the first micro-batch of update 0")
     ordinary, refresh, whole = gradient_bytes(optimizer, method, accumulation, config.precision.gradient_sum_dtype)
     log.info(
@@ -129,7 +135,7 @@ def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:
 
 
 def gradient_bytes(
-    optimizer: LowRankOptimizer, method: ProjectionSettings, accumulation: int, sum_dtype: str = "float32"
+    optimizer: LowRankOptimizer, method: SideSettings, accumulation: int, sum_dtype: str = "float32"
 ) -> tuple[int, int, int]:
     """The most bytes of gradients that exist at a time: in ordinary per-layer updates, in per-layer updates that
     refresh bases, and without per-layer updates."""
@@ -147,9 +153,9 @@ def gradient_bytes(
     )
     if method.proj_type in ONLINE_TYPES:
         return whole, whole, whole
-    if method.clip_norm == "full":
+    if _clips_whole(method):
         return kept + sum(summed) + largest, kept + sum(summed) + largest, whole
-    gap = method.update_proj_gap or len(summed)
-    at_once = -(-len(summed) // gap) if method.stagger_refresh else len(summed)
+    gap = getattr(method, "update_proj_gap", 0) or len(summed)
+    at_once = -(-len(summed) // gap) if getattr(method, "stagger_refresh", False) else len(summed)
     refreshed = sum(sorted(summed)[-at_once:])
     return kept + low + largest, kept + low + refreshed + largest, whole

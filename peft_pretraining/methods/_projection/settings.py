@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peft_pretraining.flags import (
@@ -38,11 +38,17 @@ SUBSPACE_DESCENT_TYPES = ("random", *ONLINE_TYPES)
 
 
 @dataclass(frozen=True)
-class BasisSettings(MethodSettings):
-    """Where bases come from, and when."""
+class RefreshSettings(MethodSettings):
+    """When a basis, or a random projection, is replaced."""
 
     scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
     update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
+
+
+@dataclass(frozen=True)
+class SVDSettings(RefreshSettings):
+    """Where bases come from that are made of gradients."""
+
     svd_method: str = setting("gram", choice(*SVD_METHODS), f"how bases are computed: {', '.join(SVD_METHODS)}")
     stagger_refresh: bool | None = setting(
         None, boolean, "spread the layers' refreshes over --update_proj_gap (default: with --per_layer)"
@@ -50,6 +56,12 @@ class BasisSettings(MethodSettings):
     refresh_accumulation: int = setting(
         1, positive_int, "total batches whose mean gradient an SVD sees; the update sees its own"
     )
+
+
+@dataclass(frozen=True)
+class BasisSettings(SVDSettings):
+    """Of methods for which the projected gradient is enough."""
+
     clip_norm: str = setting(
         "projected", choice("projected", "full"), "norm used for clipping: of projected gradients, or of full ones"
     )
@@ -63,7 +75,9 @@ class RandomBasisSettings(MethodSettings):
 
 
 @dataclass(frozen=True)
-class ProjectionSettings(LowRankSettings, BasisSettings):
+class SideSettings(LowRankSettings):
+    """Which side is projected, and when weights move."""
+
     proj_type: str = setting(
         "std",
         choice(*PROJECTION_TYPES, *SUBSPACE_DESCENT_TYPES),
@@ -72,6 +86,20 @@ class ProjectionSettings(LowRankSettings, BasisSettings):
         identity=True,
     )
     per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+
+
+@dataclass(frozen=True)
+class ProjectionSettings(SideSettings, BasisSettings):
+    pass
+
+
+@dataclass(frozen=True)
+class LimiterSettings(MethodSettings):
+    """Of methods whose steps may grow by so much (optim/rules/limiter.py)."""
+
+    norm_growth: float = setting(
+        1.01, positive_float, "largest factor by which the norm of a matrix's step may grow from one update to the next"
+    )
 
 
 def _reads_gradients(config: Config) -> bool:
@@ -104,12 +132,13 @@ RANDOM_CONDITIONS = (
 
 def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
     """Refreshes are spread where gradients are freed one by one: otherwise all are kept for the refresh."""
-    return config.replace(stagger_refresh=config.per_layer) if config.method.stagger_refresh is None else config
+    unset = getattr(config.method, "stagger_refresh", False) is None
+    return config.replace(stagger_refresh=config.per_layer) if unset else config
 
 
 def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What bases in 8 bits and updates in the backward pass cannot do."""
-    method = config.method
+    method, accumulation = config.method, getattr(config.method, "refresh_accumulation", 1)
     if config.precision.basis_dtype == "int8" and method.proj_type in ONLINE_TYPES:
         problems.append(
             f"--basis_dtype int8: with {method.proj_type} bases move in every update, by less than 8 bits can show"
@@ -121,13 +150,31 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
             f"--skip_spikes {config.optimizer.skip_spikes:g} cannot go with per-layer updates, which are done "
             "before the gradient norm is known"
         )
-    if method.refresh_accumulation > 1:
+    if accumulation > 1:
         problems.append(
-            f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "
+            f"--refresh_accumulation {accumulation} needs full gradients of several batches, which "
             "per-layer updates never hold: leave one of the two out"
         )
-    if config.optimizer.clip_grad_norm > 0 and method.clip_norm == "full":
+    if config.optimizer.clip_grad_norm > 0 and getattr(method, "clip_norm", None) == "full":
         warnings.append("--clip_norm full: with per-layer updates every layer adds up its full gradient in float32")
+
+
+def check_whole(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
+    """What methods cannot do whose steps need the whole gradient, and are limited in growth."""
+    check(config, given, problems, warnings)
+    check_float32_state(config, problems)
+    growth = getattr(config.method, "norm_growth", 1.0)
+    if growth < 1:
+        problems.append(f"--norm_growth {growth:g}: must be at least 1, or every step is shorter than the one before")
+
+
+def check_float32_state(config: Config, problems: list[str]) -> None:
+    """Second moments and running means in bfloat16 never fall; nothing asks for them here."""
+    if config.precision.state_dtype == "published":
+        problems.append(
+            f"--state_dtype published: method {config.method.method} computes in float32, whatever its weights are in: "
+            "float32 or weight"
+        )
 
 
 def check_random(config: Config, warnings: list[str]) -> None:
@@ -137,11 +184,9 @@ def check_random(config: Config, warnings: list[str]) -> None:
 
 
 def check_fine_tuning(config: Config, problems: list[str]) -> None:
-    if config.method.refresh_accumulation > 1:
-        problems.append(
-            f"--refresh_accumulation {config.method.refresh_accumulation}: fine-tuning has no further batches for a "
-            "refresh"
-        )
+    accumulation = getattr(config.method, "refresh_accumulation", 1)
+    if accumulation > 1:
+        problems.append(f"--refresh_accumulation {accumulation}: fine-tuning has no further batches for a refresh")
 
 
 FAMILY = MethodSpec(
@@ -171,3 +216,15 @@ FAMILY = MethodSpec(
     check_fine_tuning=check_fine_tuning,
 )
 """What is so for each of them, unless it says otherwise."""
+
+WHOLE = replace(
+    FAMILY,
+    family="whole gradients, projected moments",
+    settings=SideSettings,
+    defaults={"adam_eps": 1e-6, "state_dtype": "float32"},
+    update_rules=("adamw",),
+    allows=replace(FAMILY.allows, projected_gradient=False),
+    conditions=(),
+    check=check_whole,
+)
+"""What is so for methods that move a weight by its whole gradient, scaled by what happens in a projection."""
