@@ -25,6 +25,17 @@ def projecting(kind):
 BUILD = {
     "apollo": lambda *case: projecting(optim.Apollo)(*case),
     "fira": lambda *case: projecting(optim.Fira)(*case),
+    "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
+    "racs": lambda weight, settings, _: optim.Racs([weight], **renamed(settings, gamma="norm_growth")),
+    "alice": lambda weight, settings, given: optim.Alice(
+        [weight],
+        bases=given,
+        **renamed(settings, gap="update_proj_gap", gamma="norm_growth", residual_scale="compensation"),
+    ),
+    "ldadam": lambda weight, settings, _: optim.LDAdam([weight], **settings),
+    "frugal": lambda weight, settings, given: optim.Frugal(
+        [weight], indices=given, **renamed(settings, gap="update_proj_gap")
+    ),
 }
 """Method of a case -> the optimizer of a weight, the case's settings, and what it prescribes."""
 
