@@ -22,20 +22,9 @@ from peft_pretraining.flags import ConfigError, parse_command_line, parse_yaml  
 from peft_pretraining.models import model_config  # noqa: E402  # noqa: E402
 
 SIZES = ("60m", "130m", "250m", "350m", "1b", "7b")
-METHOD_NAMES = (
-    *(
-        "apollo",
-        "apollo_mini",
-        "fira",
-        "foam",
-        "full_rank",
-        "galore",
-        "golore",
-        "lora",
-        "online_subspace_descent",
-        "racs",
-    ),
-    *("relora", "switchlora"),
+METHOD_NAMES = tuple(
+    "alice apollo apollo_mini fira foam frugal full_rank galore golore ldadam lora online_subspace_descent racs relora "
+    "switchlora".split()
 )
 
 SHAPES = {  # hidden, intermediate, heads, layers, vocabulary, positions, millions of parameters
