@@ -23,7 +23,7 @@ from peft_pretraining.models import model_config  # noqa: E402  # noqa: E402
 
 SIZES = ("60m", "130m", "250m", "350m", "1b", "7b")
 METHOD_NAMES = (
-    *("apollo", "apollo_mini", "fira", "full_rank", "galore", "golore", "lora", "online_subspace_descent", "relora"),
+    *("apollo", "apollo_mini", "fira", "foam", "full_rank", "galore", "golore", "lora", "online_subspace_descent", "relora"),
     "switchlora",
 )
 

@@ -192,13 +192,13 @@ def rounding(optimizer: torch.optim.Optimizer) -> float:
 
 
 def elements(formula: str, m: int, n: int, r: int) -> int:
-    """The value of a spec's `state`: a sum of products such as 2mr."""
+    """The value of a spec's `state`: a sum of products such as 2mr, or of one over a number, such as mn/2."""
     sizes, total = {"m": m, "n": n, "r": r}, 0
     for term in formula.replace(" ", "").split("+"):
-        parts = re.fullmatch(r"(\d*)([mnr]*)", term)
+        parts = re.fullmatch(r"(\d*)([mnr]*)(?:/(\d+))?", term)
         assert parts and term, f"{formula!r} is no sum of products of m, n, r"
         product = int(parts[1] or 1)
         for letter in parts[2]:
             product *= sizes[letter]
-        total += product
+        total += product // int(parts[3] or 1)
     return total

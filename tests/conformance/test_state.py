@@ -42,6 +42,7 @@ def test_bytes_of_the_state_are_those_of_the_formula(runs, case, layer):
 
 def test_formulas_are_read():
     assert elements("mr + 2nr", 3, 5, 2) == 26 and elements("2mn + 1", 3, 5, 2) == 31
+    assert elements("2mn/4 + r", 4, 6, 2) == 14
     for wrong in ("2k", "", "m/r", "m + "):
         with pytest.raises(AssertionError, match="is no sum"):
             elements(wrong, 1, 1, 1)

@@ -20,7 +20,7 @@ from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sid
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
-    from peft_pretraining.methods._projection.settings import SideSettings
+    from peft_pretraining.methods._projection.settings import PerLayerSettings
 
 log = logging.getLogger("peft_pretraining")
 
@@ -127,7 +127,8 @@ def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:
     log.info("per-layer updates: every parameter moves inside the backward pass")
     if clip:
         log.info("clipping: each parameter's gradient by its own norm, %g; no global norm exists in time", clip)
-    if method.proj_type in ONLINE_TYPES and accumulation > 1:
+    online = getattr(method, "proj_type", "std") in ONLINE_TYPES
+    if online and accumulation > 1:
         log.info("online PCA needs whole gradients: with %d micro-batches every layer adds up its own", accumulation)
     elif getattr(method, "stagger_refresh", False) and accumulation > 1:
         log.info("the first bases come from the first micro-batch of update 0")
@@ -140,7 +141,7 @@ def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:
 
 
 def gradient_bytes(
-    optimizer: LowRankOptimizer, method: SideSettings, accumulation: int, sum_dtype: str = "float32"
+    optimizer: LowRankOptimizer, method: PerLayerSettings, accumulation: int, sum_dtype: str = "float32"
 ) -> tuple[int, int, int]:
     """The most bytes of gradients that exist at a time: in ordinary per-layer updates, in per-layer updates that
     refresh bases, and without per-layer updates."""
@@ -156,7 +157,7 @@ def gradient_bytes(
         sum_bytes(param, space.projection.low_rank_shape(param.shape).numel(), sum_dtype)
         for param, space in subspaces.items()
     )
-    if method.proj_type in ONLINE_TYPES:
+    if getattr(method, "proj_type", "std") in ONLINE_TYPES:
         return whole, whole, whole
     if _clips_whole(method):
         return kept + sum(summed) + largest, kept + sum(summed) + largest, whole

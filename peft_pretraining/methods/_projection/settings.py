@@ -20,7 +20,7 @@ from peft_pretraining.flags import (
     positive_int,
     setting,
 )
-from peft_pretraining.methods._low_rank.settings import LowRankSettings
+from peft_pretraining.methods._low_rank.settings import LowRankSettings, TargetSettings
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
@@ -38,10 +38,14 @@ SUBSPACE_DESCENT_TYPES = ("random", *ONLINE_TYPES)
 
 
 @dataclass(frozen=True)
-class RefreshSettings(MethodSettings):
+class ScaleSettings(MethodSettings):
+    scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
+
+
+@dataclass(frozen=True)
+class RefreshSettings(ScaleSettings):
     """When a basis, or a random projection, is replaced."""
 
-    scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
     update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
 
 
@@ -75,7 +79,12 @@ class RandomBasisSettings(MethodSettings):
 
 
 @dataclass(frozen=True)
-class SideSettings(LowRankSettings):
+class PerLayerSettings(TargetSettings):
+    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+
+
+@dataclass(frozen=True)
+class SideSettings(LowRankSettings, PerLayerSettings):
     """Which side is projected, and when weights move."""
 
     proj_type: str = setting(
@@ -85,7 +94,6 @@ class SideSettings(LowRankSettings):
         f"{', '.join(SUBSPACE_DESCENT_TYPES)}",
         identity=True,
     )
-    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
 def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What bases in 8 bits and updates in the backward pass cannot do."""
     method, accumulation = config.method, getattr(config.method, "refresh_accumulation", 1)
-    if config.precision.basis_dtype == "int8" and method.proj_type in ONLINE_TYPES:
+    if config.precision.basis_dtype == "int8" and getattr(method, "proj_type", "std") in ONLINE_TYPES:
         problems.append(
             f"--basis_dtype int8: with {method.proj_type} bases move in every update, by less than 8 bits can show"
         )
