@@ -40,6 +40,8 @@ from peft_pretraining.flags import (
 from peft_pretraining.methods import METHODS, method_flags
 from peft_pretraining.optim.rule_settings import RULES, AdamSettings
 
+TABLE_OPTIMIZERS = ("auto", "adamw", "method")
+"""What updates a table: the embedding, or the head."""
 SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr", "wsd")
 
 
@@ -130,8 +132,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RoleConfig:
-    """Rates and decays of what is no matrix of a layer; all rates share the schedule's multiplier."""
+    """Update rules, rates and decays of what is no matrix of a layer; all rates share the schedule's multiplier."""
 
+    head_optimizer: str = setting(
+        "auto",
+        choice(*TABLE_OPTIMIZERS),
+        "what updates the head, a tied one too: adamw, method (as the matrices), auto (what the method's authors do)",
+    )
+    embed_optimizer: str = setting(
+        "auto", choice(*TABLE_OPTIMIZERS), "what updates the embedding: adamw, method, auto, as --head_optimizer"
+    )
     adam_lr: float | None = setting(
         None,
         positive_float,

@@ -57,6 +57,8 @@ class Allows:
     parameter group has what `methods.groups.state_settings` gives."""
     stored_bases: bool = False
     """The optimizer keeps bases, which may have a dtype of their own."""
+    tables: bool = False
+    """Embedding and head may move as the matrices do: the method's `by_role` says how (`--head_optimizer method`)."""
     fp16: bool = False
     """Fine-tuning may scale the loss: no gradient is used before it is unscaled."""
 
@@ -126,6 +128,9 @@ class MethodSpec:
     state: str = ""
     """Elements of optimizer state for an m x n matrix, m <= n, bases included, step counts not."""
     allows: Allows = Allows()
+    tables: frozenset[str] = frozenset()
+    """Of head and embedding, those that move as the matrices do where `--head_optimizer` and `--embed_optimizer` are
+    auto; what is in none of the two has the update rule without a basis."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Settings with which it does all that it can within ten updates of a toy model: for tests of every method."""
     identity: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ FAMILY = MethodSpec(
     family="matrices by a rule of their own",
     settings=projection.PerLayerSettings,
     defaults={"state_dtype": "float32"},
-    allows=Allows(per_layer=True, fsdp=True, fine_tuning=True, stochastic_rounding=True, fp16=True),
+    allows=Allows(per_layer=True, fsdp=True, fine_tuning=True, stochastic_rounding=True, tables=True, fp16=True),
     check=projection.check_whole,
 )
 """Unless a method says otherwise. `adamw` is the update rule of everything else."""

@@ -47,14 +47,19 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             "stagger_refresh": bool(getattr(method, "stagger_refresh", False)),
         }
 
+    def table(self, role: str) -> dict[str, Any]:
+        """Settings of the head, or of the embedding, where it is updated as the matrices are."""
+        return self.projection()
+
     def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
         method, settings = self.config.method, self.config.optimizer
         with named_by_flag(self.config):
             targets = {f"{name}.weight" for name in target_linears(model, method.target_modules)}
         named = list(model.named_parameters())
+        others = {"params": [each for each in named if each[0] not in targets]}
         return LowRankOptimizer(
             [
-                *by_role(self.config, model, {"params": [each for each in named if each[0] not in targets]}, targets),
+                *by_role(self.config, model, others, targets, method=self.table),
                 {"params": [each for each in named if each[0] in targets], **self.projection()},
             ],
             rule=settings.optimizer,

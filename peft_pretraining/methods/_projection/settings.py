@@ -220,6 +220,7 @@ FAMILY = MethodSpec(
         fine_tuning=True,
         stochastic_rounding=True,
         stored_bases=True,
+        tables=True,
         fp16=True,
     ),
     tiny={"rank": 4, "update_proj_gap": 2},

@@ -56,6 +56,7 @@ SPEC = replace(
         "scale": "factor of the matrices' steps, inside and outside the subspace",
         "update_proj_gap": "updates between two refreshes of the subspace; 0 keeps the first",
     },
+    tables=frozenset({"head"}),
     period="update_proj_gap",
     state="mr + 2nr + n + 1 + rr",
     library="Alice",
