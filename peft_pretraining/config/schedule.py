@@ -1,8 +1,8 @@
 """Learning-rate schedules as pure functions of the update step.
 
 t is the 0-based update step, T the number of updates, w the warm-up, c the cycle, d the decay and f the lowest
-multiplier. Nothing is stored: the rate of an update follows from its number, so a resumed run cannot be out of step with
-its schedule.
+multiplier. Nothing is stored: the rate of an update follows from its number, so a resumed run cannot be out of step
+with its schedule.
 """
 
 from __future__ import annotations
