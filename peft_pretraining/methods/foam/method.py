@@ -61,7 +61,7 @@ class FoldedAdam(UpdateRule):
         for update in updates:
             correction = math.sqrt(1 - beta2**update.k) / (1 - beta1**update.k)
             factor = update.rate * self._scale * correction
-            found.append(Direction(self._direction(update, beta1, beta2, group["eps"]), factor, 1.0))
+            found.append(Direction(self._direction(update, beta1, beta2, group["eps"]), factor))
         return found
 
     def _direction(self, update: ParamUpdate, beta1: float, beta2: float, eps: float) -> Tensor:
@@ -69,13 +69,18 @@ class FoldedAdam(UpdateRule):
         grad, first, second = update.low_rank_grad, update.state["exp_avg"], update.state["exp_avg_sq"]
         rows, columns = grad.shape
         blocks = functional.pad(grad, (0, -columns % self._block)).view(rows, -1, self._block)  # no copy if they fit
-        mean = blocks.mean(-1)
+        mean = self._means(blocks)
         first.lerp_(mean, 1 - beta1)
-        second.lerp_(blocks.square().mean(-1) if self._of_squares else mean.square(), 1 - beta2)
+        second.lerp_(self._means(blocks.square()) if self._of_squares else mean.square(), 1 - beta2)
         detail = blocks - mean.unsqueeze(-1)
         root = torch.addcmul(second.unsqueeze(-1), detail, detail).sqrt_().add_(eps)
         whole = detail.add_(first.unsqueeze(-1)).div_(root)
         return whole.view(rows, -1)[:, :columns]
+
+    def _means(self, blocks: Tensor) -> Tensor:
+        """Of each block (m, blocks, 2^l), as a product, which is several times as fast as a mean over few numbers."""
+        weights = blocks.new_full((self._block,), 1 / self._block)
+        return torch.mv(blocks.reshape(-1, self._block), weights).view(blocks.shape[:2])
 
 
 class Foam(MatrixOptimizer):

@@ -197,7 +197,8 @@ class PartialAdam(UpdateRule):
         """A new tensor: how coordinates move that are outside."""
         if self._free_rule == "none":
             return torch.zeros_like(grad)
-        return (grad.sign() if self._free_rule == "sign" else grad.clone()).mul_(self._free_scale)
+        found = grad.sign() if self._free_rule == "sign" else grad.clone()
+        return found if self._free_scale == 1 else found.mul_(self._free_scale)
 
     def _adam(self, update: ParamUpdate, group: dict[str, Any], grad: Tensor) -> Tensor:
         (beta1, beta2), k = group["betas"], int(update.state["age"])
