@@ -24,6 +24,11 @@ def projecting(kind):
 
 BUILD = {
     "apollo": lambda *case: projecting(optim.Apollo)(*case),
+    "muon": lambda weight, settings, _: optim.Muon([weight], **renamed(settings, eps="ns_eps")),
+    "rmnp": lambda weight, settings, _: optim.RMNP([weight], **renamed(settings, eps="row_eps")),
+    "scale": lambda weight, settings, _: optim.Scale([weight], **renamed(settings, eps="norm_eps")),
+    "stable_spam": lambda weight, settings, _: optim.StableSPAM([weight], **settings),
+    "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
     "fira": lambda *case: projecting(optim.Fira)(*case),
 }
 """Method of a case -> the optimizer of a weight, the case's settings, and what it prescribes."""

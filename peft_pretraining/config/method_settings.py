@@ -13,7 +13,6 @@ from peft_pretraining.config import Config, legacy
 from peft_pretraining.flags import ParsedFlag
 from peft_pretraining.methods import METHODS
 
-
 TABLES = {"head": "head_optimizer", "embedding": "embed_optimizer"}
 """Role -> the setting that says what updates it."""
 
@@ -64,9 +63,7 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
         spec.check(config, given, problems, warnings)
 
 
-def _check_tables(
-    config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]
-) -> None:
+def _check_tables(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What is to update the head and the embedding."""
     spec = METHODS[config.method.method]
     for role, name in TABLES.items():

@@ -43,10 +43,15 @@ class ScaleSettings(MethodSettings):
 
 
 @dataclass(frozen=True)
-class RefreshSettings(ScaleSettings):
+class GapSettings(MethodSettings):
     """When a basis, or a random projection, is replaced."""
 
     update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
+
+
+@dataclass(frozen=True)
+class RefreshSettings(ScaleSettings, GapSettings):
+    pass
 
 
 @dataclass(frozen=True)
