@@ -27,9 +27,22 @@ BUILD = {
     "muon": lambda weight, settings, _: optim.Muon([weight], **renamed(settings, eps="ns_eps")),
     "rmnp": lambda weight, settings, _: optim.RMNP([weight], **renamed(settings, eps="row_eps")),
     "scale": lambda weight, settings, _: optim.Scale([weight], **renamed(settings, eps="norm_eps")),
+    "adam_mini": lambda weight, settings, _: optim.AdamMini([weight], **settings),
+    "soap": lambda weight, settings, given: optim.SOAP([weight], first_vectors=given, **settings),
     "stable_spam": lambda weight, settings, _: optim.StableSPAM([weight], **settings),
     "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
     "fira": lambda *case: projecting(optim.Fira)(*case),
+    "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
+    "racs": lambda weight, settings, _: optim.Racs([weight], **renamed(settings, gamma="norm_growth")),
+    "alice": lambda weight, settings, given: optim.Alice(
+        [weight],
+        bases=given,
+        **renamed(settings, gap="update_proj_gap", gamma="norm_growth", residual_scale="compensation"),
+    ),
+    "ldadam": lambda weight, settings, _: optim.LDAdam([weight], **settings),
+    "frugal": lambda weight, settings, given: optim.Frugal(
+        [weight], indices=given, **renamed(settings, gap="update_proj_gap")
+    ),
 }
 """Method of a case -> the optimizer of a weight, the case's settings, and what it prescribes."""
 

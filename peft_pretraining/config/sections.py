@@ -25,6 +25,7 @@ from peft_pretraining.flags import (
     choice,
     comma_separated,
     fraction_below_one,
+    fraction_up_to_one,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -41,7 +42,7 @@ from peft_pretraining.optim.rule_settings import RULES, AdamSettings
 
 TABLE_OPTIMIZERS = ("auto", "adamw", "method")
 """What updates a table: the embedding, or the head."""
-SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr")
+SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr", "wsd")
 
 
 def _dtype(text: str) -> str:
@@ -171,12 +172,21 @@ class ScheduleConfig:
     )
     num_extra_training_steps: int = setting(0, non_negative_int, "updates after the schedule's end, at its last rate")
     warmup_steps: int = setting(1000, non_negative_int, "updates of linear warm-up from 0")
-    min_lr_ratio: float = setting(0.1, fraction_below_one, "lowest rate of the cosine schedules, relative to --lr")
+    min_lr_ratio: float = setting(
+        0.1, fraction_below_one, "lowest rate of the cosine schedules and of wsd, relative to --lr (default of wsd: 0)"
+    )
     cycle_length: int | None = setting(
         None, positive_int, "updates per cycle of the cosine schedules (default: the run)"
     )
     restart_warmup_steps: int = setting(0, non_negative_int, "cosine_restarts: warm-up after each restart")
     adjust_step: int = setting(0, non_negative_int, "cosine_restarts: updates by which the restarts come earlier")
+    decay_steps: int | None = setting(
+        None, positive_int, "wsd: updates at the end in which the rate falls (default: by --decay_ratio)"
+    )
+    decay_ratio: float = setting(0.2, fraction_up_to_one, "wsd: --decay_steps as a share of the run")
+    decay_shape: str = setting(
+        "1-sqrt", choice("1-sqrt", "linear"), "wsd: how the rate falls: 1-sqrt (one less the root of time) or linear"
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from peft_pretraining.methods.groups import state_settings
 
 
 class MatrixTraining(GradientProjection):
-    """The target layers' weights move by the objects of `matrices`, inside the backward pass where that is asked for."""
+    """The target layers' weights move by the objects of `matrices`, in the backward pass where that is asked for."""
 
     def matrices(self) -> dict[str, Any]:
         """Settings of the group of matrices: its rule, and a lift and a basis where there are some."""

@@ -23,7 +23,13 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.methods._projection.method import GradientProjection
 from peft_pretraining.methods.fira.settings import RESIDUALS
 from peft_pretraining.optim import Collective, Lift, MatrixOptimizer, ParamUpdate, Phases, StateTensor
-from peft_pretraining.optim.rules.channels import channel_factors, low_rank_axis, of_rows, squared_norm_of_scaled
+from peft_pretraining.optim.rules.channels import (
+    channel_factors,
+    low_rank_axis,
+    of_rows,
+    residual,
+    squared_norm_of_scaled,
+)
 from peft_pretraining.optim.rules.limiter import NormGrowthLimiter
 from peft_pretraining.optim.tensors.projection import Projection
 
@@ -54,7 +60,7 @@ class ScaledResidual(Lift):
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[None]:
         factors = [channel_factors(update) for update in updates]
-        left = [self._residual(update) for update in updates]
+        left = [residual(update, 1.0 if self._orthogonal else update.scale) for update in updates]
         squares = yield [
             Collective(squared_norm_of_scaled(part, factor, low_rank_axis(update)), update.shard)
             for update, part, factor in zip(updates, left, factors, strict=True)
@@ -67,14 +73,6 @@ class ScaledResidual(Lift):
             for rows, weight in update.moving_rows():
                 update.projection.add_projected_back(weight, bases, direction, -rate * update.scale, rows)
                 weight.addcmul_(of_rows(part, rows), of_rows(signed, rows))
-
-    def _residual(self, update: ParamUpdate) -> Tensor:
-        """E, this device's part of (m, n)."""
-        assert update.grad is not None
-        inside = 1.0 if self._orthogonal else update.scale
-        left = update.grad.clone()
-        update.projection.add_projected_back(left, update.bases, update.low_rank_grad, -inside)
-        return left
 
 
 class Fira(MatrixOptimizer):

@@ -1,7 +1,7 @@
 """FOAM: Adam whose moments are those of blocks of neighbouring inputs (arXiv 2512.07112).
 
-For a weight W (m, n), with F the means over blocks of 2^l entries of a row (the last block filled up with zeros), U what
-repeats each of them, k the update counted from 1 and c_k = √(1-β2^k) / (1-β1^k):
+For a weight W (m, n), with F the means over blocks of 2^l entries of a row (the last block filled up with zeros), U
+what repeats each of them, k the update counted from 1 and c_k = √(1-β2^k) / (1-β1^k):
 
     D = G - U(F(G))                                                            (m, n)
     M = β1 M + (1-β1) F(G),  V = β2 V + (1-β2) F(G²), or F(G)²                 (m, ⌈n/2^l⌉)

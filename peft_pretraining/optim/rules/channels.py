@@ -42,6 +42,14 @@ def squared_norm_of_scaled(matrix: Tensor, factors: Tensor, axis: int) -> Tensor
     return (norms * factors).square().sum()
 
 
+def residual(update: ParamUpdate, inside: float = 1.0) -> Tensor:
+    """G less `inside` times its projection, this device's part of (m, n)."""
+    assert update.grad is not None
+    left = update.grad.clone()
+    update.projection.add_projected_back(left, update.bases, update.low_rank_grad, -inside)
+    return left
+
+
 def of_rows(tensor: Tensor, rows: slice | None) -> Tensor:
     """These rows of what is (m, n), (m, 1), (1, n) or a scalar: the whole of what is the same in all rows."""
     return tensor if rows is None or tensor.ndim == 0 or len(tensor) == 1 else tensor[rows]
