@@ -24,6 +24,13 @@ def projecting(kind):
 
 BUILD = {
     "apollo": lambda *case: projecting(optim.Apollo)(*case),
+    "muon": lambda weight, settings, _: optim.Muon([weight], **renamed(settings, eps="ns_eps")),
+    "rmnp": lambda weight, settings, _: optim.RMNP([weight], **renamed(settings, eps="row_eps")),
+    "scale": lambda weight, settings, _: optim.Scale([weight], **renamed(settings, eps="norm_eps")),
+    "adam_mini": lambda weight, settings, _: optim.AdamMini([weight], **settings),
+    "soap": lambda weight, settings, given: optim.SOAP([weight], first_vectors=given, **settings),
+    "stable_spam": lambda weight, settings, _: optim.StableSPAM([weight], **settings),
+    "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
     "fira": lambda *case: projecting(optim.Fira)(*case),
     "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
     "racs": lambda weight, settings, _: optim.Racs([weight], **renamed(settings, gamma="norm_growth")),

@@ -22,10 +22,7 @@ from peft_pretraining.flags import ConfigError, parse_command_line, parse_yaml  
 from peft_pretraining.models import model_config  # noqa: E402  # noqa: E402
 
 SIZES = ("60m", "130m", "250m", "350m", "1b", "7b")
-METHOD_NAMES = tuple(
-    "alice apollo apollo_mini fira foam frugal full_rank galore golore ldadam lora online_subspace_descent racs relora "
-    "switchlora".split()
-)
+METHOD_NAMES = sorted(path.stem for path in (PROJECT / "configs" / "recipes").glob("*.yaml") if path.stem != "common")
 
 SHAPES = {  # hidden, intermediate, heads, layers, vocabulary, positions, millions of parameters
     "9m": (128, 352, 4, 4, 32000, 1024, 9.0),

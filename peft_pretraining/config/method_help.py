@@ -18,7 +18,6 @@ _PERMISSIONS = {
     "projected_gradient": "DDP that averages projected gradients",
     "per_layer": "updates inside the backward pass",
     "quantized_weights": "quantised weights",
-    "tables": "head and embedding",
     "fsdp": "FSDP2",
     "fine_tuning": "fine-tuning",
     "fp16": "fp16 in fine-tuning",

@@ -20,7 +20,8 @@ class MatrixOptimizer(LowRankOptimizer):
     `from_model` takes the linear layers of attention and MLPs for the matrices, as pre-training does, and AdamW for
     embedding, head and norms.
 
-    `matrices` are settings of the groups of matrices, `settings` those of `LowRankOptimizer`. States and arithmetic are
+    `matrices` are settings of the groups of matrices, `settings` those of `LowRankOptimizer`; `adam_lr` is the rate of
+    what AdamW updates, by default that of the matrices. States and arithmetic are
     in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`).
     """
 
@@ -29,12 +30,15 @@ class MatrixOptimizer(LowRankOptimizer):
         params: Iterable[Any],
         *,
         matrices: Mapping[str, Any],
+        adam_lr: float | None = None,
         state_format: str = "float32",
         rounding: str = "nearest",
         **settings: Any,
     ):
         formats = {"state_format": state_format, "rounding": rounding}
-        groups = [part for group in _as_groups(params) for part in _split(group, matrices)]
+        groups = [part for group in as_groups(params) for part in _split(group, matrices)]
+        if adam_lr is not None:
+            groups = [{"lr": adam_lr, **group} if group.get("rule") == "adamw" else group for group in groups]
         super().__init__([{**formats, **group} for group in groups], **settings)
 
     @classmethod
@@ -45,7 +49,8 @@ class MatrixOptimizer(LowRankOptimizer):
         return cls([*({**group, "rule": "adamw"} for group in others), matrices], **settings)
 
 
-def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """What an optimizer is given, as groups."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of parameters or groups, got a tensor")
     given = list(params)

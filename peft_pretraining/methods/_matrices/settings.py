@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from peft_pretraining.flags import Allows, MethodSpec
+from dataclasses import dataclass
+
+from peft_pretraining.flags import Allows, MethodSpec, boolean, fraction_below_one, setting
 from peft_pretraining.methods._projection import settings as projection
 
 FAMILY = MethodSpec(
@@ -16,3 +18,19 @@ FAMILY = MethodSpec(
     check=projection.check_whole,
 )
 """Unless a method says otherwise. `adamw` is the update rule of everything else."""
+
+
+@dataclass(frozen=True)
+class MomentumSettings(projection.PerLayerSettings):
+    """Of methods that follow a matrix's mean gradient (optim/rules/momentum.py)."""
+
+    matrix_momentum: float = setting(
+        0.95, fraction_below_one, "share of the mean gradient of matrices that an update keeps", identity=True
+    )
+
+
+@dataclass(frozen=True)
+class NesterovSettings(MomentumSettings):
+    nesterov: bool = setting(
+        True, boolean, "look ahead: the matrices' mean gradient with this update's counted once more"
+    )
