@@ -32,7 +32,6 @@ BUILD = {
     "stable_spam": lambda weight, settings, _: optim.StableSPAM([weight], **settings),
     "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
     "fira": lambda *case: projecting(optim.Fira)(*case),
-    "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
     "racs": lambda weight, settings, _: optim.Racs([weight], **renamed(settings, gamma="norm_growth")),
     "alice": lambda weight, settings, given: optim.Alice(
         [weight],
