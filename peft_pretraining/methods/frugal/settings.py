@@ -59,7 +59,7 @@ SPEC = replace(
     period="update_proj_gap",
     state="mn/2",
     library="Frugal",
-    tiny={"update_proj_gap": 2, "frugal_space": "columns", "lr": 0.007},
+    tiny={"update_proj_gap": 2, "frugal_space": "columns", "frugal_free_scale": 0.3},
     conditions=(
         Condition(
             ("frugal_blocks",), lambda c: c.method.frugal_space == "blocks", "with --frugal_space {frugal_space}"

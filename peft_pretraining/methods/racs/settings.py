@@ -25,5 +25,5 @@ SPEC = replace(
     meanings={"scale": "factor of the matrices' steps"},
     state="m + n + 1",
     library="Racs",
-    tiny={"lr": 0.05},
+    tiny={"scale": 0.25},
 )
