@@ -78,7 +78,7 @@ FLIPS: dict[str, str] = {
     **{"adam_warm_step": "-1", "remain_switch_state": "True", "remain_switch_step_state": "True"},
     **{"switch_lora_drop": "0.5", "discontinuous_switch": "True", "cal_delta_norm": "True"},
     **{"adam_lr": "0.004", "head_lr": "0.003", "embed_lr": "0.02", "norm_lr": "0.005"},
-    **{"head_optimizer": "method", "embed_optimizer": "method"},
+    **{"soap_max_side": "20", "head_optimizer": "method", "embed_optimizer": "method"},
     **{"head_weight_decay": "0.1", "embed_weight_decay": "0.2", "norm_weight_decay": "0.3"},
 }
 """Setting -> another legal value than `BASE`'s or the default. Methods' settings need none: see `flipped`."""

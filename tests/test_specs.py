@@ -29,7 +29,10 @@ def fields(settings):
 
 
 def test_nothing_outside_knows_a_method_by_name():
-    quoted = re.compile(rf"""["']({"|".join(METHODS)})["']|startswith\(["']continuous""")
+    settings = {flag.name for flag in config_flags()}  # which may have a method's name
+    names, both = ("|".join(sorted(found)) for found in (set(METHODS) - settings, set(METHODS) & settings))
+    methods = rf"""["']({names})["']|(==|in|METHODS\[|load_method\() ?["']({both})["']"""
+    quoted = re.compile(rf"""{methods}|startswith\(["']continuous""")
     found = [
         f"{path.relative_to(PACKAGE)}: {line.strip()}"
         for path in sorted(PACKAGE.rglob("*.py"))

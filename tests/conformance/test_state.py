@@ -37,7 +37,8 @@ def test_bytes_of_the_state_are_those_of_the_formula(runs, case, layer):
     state = state_of(outcome, layer)
     size = sum(value.numel() * value.element_size() for value in state.values())
     outputs = outcome.model.get_submodule(f"model.layers.0.{layer}").weight.shape[0]
-    expected = elements(case.spec.state, m, n, case.settings.get("rank", 0), outputs) * torch.float64.itemsize
+    blocks = config.num_attention_heads if "q_proj" in layer else outputs
+    expected = elements(case.spec.state, m, n, case.settings.get("rank", 0), outputs, blocks) * torch.float64.itemsize
     assert size == expected, {name: tuple(value.shape) for name, value in state.items()}
 
 
