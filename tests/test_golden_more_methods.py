@@ -30,6 +30,7 @@ BUILD = {
     "adam_mini": lambda weight, settings, _: optim.AdamMini([weight], **settings),
     "soap": lambda weight, settings, given: optim.SOAP([weight], first_vectors=given, **settings),
     "stable_spam": lambda weight, settings, _: optim.StableSPAM([weight], **settings),
+    "foam": lambda weight, settings, _: optim.Foam([weight], **settings),
     "fira": lambda *case: projecting(optim.Fira)(*case),
     "racs": lambda weight, settings, _: optim.Racs([weight], **renamed(settings, gamma="norm_growth")),
     "alice": lambda weight, settings, given: optim.Alice(
