@@ -71,6 +71,15 @@ def test_bfloat16_weights_have_states_in_float32(name):
     assert dtypes <= {torch.float32} and all(weight.isfinite().all() for weight in weights)
 
 
+@each_optimizer
+def test_vectors_have_the_betas_that_are_given(name):
+    betas = (0.5, 0.75)
+    weight, kind = parameter((6,)), getattr(optim, name)
+    given = "adam_betas" if "adam_betas" in inspect.signature(kind.__init__).parameters else "betas"
+    optimizer = kind([weight], **{given: betas})
+    assert [group["betas"] for group in optimizer.param_groups] == [betas]
+
+
 def test_groups_keep_what_they_say():
     matrix, head, vector = weights_of()
     kind = optim.Apollo

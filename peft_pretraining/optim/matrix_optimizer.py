@@ -37,8 +37,9 @@ class MatrixOptimizer(LowRankOptimizer):
     ):
         formats = {"state_format": state_format, "rounding": rounding}
         groups = [part for group in as_groups(params) for part in _split(group, matrices)]
-        if adam_lr is not None:
-            groups = [{"lr": adam_lr, **group} if group.get("rule") == "adamw" else group for group in groups]
+        own = {"lr": adam_lr, "betas": settings.get("betas")}  # a group that names its rule has not the optimizer's
+        own = {name: value for name, value in own.items() if value is not None}
+        groups = [{**own, **group} if group.get("rule") == "adamw" else group for group in groups]
         super().__init__([{**formats, **group} for group in groups], **settings)
 
     @classmethod

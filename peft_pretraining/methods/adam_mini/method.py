@@ -33,7 +33,7 @@ _QUERIES, _KEYS = ("q_proj", "query"), ("k_proj", "key")
 class AdamMiniTraining(TrainingMethod[LowRankOptimizer]):
     def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
         settings, own, undivided = self.config.optimizer, self.config.rule.arguments(), AdamMiniRule("tensor")
-        everything = {"params": list(model.named_parameters()), "rule": undivided}
+        everything = {"params": list(model.named_parameters()), "rule": undivided, "betas": own["betas"]}
         groups = []
         for group in by_role(self.config, model, everything, adamw="torch_adamw"):
             groups += [group] if group["rule"] is not undivided else by_blocks(model, group)
@@ -177,7 +177,7 @@ class AdamMini(LowRankOptimizer):
         **settings: Any,
     ):
         of_matrices, of_vectors = AdamMiniRule(blocks, heads), AdamMiniRule("tensor")
-        formats = {"state_format": state_format, "rounding": rounding}
+        formats = {"state_format": state_format, "rounding": rounding, "betas": betas}
         groups: list[dict[str, Any]] = []
         for group in as_groups(params):
             if "rule" in group:

@@ -21,5 +21,4 @@ SPEC = replace(
     defaults={**matrices.FAMILY.defaults, "adam_beta2": 0.95, "adam_eps": 1e-10},
     state="mn",
     library="RMNP",
-    tiny={"lr": 0.05},
 )

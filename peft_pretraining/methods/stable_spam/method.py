@@ -47,10 +47,9 @@ class StableSpamTraining(TrainingMethod[LowRankOptimizer]):
             total=self.config.schedule.num_training_steps if total is None else total or None,
             floor=method.stable_spam_floor,
         )
-        groups = by_role(
-            self.config, model, {"params": list(model.named_parameters()), "rule": rule}, adamw="torch_adamw"
-        )
         own = self.config.rule.arguments()
+        everything = {"params": list(model.named_parameters()), "rule": rule, "betas": own["betas"]}
+        groups = by_role(self.config, model, everything, adamw="torch_adamw")
         return LowRankOptimizer(groups, lr=settings.lr, weight_decay=settings.weight_decay, full_norm=True, **own)
 
 
@@ -208,7 +207,7 @@ class StableSPAM(LowRankOptimizer):
         **settings: Any,
     ):
         rule = StableSpamRule(gamma1, gamma2, theta, gap=gap, total=total, floor=floor)
-        own = {"rule": rule, "state_format": state_format, "rounding": rounding}
+        own = {"rule": rule, "state_format": state_format, "rounding": rounding, "betas": betas}
         groups = [{**own, **group} for group in as_groups(params)]
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, full_norm=True, **settings)
 

@@ -58,6 +58,6 @@ SPEC = MethodSpec(
     allows=Allows(fsdp=True, fine_tuning=True, stochastic_rounding=True, tables=True, fp16=True),
     tables=frozenset({"head", "embedding"}),
     library="StableSPAM",
-    tiny={"update_proj_gap": 3},
+    tiny={"update_proj_gap": 2},
     check=_check,
 )
