@@ -68,7 +68,8 @@ def page_head(spec: MethodSpec) -> str:
 def _setting_row(flag: Flag, spec: MethodSpec) -> str:
     default = spec.defaults.get(flag.name, flag.default)
     shown = "" if default in (None, ()) else f"`{shown_default(default)}`"
-    return f"| `--{flag.name}` | {shown} | {flag.help.replace('|', '/')} |"
+    said = spec.meanings.get(flag.name, flag.help)
+    return f"| `--{flag.name}` | {shown} | {said.replace('|', '/')} |"
 
 
 def rules_table() -> str:

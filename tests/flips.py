@@ -23,7 +23,7 @@ from peft_pretraining.flags.settings import shown_default
 OPERATIONAL = {
     "where the input comes from": ("model_config", "model_name_or_path", "dataset_path", "base_dir", "from_json_data"),
     "where results go, and what is kept of them": ("save_dir", "save_every", "keep_checkpoints", "async_save"),
-    "which run is continued": ("autoresume", "resume_from", "warmed_up_model"),
+    "which run is continued": ("autoresume", "allow_redecay", "resume_from", "warmed_up_model"),
     "speed and memory alone": (
         "workers",
         "activation_checkpointing",
@@ -68,6 +68,7 @@ FLIPS: dict[str, str] = {
     **{"adam_eps": "0.01", "beta1": "0.5", "momentum": "0.5", "dampening": "0.5", "clip_grad_norm": "0"},
     **{"scheduler": "linear", "num_training_steps": "12", "max_train_tokens": "128", "num_extra_training_steps": "2"},
     **{"warmup_steps": "2", "min_lr_ratio": "0.5", "cycle_length": "3", "restart_warmup_steps": "1"},
+    **{"decay_steps": "2", "decay_ratio": "0.5", "decay_shape": "linear"},
     **{"adjust_step": "1", "rank": "2", "scale": "0.5", "update_proj_gap": "3", "rand_ratio": "0.5"},
     **{"svd_method": "randomized", "stagger_refresh": "True", "refresh_accumulation": "2", "per_layer": "True"},
     **{"target_modules": "mlp", "clip_norm": "full", "eval_every": "2", "allow_restart": "True", "seed": "1"},
@@ -80,6 +81,7 @@ FLIPS: dict[str, str] = {
     **{"adam_warm_step": "-1", "remain_switch_state": "True", "remain_switch_step_state": "True"},
     **{"switch_lora_drop": "0.5", "discontinuous_switch": "True", "cal_delta_norm": "True"},
     **{"adam_lr": "0.004", "head_lr": "0.003", "embed_lr": "0.02", "norm_lr": "0.005"},
+    **{"soap_max_side": "20", "head_optimizer": "method", "embed_optimizer": "method"},
     **{"head_weight_decay": "0.1", "embed_weight_decay": "0.2", "norm_weight_decay": "0.3"},
 }
 """Setting -> another legal value than `BASE`'s or the default. Methods' settings need none: see `flipped`."""

@@ -1,4 +1,4 @@
-"""Methods that are no part of the package, on a small model: in one process, or under torchrun divided by FSDP2.
+"""Methods, some of them no part of the package, on a small model: in one process, or under torchrun divided by FSDP2.
 
     torchrun --nproc-per-node 2 optimizer_trial_ranks.py FOLDER
 
@@ -23,6 +23,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from peft_pretraining.methods.alice import method as alice
+from peft_pretraining.methods.apollo import method as apollo
+from peft_pretraining.methods.fira.method import ScaledResidual
+from peft_pretraining.methods.foam.method import FoldedAdam
+from peft_pretraining.methods.frugal.method import PartialAdam
+from peft_pretraining.methods.ldadam.method import MovingSubspaceAdam
+from peft_pretraining.methods.racs.method import RowsAndColumns
 from peft_pretraining.optim import LowRankOptimizer
 
 UPDATES = 6
@@ -39,6 +46,18 @@ CASES = {
     "soap": lambda: {"rule": Soap(gap=2)},
     "ldadam": lambda: {"rule": LDAdam(rank=3)},
     "frugal": lambda: {"rule": Frugal(density=0.34, gap=2)},
+    "fira": lambda: {**LOW_RANK, "lift": ScaledResidual()},
+    "apollo, built in": lambda: {**LOW_RANK, "lift": apollo.ScaledGradient(), "basis": apollo.GaussianProjection()},
+    "apollo mini, built in": lambda: {
+        **{"rank": 1, "update_proj_gap": 4, "basis": apollo.GaussianProjection(), "scale": 128.0},
+        "lift": apollo.ScaledGradient("tensor"),
+    },
+    "foam": lambda: {"rule": FoldedAdam(), "rows": True},
+    "racs": lambda: {"rule": RowsAndColumns()},
+    "racs, divided by rows": lambda: {"rule": RowsAndColumns(), "rows": True},
+    "alice": lambda: {**LOW_RANK, **alice.objects(1, 0.4, 0.9, 1.01)},
+    "ldadam, built in": lambda: {"rule": MovingSubspaceAdam(rank=3)},
+    "frugal, built in": lambda: {"rule": PartialAdam(density=0.34, gap=2)},
     "adafactor": lambda: {**LOW_RANK, "rule": "adafactor"},
     "adafactor, both sides": lambda: {**LOW_RANK, "rule": "adafactor", "proj_type": "full"},
     "online PCA": lambda: {**LOW_RANK, "proj_type": "continuous"},

@@ -85,9 +85,12 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
 
 
-def decays_first(optimizer: torch.optim.Optimizer) -> bool:
-    """Before the update; projected ones decay after it, as GaLore's do."""
-    return not isinstance(optimizer, LowRankOptimizer) or optimizer.rule.decays_first
+def decays_first(trained: Trained, name: str) -> bool:
+    """Whether a weight decays before the update, or, as GaLore's do, after it."""
+    optimizer = trained.run.optimizer
+    if not isinstance(optimizer, LowRankOptimizer):
+        return True
+    return optimizer.objects(trained.run.model.get_parameter(name)).rule.decays_first
 
 
 def assert_moved(ours: Trained, plain: Trained, expected: dict[str, tuple[float, float]]) -> None:
@@ -101,7 +104,7 @@ def assert_moved(ours: Trained, plain: Trained, expected: dict[str, tuple[float,
         rate, decay = expected[role]
         start, moved = plain.before[name], plain.after[name] - plain.before[name]
         kept, moved = 1 - rate * decay, moved * (rate / plain.group_of(name)["initial_lr"])
-        wanted = start * kept + moved if decays_first(plain.run.optimizer) else (start + moved) * kept
+        wanted = start * kept + moved if decays_first(plain, name) else (start + moved) * kept
         torch.testing.assert_close(ours.after[name], wanted, rtol=0, atol=1e-14, msg=lambda text, n=name: n + text)
         assert moved.abs().max() > 1e-5, name
         seen.add(role)

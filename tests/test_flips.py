@@ -32,13 +32,15 @@ OF_METHODS = (
 OF_RULES = ("adam_beta1", "adam_beta2", "adam_eps", "beta1", "momentum", "dampening", "clip_grad_norm", "weight_decay")
 OF_PRECISION = ("precision", "state_dtype", "basis_dtype", "gradient_sum_dtype")
 OF_ROLES = tuple(item.name for item in dataclasses.fields(RoleConfig))
-OF_SCHEDULES = ("warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_steps", "adjust_step")
+OF_SCHEDULES = ("warmup_steps", "min_lr_ratio", "cycle_length", "restart_warmup_steps", "adjust_step", "decay_steps",
+                "decay_ratio", "decay_shape")  # fmt: skip
 
 CONTEXTS = (
     *[(method, f"--optimizer {rule}", (*OF_RULES, *OF_ROLES)) for method, entry in methods.METHODS.items()
       for rule in entry.update_rules if rule not in ("adamw", "adam_zero")],
     *[("full_rank", f"--scheduler {name}", OF_SCHEDULES)
       for name in ("linear", "constant", "cosine_restarts", "cosine_with_min_lr")],
+    *[("full_rank", f"--scheduler wsd {name}", OF_SCHEDULES) for name in ("--decay_ratio 0.7", "--decay_steps 4")],
     *[("full_rank", f"--precision {name}", ("state_dtype", "gradient_sum_dtype")) for name in ("bf16", "bf16_sr")],
     *[("galore", f"--precision {name}", OF_PRECISION[1:]) for name in ("mixed", "bf16", "bf16_sr")],
     ("galore", "--precision bf16 --per_layer --gradient_accumulation 2", OF_PRECISION[1:]),

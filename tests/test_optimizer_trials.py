@@ -228,6 +228,15 @@ def test_matrices_share_the_collectives_of_a_phase(alone):
         "soap": 0,  # gathering from one device is none
         "ldadam": 1,
         "frugal": 0,
+        "fira": 1,
+        "apollo, built in": 1,
+        "apollo mini, built in": 1,
+        "foam": 0,
+        "racs": 12,  # both sides are divided, of some matrices: two sums an iteration, a largest entry, a norm
+        "racs, divided by rows": 7,
+        "alice": 2,
+        "ldadam, built in": 1,
+        "frugal, built in": 0,
         "adafactor": 3,
         "adafactor, both sides": 0,
         "online PCA": 1,

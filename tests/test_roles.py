@@ -6,7 +6,7 @@ How runs with them are stopped, continued and divided over devices: test_roles_r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from role_helpers import (
 )
 
 from peft_pretraining.config import Config
+from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.optim.model_groups import describe_groups, roles_of
 
@@ -70,11 +71,18 @@ def test_a_setting_is_of_its_role_alone(trained, case, name):
     assert_moved(trained(case, **ONE_UPDATE, **{name: OWN[name]}), trained(case, **ONE_UPDATE), expected)
 
 
+def without_tables_of_its_own(case: Case, expected: dict[str, Any], given: Set[str] = frozenset()) -> dict[str, Any]:
+    """What `--adam_lr` is of: not of a head or an embedding that is updated as the matrices are, beside which it is."""
+    own = case.spec.tables if "target_modules" in case.spec.own else frozenset()
+    return {role: value for role, value in expected.items() if role in given or role not in own}
+
+
 @one_of_each_kind
 def test_adam_lr_is_the_rate_of_all_that_have_none(trained, case):
     plain = trained(case, **ONE_UPDATE)
     ours = trained(case, **ONE_UPDATE, adam_lr=0.004, head_lr=0.003)
-    assert_moved(ours, plain, {"embedding": (0.004, 0.0), "head": (0.003, 0.0), "norms": (0.004, 0.0)})
+    expected = {"embedding": (0.004, 0.0), "head": (0.003, 0.0), "norms": (0.004, 0.0)}
+    assert_moved(ours, plain, without_tables_of_its_own(case, expected, given={"head"}))
 
 
 @quick("galore", "lora", cases=[case for case in EACH_METHOD if "target_modules" in case.spec.own])
@@ -82,7 +90,8 @@ def test_what_is_no_target_has_adam_lr(trained, case):
     """Attention, where MLPs alone are projected or have factors."""
     changes = {**ONE_UPDATE, "target_modules": "mlp"}
     plain, ours = trained(case, **changes), trained(case, **changes, adam_lr=0.004)
-    assert_moved(ours, plain, dict.fromkeys(("embedding", "head", "norms", "others"), (0.004, 0.0)))
+    expected = dict.fromkeys(("embedding", "head", "norms", "others"), (0.004, 0.0))
+    assert_moved(ours, plain, without_tables_of_its_own(case, expected))
 
 
 @pytest.mark.parametrize("clip", [0, 0.1])
@@ -91,8 +100,10 @@ def test_settings_that_are_the_defaults_change_nothing(trained, case, clip):
     """Over several updates: no bit, but for the order in which a norm of projected gradients is summed for clipping."""
     changes = {"clip_grad_norm": clip, "weight_decay": 0.1}
     own = {name: RATE if name.endswith("lr") else 0.1 for name in OWN}
+    if case.method == "adam_mini":  # whose vectors have no decay by default
+        own["norm_weight_decay"] = 0.0
     plain, ours = trained(case, **changes), trained(case, **changes, **own)
-    assert len(ours.run.optimizer.param_groups) > len(plain.run.optimizer.param_groups)
+    assert len(ours.run.optimizer.param_groups) > len(plain.run.optimizer.param_groups) - len(case.spec.tables)
     atol = 1e-13 if clip and case.spec.allows.projected_gradient else 0
     for name, value in ours.after.items():
         torch.testing.assert_close(value, plain.after[name], rtol=0, atol=atol, msg=lambda text, n=name: n + text)
@@ -109,11 +120,18 @@ def test_without_settings_groups_are_as_they_were(trained, case):
     if factors:
         sides = [[name for name in factors if name.endswith(side)] for side in ("lora_A", "lora_B")]
         apart = [*(side for side in sides if side), [name for name in trained_names if name not in factors]]
-    elif "rank" in case.spec.own:
-        apart = [[name for name in trained_names if name not in targets], targets]
+    elif "target_modules" in case.spec.own:
+        tables = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
+        own = [[tables[role]] for role in ("embedding", "head") if role in case.spec.tables]
+        others = [name for name in trained_names if name not in targets and [name] not in own]
+        apart = [others, *own, targets]
     else:
         apart = [trained_names]
-    assert groups == apart
+    assert sorted(name for group in groups for name in group) == sorted(trained_names)
+    if case.method == "adam_mini":  # which tells kinds of blocks apart
+        assert len(groups) == 3
+    else:
+        assert groups == apart
 
 
 @one_of_each_kind
@@ -204,6 +222,48 @@ def build_tiny(shape: dict[str, Any]) -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(**shape)).double()
 
 
+# What updates head and embedding.
+
+TABLES = {"head_optimizer": "lm_head.weight", "embed_optimizer": "model.embed_tokens.weight"}
+
+
+@quick("full_rank", "galore", "muon", cases=[case for case in EACH_METHOD if case.spec.allows.tables])
+def test_tables_can_be_the_methods(trained, case):
+    """With the objects of the matrices, at their rate; SCALE's have rules of their own."""
+    run = trained(case, **ONE_UPDATE, head_optimizer="method", embed_optimizer="method", adam_lr=0.004).run
+    matrix = run.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    for name in TABLES.values():
+        group, own = (run.optimizer.group_of(each) for each in (run.model.get_parameter(name), matrix))
+        assert (group["rule"], group["lift"], group["rank"]) == (own["rule"], own["lift"], own["rank"])
+        assert case.method in ("full_rank", "stable_spam", "adam_mini") or group["initial_lr"] == own["initial_lr"]
+
+
+@quick("full_rank", "stable_spam", "scale", cases=[case for case in EACH_METHOD if case.spec.tables])
+@pytest.mark.parametrize("setting", TABLES)
+def test_tables_can_be_adamws(trained, case, setting):
+    run = trained(case, **ONE_UPDATE, **{setting: "adamw"}).run
+    others = [name for key, name in TABLES.items() if key != setting]
+    rules = {name: run.optimizer.group_of(run.model.get_parameter(name))["rule"] for name in TABLES.values()}
+    assert rules[TABLES[setting]] in ("adamw", "torch_adamw")
+    role = {"head_optimizer": "embedding", "embed_optimizer": "head"}[setting]  # the other one's
+    (other,) = others
+    assert case.method == "full_rank" or ("adamw" in rules[other]) == (role not in case.spec.tables)
+
+
+def test_the_heads_adamw_is_the_one_of_adamw_runs(trained):
+    """Whatever updates the rest."""
+    changes = {**ONE_UPDATE, "clip_grad_norm": 0, "lr": 0.01}
+    ours = trained(Case("full_rank", "lion"), **changes, head_optimizer="adamw")
+    reference = trained(Case("full_rank", "adamw"), **changes)
+    assert torch.equal(ours.after["lm_head.weight"], reference.after["lm_head.weight"])
+    assert not torch.equal(ours.after["model.norm.weight"], reference.after["model.norm.weight"])
+
+
+def test_what_a_method_has_no_way_to_update_is_refused(runs, tmp_path):
+    with pytest.raises(ConfigError, match="--head_optimizer method: lora does not declare that it can update the head"):
+        config_of(runs, tmp_path, Case("lora", "adamw"), head_optimizer="method")
+
+
 # A head that is tied to the embedding.
 
 
@@ -236,15 +296,20 @@ def test_what_a_tied_embedding_is_not_is_said(trained, tied, case, capsys):
 
 @each_method
 def test_the_log_says_what_each_group_got(trained, case):
+    """Each role's rule, rate and decay; of tables that are the method's, its rule."""
     run = trained(case, **ONE_UPDATE, **OWN).run
     lines = describe_groups(run.model, run.optimizer, "adamw")
-    own = ["norms 80: adamw, rate 0.005, weight decay 0.3", "embedding 512: adamw, rate 0.02, weight decay 0.2"]
-    others = [line for line in lines if line not in (*own, "head 512: adamw, rate 0.003, weight decay 0.1")]
-    assert len(lines) == 4 and len(others) == 1
-    trained_count = sum(param.numel() for param in run.model.parameters() if param.requires_grad) - 80 - 2 * 512
+    found = {}
+    for line in lines:
+        roles, _, settings = line.partition(": ")
+        found |= {role.rpartition(" ")[0]: settings for role in roles.split(", ")}
+    for role, (rate, decay) in EXPECTED.items():
+        assert found[role].endswith(f"rate {rate:g}, weight decay {decay:g}"), lines
+        assert role in case.spec.tables or case.spec.tables >= {"head", "embedding"} or found[role].startswith("adamw,")
     what = "factors" if "lora_alpha" in case.spec.own or "lora_dropout" in case.spec.own else "matrices"
     rank = f" in rank {case.settings['rank']}" if what == "matrices" and "rank" in case.spec.own else ""
-    assert others == [f"{what} {trained_count / 1000:.1f}k: adamw{rank}, rate 0.01, weight decay 0"]
+    assert found[what].endswith("rate 0.01, weight decay 0") and len(lines) == 4
+    assert not rank or rank in found[what] or case.method == "ldadam"  # whose rule has the rank, not its group
 
 
 def test_the_log_of_rates_that_are_the_same(trained):

@@ -42,16 +42,23 @@ def cosine_restarts(t, w, T, c, f, q, a):
     return f + (1 - f) * (1 + cos(pi * (s - w) / (T - w))) / 2
 
 
+def wsd(t, w, T, f, d, shape, **_):
+    if t < w:
+        return t / w
+    x = max(0, t - (T - d)) / d if d else 0
+    return f + (1 - f) * (1 - x) if shape == "linear" else f + (1 - f) * (1 - x**0.5)
+
+
 FORMULAS = {
     **{"linear": linear, "constant": constant, "cosine": cosine},
-    **{"cosine_restarts": cosine_restarts, "cosine_with_min_lr": cosine_with_min_lr},
+    **{"cosine_restarts": cosine_restarts, "cosine_with_min_lr": cosine_with_min_lr, "wsd": wsd},
 }
 
 
-def schedule(scheduler, *, w=0, c=None, f=0.1, q=0, a=0):
+def schedule(scheduler, *, w=0, c=None, f=0.1, q=0, a=0, d=None, shape="1-sqrt"):
     return ScheduleConfig(
         **{"scheduler": scheduler, "warmup_steps": w, "cycle_length": c, "min_lr_ratio": f},
-        **{"restart_warmup_steps": q, "adjust_step": a},
+        **{"restart_warmup_steps": q, "adjust_step": a, "decay_steps": d, "decay_shape": shape},
     )
 
 
@@ -59,9 +66,11 @@ def whole_run(config, T, extra=0):
     return [rate_multiplier(t, config, T) for t in range(T + extra)]
 
 
-def expected_run(scheduler, T, *, w=0, c=None, f=0.1, q=0, a=0):
-    formula = FORMULAS[scheduler]
-    return [formula(t, w=w, T=T, c=c or T, f=f, q=q, a=a) for t in range(T)]
+def expected_run(scheduler, T, *, w=0, c=None, f=0.1, q=0, a=0, d=None, shape="1-sqrt"):
+    formula, d = FORMULAS[scheduler], {"d": round(0.2 * T) if d is None else d, "shape": shape}
+    return [
+        formula(t, w=w, T=T, c=c or T, f=f, **({"q": q, "a": a} if formula is cosine_restarts else d)) for t in range(T)
+    ]
 
 
 def test_every_schedule_has_a_formula_here():
@@ -81,6 +90,10 @@ def valid_schedules(draw):
         numbers["q"] = draw(st.integers(0, c))
     elif scheduler == "cosine":
         numbers["w"] = draw(st.integers(0, c))
+    elif scheduler == "wsd":
+        numbers["d"] = draw(st.integers(1, c * cycles))
+        numbers["w"] = draw(st.integers(0, c * cycles - numbers["d"]))
+        numbers["shape"] = draw(st.sampled_from(("linear", "1-sqrt")))
     else:
         numbers["w"] = draw(st.integers(0, c * cycles))
     return scheduler, c * cycles, numbers
@@ -109,6 +122,8 @@ PUBLISHED = [
     ("linear", 500, {"w": 0}),
     ("constant", 500, {"w": 20}),
     ("constant", 500, {"w": 0}),
+    ("wsd", 10_000, {"w": 1000, "f": 0, "d": 2000}),
+    ("wsd", 10_000, {"w": 1000, "f": 0}),
 ]
 
 
@@ -126,6 +141,8 @@ BY_HAND = [
     ("linear", 4, {"w": 4}, [0, 1 / 4, 1 / 2, 3 / 4]),
     ("constant", 4, {"w": 2}, [0, 1 / 2, 1, 1]),
     ("cosine", 8, {"w": 0, "f": 0}, EIGHTHS[:8]),
+    ("wsd", 9, {"w": 2, "d": 4, "f": 0, "shape": "linear"}, [0, 1 / 2, 1, 1, 1, 1, 3 / 4, 1 / 2, 1 / 4]),
+    ("wsd", 7, {"w": 1, "d": 4, "f": 0.2}, [0, 1, 1, 1, 0.6, 1 - 0.8 * 0.5**0.5, 1 - 0.8 * 0.75**0.5]),
     ("cosine", 4, {"w": 2, "f": 0.2}, [0, 1 / 2, 1, 0.6]),
     ("cosine", 8, {"w": 3, "c": 4, "f": 0}, [0, 1 / 3, 2 / 3, 1, 1e-7, 1e-7, 2 / 3, 1]),
     ("cosine", 4, {"w": 1, "c": 2}, [0, 1, 1e-7, 1]),  # the second update of a cycle is past this warm-up
@@ -183,7 +200,8 @@ def test_the_cyclic_schedules_need_whole_cycles(scheduler):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_warmup_lies_within_the_cycle_or_the_run(scheduler):
-    assert problems(scheduler, 20, w=20) == []
+    decay = 4 if scheduler == "wsd" else 0
+    assert problems(scheduler, 20, w=20 - decay) == []
     assert problems(scheduler, 20, w=21)[0] == "--warmup_steps 21 must not exceed --num_training_steps 20"
     within_cycle = problems(scheduler, 20, w=11, c=10)
     if scheduler in ("cosine", "cosine_restarts"):

@@ -138,6 +138,8 @@ def _derive(
         if "num_training_steps" in given:
             warnings.append(f"--max_train_tokens gives {updates} updates; --num_training_steps has no effect")
         settings["num_training_steps"] = updates
+    if config.schedule.scheduler == "wsd" and "min_lr_ratio" not in given:
+        settings["min_lr_ratio"] = 0.0
     config = method_settings.resolve(config.replace(**settings), given)
     if config.schedule.max_train_tokens is None or batch_is_known:
         # A warm start's schedule is shorter; it is checked again when its first update is known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peft_pretraining.config.schedule import decay_updates
 from peft_pretraining.config.sections import BatchConfig, ScheduleConfig
 
 
@@ -39,6 +40,12 @@ def schedule_problems(config: ScheduleConfig, total: int) -> list[str]:
         problems.append(f"--warmup_steps {config.warmup_steps} must not exceed {span_name} {span}")
     if cyclic and total % cycle:
         problems.append(f"--num_training_steps {total} must be a multiple of --cycle_length {cycle}")
+    decay = decay_updates(config, total)
+    if config.scheduler == "wsd" and config.warmup_steps + decay > total:
+        given = "--decay_steps" if config.decay_steps is not None else f"--decay_ratio {config.decay_ratio:g}:"
+        problems.append(
+            f"--warmup_steps {config.warmup_steps} + {given} {decay} must not exceed --num_training_steps {total}"
+        )
     if config.scheduler == "cosine_restarts" and config.adjust_step + config.warmup_steps > cycle:
         problems.append(
             f"--adjust_step {config.adjust_step} + --warmup_steps {config.warmup_steps} must not exceed the cycle "

@@ -66,7 +66,7 @@ CONDITIONS = (
         lambda c: c.precision.precision == "fp32",
         "with --precision {precision}: it is for the float32 products of fp32, on CUDA",
     ),
-    Condition(("min_lr_ratio",), lambda c: c.schedule.scheduler in _CYCLIC, "with --scheduler {scheduler}"),
+    Condition(("min_lr_ratio",), lambda c: c.schedule.scheduler in (*_CYCLIC, "wsd"), "with --scheduler {scheduler}"),
     Condition(
         ("cycle_length",),
         lambda c: c.schedule.scheduler in _CYCLIC or _has_cycles_of_its_own(c),
@@ -77,6 +77,12 @@ CONDITIONS = (
         lambda c: c.schedule.scheduler == "cosine_restarts",
         "with --scheduler {scheduler}",
     ),
+    Condition(
+        ("decay_steps", "decay_ratio", "decay_shape"),
+        lambda c: c.schedule.scheduler == "wsd",
+        "with --scheduler {scheduler}",
+    ),
+    Condition(("decay_ratio",), lambda c: c.schedule.decay_steps is None, "beside --decay_steps {decay_steps}"),
     Condition(("restart_warmup_steps",), lambda c: _restarts(c), "without --cycle_length: the run is one cycle"),
     Condition(
         ("cycle_length",),
@@ -90,6 +96,11 @@ CONDITIONS = (
     ),
     Condition(("name", "tags", "comment", "wandb_watch"), _tracks, "without --with_tracking"),
     Condition(("allow_restart",), lambda c: c.run.autoresume, "without --autoresume True"),
+    Condition(
+        ("allow_redecay",),
+        lambda c: c.run.autoresume or c.run.resume_from is not None,
+        "without --autoresume True or --resume_from",
+    ),
 )
 """For the settings of pre-training alone."""
 

@@ -57,7 +57,12 @@ def _flags_of(spec: MethodSpec, flags: Sequence[Flag]) -> list[Flag]:
     defaults = {**spec.defaults, "method": spec.name}
     shown = [(f"settings of {spec.name}", own), ("settings of its update rules", of_rules), ("others", changed)]
     return [
-        dataclasses.replace(flag, group=title, default=defaults.get(flag.name, flag.default))
+        dataclasses.replace(
+            flag,
+            group=title,
+            default=defaults.get(flag.name, flag.default),
+            help=spec.meanings.get(flag.name, flag.help),
+        )
         for title, names in shown
         for flag in flags
         if flag.name in names

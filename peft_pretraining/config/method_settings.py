@@ -13,6 +13,9 @@ from peft_pretraining.config import Config, legacy
 from peft_pretraining.flags import ParsedFlag
 from peft_pretraining.methods import METHODS
 
+TABLES = {"head": "head_optimizer", "embedding": "embed_optimizer"}
+"""Role -> the setting that says what updates it."""
+
 
 def settle(
     given: Mapping[str, ParsedFlag], chosen: legacy.Selection, defaults: Mapping[str, Any], problems: list[str]
@@ -55,8 +58,21 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
         problems.append(f"--per_layer: method {spec.name} does not declare that weights may move in the backward pass")
     if getattr(config.method, "quantize", None) and not spec.allows.quantized_weights:
         problems.append(f"--quantize: method {spec.name} does not declare that its frozen weights may be quantised")
+    _check_tables(config, given, problems, warnings)
     if spec.check:
         spec.check(config, given, problems, warnings)
+
+
+def _check_tables(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
+    """What is to update the head and the embedding."""
+    spec = METHODS[config.method.method]
+    for role, name in TABLES.items():
+        if getattr(config.roles, name) != "method":
+            continue
+        if not spec.allows.tables:
+            problems.append(f"--{name} method: {spec.name} does not declare that it can update the {role}")
+        elif role in spec.tables and name in given:
+            warnings.append(f"without effect for method {spec.name}, where auto is the same: --{name}")
 
 
 def refused(config: Config, given: Mapping[str, ParsedFlag]) -> list[str]:
@@ -76,4 +92,5 @@ def identity(config: Config) -> dict[str, Any]:
     names = METHODS[config.method.method].identity_names
     chosen = {"method": config.method.method, "optimizer": config.optimizer.optimizer}
     values = {name: getattr(config.method, name) for name in names}
+    values |= {name: getattr(config.roles, name) for name in TABLES.values()}
     return {**chosen, **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}}

@@ -36,6 +36,11 @@ class RunConfig:
     keep_checkpoints: int | None = setting(None, positive_int, "newest checkpoints to keep (default: all)")
     autoresume: bool = setting(False, boolean, "continue from the newest good checkpoint in --save_dir")
     allow_restart: bool = setting(False, boolean, "with --autoresume: start over if every checkpoint is damaged")
+    allow_redecay: bool = setting(
+        False,
+        boolean,
+        "go on with another schedule from a checkpoint of a wsd run whose rate had begun to fall, which is refused",
+    )
     rewind_on_nan: int = setting(
         0,
         non_negative_int,

@@ -25,6 +25,7 @@ from peft_pretraining.flags import (
     choice,
     comma_separated,
     fraction_below_one,
+    fraction_up_to_one,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -39,7 +40,9 @@ from peft_pretraining.flags import (
 from peft_pretraining.methods import METHODS, method_flags
 from peft_pretraining.optim.rule_settings import RULES, AdamSettings
 
-SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr")
+TABLE_OPTIMIZERS = ("auto", "adamw", "method")
+"""What updates a table: the embedding, or the head."""
+SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr", "wsd")
 
 
 def _dtype(text: str) -> str:
@@ -141,8 +144,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RoleConfig:
-    """Rates and decays of what is no matrix of a layer; all rates share the schedule's multiplier."""
+    """Update rules, rates and decays of what is no matrix of a layer; all rates share the schedule's multiplier."""
 
+    head_optimizer: str = setting(
+        "auto",
+        choice(*TABLE_OPTIMIZERS),
+        "what updates the head, a tied one too: adamw, method (as the matrices), auto (what the method's authors do)",
+    )
+    embed_optimizer: str = setting(
+        "auto", choice(*TABLE_OPTIMIZERS), "what updates the embedding: adamw, method, auto, as --head_optimizer"
+    )
     adam_lr: float | None = setting(
         None,
         positive_float,
@@ -173,12 +184,21 @@ class ScheduleConfig:
     )
     num_extra_training_steps: int = setting(0, non_negative_int, "updates after the schedule's end, at its last rate")
     warmup_steps: int = setting(1000, non_negative_int, "updates of linear warm-up from 0")
-    min_lr_ratio: float = setting(0.1, fraction_below_one, "lowest rate of the cosine schedules, relative to --lr")
+    min_lr_ratio: float = setting(
+        0.1, fraction_below_one, "lowest rate of the cosine schedules and of wsd, relative to --lr (default of wsd: 0)"
+    )
     cycle_length: int | None = setting(
         None, positive_int, "updates per cycle of the cosine schedules (default: the run)"
     )
     restart_warmup_steps: int = setting(0, non_negative_int, "cosine_restarts: warm-up after each restart")
     adjust_step: int = setting(0, non_negative_int, "cosine_restarts: updates by which the restarts come earlier")
+    decay_steps: int | None = setting(
+        None, positive_int, "wsd: updates at the end in which the rate falls (default: by --decay_ratio)"
+    )
+    decay_ratio: float = setting(0.2, fraction_up_to_one, "wsd: --decay_steps as a share of the run")
+    decay_shape: str = setting(
+        "1-sqrt", choice("1-sqrt", "linear"), "wsd: how the rate falls: 1-sqrt (one less the root of time) or linear"
+    )
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,11 @@ def _compare_with(
         return
     settings = config.settings()
     for name, old, new in run_dir.differences(record.settings, settings):
-        if name not in ("autoresume", "allow_restart") and name in record.settings and name in settings:
+        if (
+            name not in ("autoresume", "allow_restart", "allow_redecay")
+            and name in record.settings
+            and name in settings
+        ):
             warnings.append(f"resuming with another --{name}: {new!r} instead of {old!r}"[:500])
 
 

@@ -57,6 +57,8 @@ class Allows:
     parameter group has what `methods.groups.state_settings` gives."""
     stored_bases: bool = False
     """The optimizer keeps bases, which may have a dtype of their own."""
+    tables: bool = False
+    """Embedding and head may move as the matrices do: the method's `by_role` says how (`--head_optimizer method`)."""
     fp16: bool = False
     """Fine-tuning may scale the loss: no gradient is used before it is unscaled."""
 
@@ -117,6 +119,8 @@ class MethodSpec:
     """Defaults of settings of any kind that are others for this method."""
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Setting -> the values that it may have here, where that is not all."""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """Setting -> what it multiplies or counts here: for `--help METHOD` and the method's page."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Setting of another method -> why it is an error here, and not only without effect."""
     update_rules: tuple[str, ...] = ("adamw",)
@@ -124,12 +128,17 @@ class MethodSpec:
     state: str = ""
     """Elements of optimizer state for an m x n matrix, m <= n, bases included, step counts not."""
     allows: Allows = Allows()
+    tables: frozenset[str] = frozenset()
+    """Of head and embedding, those that move as the matrices do where `--head_optimizer` and `--embed_optimizer` are
+    auto; what is in none of the two has the update rule without a basis."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Settings with which it does all that it can within ten updates of a toy model: for tests of every method."""
     identity: tuple[str, ...] = ()
     """Settings, beside those marked `identity=True`, without which saved tensors would compute something else."""
     reads: tuple[str, ...] = ()
     """Settings of other sections that it gives a meaning of its own."""
+    library: str = ""
+    """The class in its `method.py` that is its optimizer for other loops: `from peft_pretraining.optim import ...`."""
     period: str | None = None
     """The setting that counts updates from one that does more than usual (refreshes, merges) to the next."""
     conditions: tuple[Condition, ...] = ()

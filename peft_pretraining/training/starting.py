@@ -14,6 +14,7 @@ from peft_pretraining.checkpoint.folder_lock import FolderInUse, FolderLock
 from peft_pretraining.checkpoint.resume import Candidate, RunRecord
 from peft_pretraining.checkpoint.train_state import NewerFormat, TrainState, starting_counters
 from peft_pretraining.config import Config, schedule_problems
+from peft_pretraining.config.schedule import decay_updates, has_begun_to_decay
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.training.tracking import log
@@ -73,6 +74,8 @@ def find_start(config: Config, identity: dict[str, Any], save_dir: Path) -> Star
                 own = record or RunRecord()
                 if own.id is None:  # an older version of this code began it, or nothing says which run it was
                     own = _record_of_checkpoint(first.folder) or replace(RunRecord.begin(), first_update=None)
+                if problem := redecay_problem(config, first.folder):
+                    return ConfigError([f"--save_dir {save_dir}: {problem}"])
                 return StartingPoint(own, None, True, True, chain([first], found), skipped)
             if skipped and not run.allow_restart:
                 return _nothing_left(save_dir, skipped)
@@ -85,8 +88,37 @@ def find_start(config: Config, identity: dict[str, Any], save_dir: Path) -> Star
             return ConfigError([f"--resume_from {error}"])
         if named.problem:
             return ConfigError([f"--resume_from {named.folder}: {named.problem}"])
+        if problem := redecay_problem(config, named.folder):
+            return ConfigError([f"--resume_from {named.folder}: {problem}"])
         return StartingPoint(RunRecord.begin(), None, True, False, iter([named]), skipped)
     return StartingPoint(RunRecord.begin(), Path(run.warmed_up_model) if run.warmed_up_model else None)
+
+
+_OF_DECAY = ("scheduler", "num_training_steps", "min_lr_ratio", "decay_shape")
+
+
+def redecay_problem(config: Config, folder: Path) -> str | None:
+    """Why a checkpoint must not go on with these settings: its rate had begun to fall, towards another end.
+
+    Until then a wsd schedule does not depend on its length, and one stable run serves runs of several lengths.
+    """
+    counters = resume.read_counters(folder)
+    record = resume.record_of(counters)
+    if record is None or config.run.allow_redecay:
+        return None
+    begun, now, state = Config.from_settings(record.settings).schedule, config.schedule, resume.state_of(counters)
+    old, new = (each.num_training_steps - state.schedule_start for each in (begun, now))
+    done = state.update_step - state.schedule_start
+    if not has_begun_to_decay(begun, old, done):
+        return None
+    same = all(getattr(begun, name) == getattr(now, name) for name in _OF_DECAY)
+    if same and decay_updates(begun, old) == decay_updates(now, new):
+        return None
+    stable = begun.num_training_steps - decay_updates(begun, old) + 1
+    return (
+        f"its wsd schedule over {begun.num_training_steps} updates had begun to decay, and these settings have another "
+        f"one: go on from a checkpoint of at most {stable} updates, or give --allow_redecay True"
+    )
 
 
 def _record_of_checkpoint(folder: Path) -> RunRecord | None:

@@ -98,6 +98,7 @@ CHECKS = {
     "stored_bases": told("basis_dtype", "int8"),
     "projected_gradient": told("reduce_low_rank", "True"),
     "per_layer": told("per_layer", "True"),
+    "tables": told("head_optimizer", "method"),
     "quantized_weights": told("quantize", "8bit"),
     "fsdp": division_is_refused,
     "fine_tuning": fine_tuning_is_refused,

@@ -36,12 +36,15 @@ def test_bytes_of_the_state_are_those_of_the_formula(runs, case, layer):
     m, n = config.hidden_size, config.intermediate_size if "mlp" in layer else config.hidden_size
     state = state_of(outcome, layer)
     size = sum(value.numel() * value.element_size() for value in state.values())
-    expected = elements(case.spec.state, m, n, case.settings.get("rank", 0)) * torch.float64.itemsize
+    outputs = outcome.model.get_submodule(f"model.layers.0.{layer}").weight.shape[0]
+    blocks = config.num_attention_heads if "q_proj" in layer else outputs
+    expected = elements(case.spec.state, m, n, case.settings.get("rank", 0), outputs, blocks) * torch.float64.itemsize
     assert size == expected, {name: tuple(value.shape) for name, value in state.items()}
 
 
 def test_formulas_are_read():
     assert elements("mr + 2nr", 3, 5, 2) == 26 and elements("2mn + 1", 3, 5, 2) == 31
+    assert elements("2mn/4 + r", 4, 6, 2) == 14 and elements("mn + outputs", 2, 3, 0, 3) == 9
     for wrong in ("2k", "", "m/r", "m + "):
         with pytest.raises(AssertionError, match="is no sum"):
             elements(wrong, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""What every method with a rank has. No torch."""
+"""What every method with target layers has, and every one with a rank. No torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from peft_pretraining.flags import MethodSettings, comma_separated, positive_int
 
 
 @dataclass(frozen=True)
-class LowRankSettings(MethodSettings):
-    rank: int = setting(128, positive_int, "rank of the low-rank updates", ("lora_r", "lora_rank"), identity=True)
+class TargetSettings(MethodSettings):
     target_modules: tuple[str, ...] = setting(
         ("attn", "attention", "mlp"),
         comma_separated,
         "linear layers whose dotted name contains one of these",
         identity=True,
     )
+
+
+@dataclass(frozen=True)
+class LowRankSettings(TargetSettings):
+    rank: int = setting(128, positive_int, "rank of the low-rank updates", ("lora_r", "lora_rank"), identity=True)

@@ -22,7 +22,7 @@ from peft_pretraining.optim.tensors.projection import LEFT, SIDES, projected_sid
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
-    from peft_pretraining.methods._projection.settings import ProjectionSettings
+    from peft_pretraining.methods._projection.settings import PerLayerSettings
 
 log = logging.getLogger("peft_pretraining")
 
@@ -46,27 +46,32 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             "update_proj_gap": method.update_proj_gap,
             "scale": method.scale,
             "proj_type": method.proj_type,
-            "stagger_refresh": bool(method.stagger_refresh),
+            "stagger_refresh": bool(getattr(method, "stagger_refresh", False)),
         }
+
+    def table(self, role: str) -> dict[str, Any]:
+        """Settings of the head, or of the embedding, where it is updated as the matrices are."""
+        return self.projection()
 
     def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
         method, settings = self.config.method, self.config.optimizer
         with named_by_flag(self.config):
             targets = {f"{name}.weight" for name in target_linears(model, method.target_modules)}
         named = list(model.named_parameters())
+        others = {"params": [each for each in named if each[0] not in targets]}
         return LowRankOptimizer(
             [
-                *by_role(self.config, model, {"params": [each for each in named if each[0] not in targets]}, targets),
+                *by_role(self.config, model, others, targets, method=self.table),
                 {"params": [each for each in named if each[0] in targets], **self.projection()},
             ],
             rule=settings.optimizer,
             lr=settings.lr,
             **self.config.rule.arguments(),
             weight_decay=settings.weight_decay,
-            svd_method=method.svd_method,
+            svd_method=getattr(method, "svd_method", "gram"),
             seed=self.config.run.seed,
-            full_norm=method.clip_norm == "full",
-            refresh_accumulation=method.refresh_accumulation,
+            full_norm=_clips_whole(method),
+            refresh_accumulation=getattr(method, "refresh_accumulation", 1),
         )
 
     def sharded_dimension(self, name: str, param: Tensor) -> int:
@@ -78,9 +83,10 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
         return 1 if projected_sides(proj_type if proj_type in SIDES else "std", param.shape) == (LEFT,) else 0
 
     def prepare(self, model: nn.Module, optimizer: LowRankOptimizer, reduce: Callable[[Tensor], Tensor]) -> None:
-        if optimizer.full_norm and self.config.distributed.reduce_low_rank is not False:
+        asked_for = getattr(self.config.method, "clip_norm", None) == "full"
+        if asked_for and self.config.distributed.reduce_low_rank is not False:
             log.info("--clip_norm full needs whole gradients: they are reduced as a whole")
-        if self.config.method.projected_backward == "on":
+        if getattr(self.config.method, "projected_backward", "off") == "on":
             for reason, names in by_reason(project_backward(model, optimizer, reduce)).items():
                 log.info("the gradient of %s is formed in full, %s: %s", len(names), reason, ", ".join(names))
         if not self.config.method.per_layer:
@@ -94,8 +100,8 @@ class GradientProjection(TrainingMethod[LowRankOptimizer]):
             optimizer,
             reduce,
             clip=clip,
-            clip_full=clip > 0 and method.clip_norm == "full",
-            early_first_bases=bool(method.stagger_refresh),
+            clip_full=clip > 0 and _clips_whole(method),
+            early_first_bases=bool(getattr(method, "stagger_refresh", False)),
             sum_dtype=self.config.precision.gradient_sum_dtype,
             seed=self.config.run.seed,
         )
@@ -108,6 +114,11 @@ def by_reason(names: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in names.items():
         found.setdefault(reason, []).append(name)
     return found
+
+
+def _clips_whole(method: Any) -> bool:
+    """Whether gradients are clipped by the norm of whole ones: methods that read them have no choice."""
+    return bool(getattr(method, "clip_norm", "full") == "full")
 
 
 def _in_float32(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -127,9 +138,10 @@ def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:
     log.info("per-layer updates: every parameter moves inside the backward pass")
     if clip:
         log.info("clipping: each parameter's gradient by its own norm, %g; no global norm exists in time", clip)
-    if method.proj_type in ONLINE_TYPES and accumulation > 1:
+    online = getattr(method, "proj_type", "std") in ONLINE_TYPES
+    if online and accumulation > 1:
         log.info("online PCA needs whole gradients: with %d micro-batches every layer adds up its own", accumulation)
-    elif method.stagger_refresh and accumulation > 1:
+    elif getattr(method, "stagger_refresh", False) and accumulation > 1:
         log.info("the first bases come from the first micro-batch of update 0")
     ordinary, refresh, whole = gradient_bytes(optimizer, method, accumulation, config.precision.gradient_sum_dtype)
     log.info(
@@ -140,7 +152,7 @@ def log_per_layer_updates(optimizer: LowRankOptimizer, config: Config) -> None:
 
 
 def gradient_bytes(
-    optimizer: LowRankOptimizer, method: ProjectionSettings, accumulation: int, sum_dtype: str = "float32"
+    optimizer: LowRankOptimizer, method: PerLayerSettings, accumulation: int, sum_dtype: str = "float32"
 ) -> tuple[int, int, int]:
     """The most bytes of gradients that exist at a time: in ordinary per-layer updates, in per-layer updates that
     refresh bases, and without per-layer updates."""
@@ -159,12 +171,12 @@ def gradient_bytes(
         sum_bytes(param, space.projection.low_rank_shape(param.shape).numel(), sum_dtype)
         for param, space in subspaces.items()
     )
-    if method.proj_type in ONLINE_TYPES:
+    if getattr(method, "proj_type", "std") in ONLINE_TYPES:
         return whole, whole, whole
-    if method.clip_norm == "full":
+    if _clips_whole(method):
         return kept + sum(summed) + largest, kept + sum(summed) + largest, whole
-    gap = method.update_proj_gap or len(summed)
-    at_once = -(-len(summed) // gap) if method.stagger_refresh else len(summed)
+    gap = getattr(method, "update_proj_gap", 0) or len(summed)
+    at_once = -(-len(summed) // gap) if getattr(method, "stagger_refresh", False) else len(summed)
     refreshed = sum(sorted(summed)[-at_once:])
     return kept + low + ordinary, kept + low + refreshed + largest, whole
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peft_pretraining.flags import (
@@ -20,7 +20,7 @@ from peft_pretraining.flags import (
     positive_int,
     setting,
 )
-from peft_pretraining.methods._low_rank.settings import LowRankSettings
+from peft_pretraining.methods._low_rank.settings import LowRankSettings, TargetSettings
 
 if TYPE_CHECKING:
     from peft_pretraining.config import Config
@@ -38,11 +38,26 @@ SUBSPACE_DESCENT_TYPES = ("random", *ONLINE_TYPES)
 
 
 @dataclass(frozen=True)
-class BasisSettings(MethodSettings):
-    """Where bases come from, and when."""
-
+class ScaleSettings(MethodSettings):
     scale: float = setting(1.0, positive_float, "factor of the low-rank update", ("galore_scale",))
+
+
+@dataclass(frozen=True)
+class GapSettings(MethodSettings):
+    """When a basis, or a random projection, is replaced."""
+
     update_proj_gap: int = setting(200, non_negative_int, "updates between two refreshes; 0 keeps the first basis")
+
+
+@dataclass(frozen=True)
+class RefreshSettings(ScaleSettings, GapSettings):
+    pass
+
+
+@dataclass(frozen=True)
+class SVDSettings(RefreshSettings):
+    """Where bases come from that are made of gradients."""
+
     svd_method: str = setting(
         "auto",
         choice(*SVD_METHODS),
@@ -54,6 +69,12 @@ class BasisSettings(MethodSettings):
     refresh_accumulation: int = setting(
         1, positive_int, "total batches whose mean gradient an SVD sees; the update sees its own"
     )
+
+
+@dataclass(frozen=True)
+class BasisSettings(SVDSettings):
+    """Of methods for which the projected gradient is enough."""
+
     clip_norm: str = setting(
         "projected", choice("projected", "full"), "norm used for clipping: of projected gradients, or of full ones"
     )
@@ -67,7 +88,14 @@ class RandomBasisSettings(MethodSettings):
 
 
 @dataclass(frozen=True)
-class ProjectionSettings(LowRankSettings, BasisSettings):
+class PerLayerSettings(TargetSettings):
+    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+
+
+@dataclass(frozen=True)
+class SideSettings(LowRankSettings, PerLayerSettings):
+    """Which side is projected, and when weights move."""
+
     proj_type: str = setting(
         "std",
         choice(*PROJECTION_TYPES, *SUBSPACE_DESCENT_TYPES),
@@ -75,12 +103,26 @@ class ProjectionSettings(LowRankSettings, BasisSettings):
         f"{', '.join(SUBSPACE_DESCENT_TYPES)}",
         identity=True,
     )
-    per_layer: bool = setting(False, boolean, "update each parameter in the backward pass and free its gradient")
+
+
+@dataclass(frozen=True)
+class ProjectionSettings(SideSettings, BasisSettings):
+    """Of methods that need nothing of a gradient but what the projection leaves of it."""
+
     projected_backward: str = setting(
         "auto",
         choice("auto", "on", "off"),
         "let the backward pass return projected gradients and form no full ones between refreshes; auto: in new runs "
         "that allow it",
+    )
+
+
+@dataclass(frozen=True)
+class LimiterSettings(MethodSettings):
+    """Of methods whose steps may grow by so much (optim/rules/limiter.py)."""
+
+    norm_growth: float = setting(
+        1.01, positive_float, "largest factor by which the norm of a matrix's step may grow from one update to the next"
     )
 
 
@@ -114,7 +156,8 @@ RANDOM_CONDITIONS = (
 
 def resolve(config: Config, given: Mapping[str, ParsedFlag]) -> Config:
     """Refreshes are spread where gradients are freed one by one: otherwise all are kept for the refresh."""
-    return config.replace(stagger_refresh=config.per_layer) if config.method.stagger_refresh is None else config
+    unset = getattr(config.method, "stagger_refresh", False) is None
+    return config.replace(stagger_refresh=config.per_layer) if unset else config
 
 
 def for_device(config: Config, device_type: str) -> dict[str, str]:
@@ -135,10 +178,10 @@ def why_not_projected(config: Config) -> str | None:
 
 def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What bases in 8 bits and updates in the backward pass cannot do."""
-    method = config.method
-    if method.projected_backward == "on" and (reason := why_not_projected(config)):
+    method, accumulation = config.method, getattr(config.method, "refresh_accumulation", 1)
+    if getattr(method, "projected_backward", "off") == "on" and (reason := why_not_projected(config)):
         problems.append(f"--projected_backward on: {reason}")
-    if config.precision.basis_dtype == "int8" and method.proj_type in ONLINE_TYPES:
+    if config.precision.basis_dtype == "int8" and getattr(method, "proj_type", "std") in ONLINE_TYPES:
         problems.append(
             f"--basis_dtype int8: with {method.proj_type} bases move in every update, by less than 8 bits can show"
         )
@@ -149,13 +192,31 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
             f"--skip_spikes {config.optimizer.skip_spikes:g} cannot go with per-layer updates, which are done "
             "before the gradient norm is known"
         )
-    if method.refresh_accumulation > 1:
+    if accumulation > 1:
         problems.append(
-            f"--refresh_accumulation {method.refresh_accumulation} needs full gradients of several batches, which "
+            f"--refresh_accumulation {accumulation} needs full gradients of several batches, which "
             "per-layer updates never hold: leave one of the two out"
         )
-    if config.optimizer.clip_grad_norm > 0 and method.clip_norm == "full":
+    if config.optimizer.clip_grad_norm > 0 and getattr(method, "clip_norm", None) == "full":
         warnings.append("--clip_norm full: with per-layer updates every layer adds up its full gradient in float32")
+
+
+def check_whole(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
+    """What methods cannot do whose steps need the whole gradient, and are limited in growth."""
+    check(config, given, problems, warnings)
+    check_float32_state(config, problems)
+    growth = getattr(config.method, "norm_growth", 1.0)
+    if growth < 1:
+        problems.append(f"--norm_growth {growth:g}: must be at least 1, or every step is shorter than the one before")
+
+
+def check_float32_state(config: Config, problems: list[str]) -> None:
+    """Second moments and running means in bfloat16 never fall; nothing asks for them here."""
+    if config.precision.state_dtype == "published":
+        problems.append(
+            f"--state_dtype published: method {config.method.method} computes in float32, whatever its weights are in: "
+            "float32 or weight"
+        )
 
 
 def check_random(config: Config, warnings: list[str]) -> None:
@@ -167,11 +228,9 @@ def check_random(config: Config, warnings: list[str]) -> None:
 def check_fine_tuning(config: Config, problems: list[str]) -> None:
     if getattr(config.method, "projected_backward", "off") == "on":
         problems.append("--projected_backward on: fine-tuning takes the gradients that autograd leaves in the weights")
-    if config.method.refresh_accumulation > 1:
-        problems.append(
-            f"--refresh_accumulation {config.method.refresh_accumulation}: fine-tuning has no further batches for a "
-            "refresh"
-        )
+    accumulation = getattr(config.method, "refresh_accumulation", 1)
+    if accumulation > 1:
+        problems.append(f"--refresh_accumulation {accumulation}: fine-tuning has no further batches for a refresh")
 
 
 FAMILY = MethodSpec(
@@ -192,6 +251,7 @@ FAMILY = MethodSpec(
         fine_tuning=True,
         stochastic_rounding=True,
         stored_bases=True,
+        tables=True,
         fp16=True,
     ),
     tiny={"rank": 4, "update_proj_gap": 2},
@@ -202,3 +262,16 @@ FAMILY = MethodSpec(
     for_device=for_device,
 )
 """What is so for each of them, unless it says otherwise."""
+
+WHOLE = replace(
+    FAMILY,
+    family="whole gradients, projected moments",
+    settings=SideSettings,
+    defaults={"adam_eps": 1e-6, "state_dtype": "float32"},
+    update_rules=("adamw",),
+    allows=replace(FAMILY.allows, projected_gradient=False),
+    conditions=(),
+    for_device=None,
+    check=check_whole,
+)
+"""What is so for methods that move a weight by its whole gradient, scaled by what happens in a projection."""

@@ -16,7 +16,7 @@ from peft_pretraining.optim.rules.update_rules import AdamW8bit
 class FullRank(TrainingMethod[Optimizer]):
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         settings, own = self.config.optimizer, self.config.rule.arguments()
-        groups = by_role(self.config, model, {"params": list(model.named_parameters())})
+        groups = by_role(self.config, model, {"params": list(model.named_parameters())}, adamw="torch_adamw")
         if settings.optimizer == "adam_zero":
             arguments = {"lr": settings.lr, **own, "weight_decay": settings.weight_decay, "fused": True}
             unnamed = [{**group, "params": [param for _, param in group["params"]]} for group in groups]

@@ -9,5 +9,6 @@ SPEC = MethodSpec(
     settings=MethodSettings,
     update_rules=("adamw", "adamw8bit", "adafactor", "lion", "sgd", "adam_zero"),
     state="2mn",
-    allows=Allows(fsdp=True, fine_tuning=True, stochastic_rounding=True, fp16=True),
+    allows=Allows(fsdp=True, fine_tuning=True, stochastic_rounding=True, tables=True, fp16=True),
+    tables=frozenset({"head", "embedding"}),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -36,6 +36,8 @@ class Refresh:
     projection: Projection
     bases: Bases
     """Those in use, zeros before the first refresh."""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """All of the parameter's tensors, for bases that follow what an update rule has tracked."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """A pure function of (seed, parameter's name, refresh number), and so the same on every rank."""

@@ -255,7 +255,8 @@ def _refresh(each: Arrival, grad: Tensor) -> Refresh:
     """What a basis rule is told; `grad` may be the mean over several."""
     subspace, number = each.subspace, int(each.state["refreshes"])
     bases = subspace.bases(each.state)
-    return Refresh(each.step, number, each.group["seed"], subspace.name, grad, subspace.projection, bases)
+    seed = each.group["seed"]
+    return Refresh(each.step, number, seed, subspace.name, grad, subspace.projection, bases, each.state)
 
 
 def _new_bases(due: Sequence[Arrival], refreshes: dict[int, Refresh]) -> Phases[dict[int, Bases]]:

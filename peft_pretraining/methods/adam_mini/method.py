@@ -1,0 +1,204 @@
+"""Adam-mini: AdamW with one second moment for each block of a weight (arXiv 2406.16793).
+
+    M <- β1 M + (1-β1) G                                                      (m, n)
+    v <- β2 v + (1-β2) mean of G² over the block                              one number for each block
+    W <- W (1 - lr weight_decay) - lr [M / (1-β1^k)] / [√(v / (1-β2^k)) + ε]
+
+Blocks: an attention head of queries and keys; an output row of any other matrix, embedding and head included; a whole
+vector, which has no weight decay. The authors' code takes as many entries for a head as it would have if heads were
+hidden size / number of heads rows; here they are rows / number of heads, of keys the number of key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.methods.base import TrainingMethod
+from peft_pretraining.methods.groups import by_role
+from peft_pretraining.optim import Collective, Direction, LowRankOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
+from peft_pretraining.optim.matrix_optimizer import as_groups
+from peft_pretraining.optim.tensors.state_tensor import zeros
+
+BLOCKS = ("heads", "rows", "tensor")
+_QUERIES, _KEYS = ("q_proj", "query"), ("k_proj", "key")
+"""Last parts of the names of the layers whose outputs are heads."""
+
+
+class AdamMiniTraining(TrainingMethod[LowRankOptimizer]):
+    def build_optimizer(self, model: nn.Module) -> LowRankOptimizer:
+        settings, own, undivided = self.config.optimizer, self.config.rule.arguments(), AdamMiniRule("tensor")
+        everything = {"params": list(model.named_parameters()), "rule": undivided, "betas": own["betas"]}
+        groups = []
+        for group in by_role(self.config, model, everything, adamw="torch_adamw"):
+            groups += [group] if group["rule"] is not undivided else by_blocks(model, group)
+        return LowRankOptimizer(groups, lr=settings.lr, weight_decay=settings.weight_decay, full_norm=True, **own)
+
+
+def by_blocks(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of named parameters as one for each kind of blocks. Vectors have no decay unless the group says so."""
+    kinds: dict[tuple[str, int | None], list[tuple[str, Tensor]]] = {}
+    for name, param in group["params"]:
+        kinds.setdefault(_blocks_of(model, name, param), []).append((name, param))
+    groups = []
+    for (blocks, heads), params in kinds.items():
+        own = {"weight_decay": 0.0} if blocks == "tensor" else {}
+        groups.append({**own, **group, "params": params, "rule": AdamMiniRule(blocks, heads)})
+    return groups
+
+
+def _blocks_of(model: nn.Module, name: str, param: Tensor) -> tuple[str, int | None]:
+    """The kind of a parameter's blocks, and the number of heads, as far as the model's config tells it."""
+    if param.ndim != 2:
+        return "tensor", None
+    config, layer = getattr(model, "config", None), name.split(".")[-2:-1]
+    heads = None
+    if layer and layer[0] in (*_QUERIES, *_KEYS):
+        heads = getattr(config, "num_attention_heads", None)
+        heads = (getattr(config, "num_key_value_heads", None) or heads) if layer[0] in _KEYS else heads
+    return ("rows", None) if heads is None or param.shape[0] % heads else ("heads", heads)
+
+
+class AdamMiniRule(UpdateRule):
+    """AdamW whose second moments are of `heads` equal blocks of rows, of rows, or of the whole tensor.
+
+    Blocks of devices that divide rows are local, but for heads and whole tensors, whose sums are added up: one
+    collective for all parameters of a group.
+    """
+
+    decays_first = True
+    betas = (0.9, 0.999)
+    name = "adam_mini"
+
+    def __init__(self, blocks: str = "rows", heads: int | None = None):
+        if blocks not in BLOCKS:
+            raise ValueError(f"blocks must be one of {', '.join(BLOCKS)}, got {blocks!r}")
+        if blocks == "heads" and (heads is None or heads < 1):
+            raise ValueError(f"heads must be a positive number with blocks 'heads', got {heads}")
+        self._blocks, self._heads = blocks, heads or 1
+
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float((group["betas"] or self.betas)[0])
+
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        rows = (shard.shape or like.shape)[0] if like.ndim else 1
+        if self._blocks == "heads" and rows % self._heads:
+            raise ValueError(f"heads must divide the {rows} rows of a parameter, got {self._heads}")
+        if self._blocks == "rows":
+            squares = StateTensor.along(like.new_zeros(like.shape[:1]), 0, shard)
+        else:
+            squares = StateTensor(like.new_zeros((self._heads,)))
+        return {"exp_avg": StateTensor.like_gradient(zeros(like), shard), "block_mean_sq": squares}
+
+    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
+        beta1, beta2 = group["betas"] or self.betas
+        sums = yield [
+            Collective(self._sums(update), WHOLE if self._is_local(update) else update.low_rank_shard)
+            for update in updates
+        ]
+        torch._foreach_lerp_(
+            [update.state["exp_avg"] for update in updates], [update.low_rank_grad for update in updates], 1 - beta1
+        )
+        found: list[Direction | None] = []
+        for update, total in zip(updates, sums, strict=True):
+            mean_square, k = update.state["block_mean_sq"], update.k
+            size = update.low_rank_shard.shape.numel() if update.low_rank_shard.shape else update.low_rank_grad.numel()
+            mean_square.lerp_(total / (size // self._count(update)), 1 - beta2)
+            root = (mean_square / (1 - beta2**k)).sqrt_().add_(group["eps"])
+            moment = update.state["exp_avg"]
+            found.append(Direction(moment / self._spread(root, update), update.rate / (1 - beta1**k)))
+        return found
+
+    def _is_local(self, update: ParamUpdate) -> bool:
+        """Whether this device has all entries of its blocks."""
+        return update.low_rank_shard.dim is None or (self._blocks == "rows" and update.low_rank_shard.dim == 0)
+
+    def _count(self, update: ParamUpdate) -> int:
+        """Blocks of the whole parameter."""
+        shape = update.low_rank_shard.shape or update.low_rank_grad.shape
+        return shape[0] if self._blocks == "rows" else self._heads
+
+    def _sums(self, update: ParamUpdate) -> Tensor:
+        """Sums of squares of this device's entries of each block."""
+        grad = update.low_rank_grad
+        if self._blocks == "tensor":
+            return grad.square().sum().reshape(1)
+        of_rows = grad.square().sum(tuple(range(1, grad.ndim)))
+        if self._blocks == "rows":
+            return of_rows
+        return of_rows.new_zeros(self._heads).index_add_(0, self._head_of_rows(update), of_rows)
+
+    def _head_of_rows(self, update: ParamUpdate) -> Tensor:
+        """The head of each row that this device has."""
+        shard, grad = update.low_rank_shard, update.low_rank_grad
+        first = shard.offset if shard.dim == 0 else 0
+        rows = torch.arange(first, first + len(grad), device=grad.device)
+        return rows // ((shard.shape or grad.shape)[0] // self._heads)
+
+    def _spread(self, blocks: Tensor, update: ParamUpdate) -> Tensor:
+        """Each block's number for its rows, to divide (m, n) by."""
+        grad = update.low_rank_grad
+        if self._blocks == "tensor":
+            return blocks.reshape(())
+        if self._blocks == "heads":
+            blocks = blocks[self._head_of_rows(update)]
+        return blocks.reshape(-1, *(1 for _ in range(grad.ndim - 1)))
+
+
+class AdamMini(LowRankOptimizer):
+    """Adam-mini for other loops: `blocks` are those of matrices, each of `params` with rows; vectors are one block.
+    `from_model` knows which layers have heads.
+
+    >>> weight = nn.Parameter(torch.ones(4, 6))
+    >>> optimizer = AdamMini([weight], lr=1e-3, blocks="heads", heads=2)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> {key: tuple(value.shape) for key, value in optimizer.state[weight].items() if value.ndim}
+    {'exp_avg': (4, 6), 'block_mean_sq': (2,)}
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        blocks: str = "rows",
+        heads: int | None = None,
+        state_format: str = "float32",
+        rounding: str = "nearest",
+        **settings: Any,
+    ):
+        of_matrices, of_vectors = AdamMiniRule(blocks, heads), AdamMiniRule("tensor")
+        formats = {"state_format": state_format, "rounding": rounding, "betas": betas}
+        groups: list[dict[str, Any]] = []
+        for group in as_groups(params):
+            if "rule" in group:
+                groups.append({**formats, **group})
+                continue
+            listed = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+            matrices = [each for each in listed if _tensor(each).ndim >= 2]
+            vectors = [each for each in listed if _tensor(each).ndim < 2]
+            if matrices or not vectors:
+                groups.append({**formats, **group, "params": matrices, "rule": of_matrices})
+            if vectors:
+                groups.append({**formats, "weight_decay": 0.0, **group, "params": vectors, "rule": of_vectors})
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, full_norm=True, **settings)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, **settings: Any) -> Self:
+        """The optimizer of all parameters of a model that are trained; heads are those of `model.config`."""
+        trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        return cls(by_blocks(model, {"params": trained}), **settings)
+
+
+def _tensor(param: Any) -> Tensor:
+    found: Tensor = param[1] if isinstance(param, tuple) else param
+    return found

@@ -1,0 +1,210 @@
+"""Muon: the momentum of a matrix, orthogonalised (K. Jordan et al., 2024; for language models arXiv 2502.16982).
+
+For a weight W (m, n), with G its gradient:
+
+    M <- μ M + (1-μ) G,  U = (1-μ) G + μ M                                    (m, n)   optim/rules/momentum.py
+    X = U / ‖U‖, transposed if m > n; five times:                             (p, q)   p <= q
+        A = X Xᵀ,  X <- a X + (b A + c A²) X    a, b, c = 3.4445, -4.7750, 2.0315
+    O = X, transposed back
+    W <- W (1 - lr weight_decay) - lr f O
+
+The iteration (Newton-Schulz, of a polynomial that is steep at 0) brings singular values to somewhere between 0.68 and
+1.14, which is enough. f = 0.2 √max(m, n) gives the step the size of AdamW's (`match_rms`), so that its rate and decay
+carry over; f = √max(1, m / n) is the original one (`spectral`).
+
+NorMuon (arXiv 2510.05491) evens out the rows of O: methods/normuon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.methods._matrices.method import MatrixTraining
+from peft_pretraining.methods.muon.settings import NS_DTYPES, SCALES
+from peft_pretraining.optim import Collective, Direction, MatrixOptimizer, ParamUpdate, Phases, StateTensor
+from peft_pretraining.optim.rules.momentum import MomentumRule
+from peft_pretraining.optim.rules.update_rule import mean_from, mean_over
+
+_POLYNOMIAL = (3.4445, -4.7750, 2.0315)
+_ROW_EPS = 1e-10
+
+
+class MuonTraining(MatrixTraining):
+    neuron_beta2: float | None = None
+
+    def matrices(self) -> dict[str, Any]:
+        method = self.config.method
+        rule = MuonRule(
+            method.matrix_momentum,
+            method.nesterov,
+            scale=method.muon_scale,
+            ns_dtype=method.muon_ns_dtype,
+            neuron_beta2=self.neuron_beta2,
+        )
+        return {"rule": rule}
+
+
+class MuonRule(MomentumRule):
+    """The orthogonalised momentum; with `neuron_beta2` its rows are divided by the root of their mean square over time
+    (NorMuon)."""
+
+    def __init__(
+        self,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        scale: str = "match_rms",
+        neuron_beta2: float | None = None,
+        ns_steps: int = 5,
+        ns_eps: float = 1e-7,
+        ns_dtype: str = "auto",
+    ):
+        super().__init__(momentum, nesterov)
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        if ns_dtype not in NS_DTYPES:
+            raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {ns_dtype!r}")
+        if neuron_beta2 is not None and not 0 <= neuron_beta2 < 1:
+            raise ValueError(f"neuron_beta2 must be at least 0 and below 1, or None, got {neuron_beta2}")
+        self._like_adamw, self._neuron_beta2 = scale == "match_rms", neuron_beta2
+        self._steps, self._eps, self._dtype = ns_steps, ns_eps, ns_dtype
+
+    @property
+    def name(self) -> str:
+        return "muon" if self._neuron_beta2 is None else "normuon"
+
+    def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
+        declared = super().declare_state(like, group, shard)
+        if self._neuron_beta2 is not None:
+            declared["row_mean_sq"] = StateTensor.along(like.new_zeros(len(like)), 0, shard)
+        return declared
+
+    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
+        followed = self.follow(updates)
+        whole = yield [
+            Collective(part, update.low_rank_shard, "whole") for part, update in zip(followed, updates, strict=True)
+        ]
+        orthogonal = orthogonalize(whole, self._steps, self._eps, self._dtype)
+        parts = [
+            update.low_rank_shard.part(each, update.low_rank_shard.dim or 0)
+            for each, update in zip(orthogonal, updates, strict=True)
+        ]
+        if self._neuron_beta2 is not None:
+            return (yield from self._by_rows(parts, updates))
+        found: list[Direction | None] = []
+        for part, update in zip(parts, updates, strict=True):
+            m, n = _shape(update)
+            size = 0.2 * math.sqrt(max(m, n)) if self._like_adamw else math.sqrt(max(1.0, m / n))
+            found.append(Direction(part, update.rate * size))
+        return found
+
+    def _by_rows(self, parts: list[Tensor], updates: Sequence[ParamUpdate]) -> Phases[list[Direction | None]]:
+        """NorMuon: O' = O with each row over the root of its mean square; the whole is then given its size."""
+        assert self._neuron_beta2 is not None
+        squares = yield [
+            mean_over(part.square(), 1, update.low_rank_shard) for part, update in zip(parts, updates, strict=True)
+        ]
+        evened = []
+        for part, square, update in zip(parts, squares, updates, strict=True):
+            mean_square = update.state["row_mean_sq"]
+            mean_square.lerp_(mean_from(square, 1, update.low_rank_shard), 1 - self._neuron_beta2)
+            evened.append(part / (mean_square.sqrt() + _ROW_EPS).unsqueeze(1))  # (m, n) / (m, 1)
+        both = zip((*evened, *parts), (*updates, *updates), strict=True)
+        norms = [each.sqrt() for each in (yield [Collective(_square(o), u.low_rank_shard) for o, u in both])]
+        found: list[Direction | None] = []
+        for place, (rows, update) in enumerate(zip(evened, updates, strict=True)):
+            m, n = _shape(update)
+            unit = rows / (norms[place] + _ROW_EPS)
+            if self._like_adamw:
+                found.append(Direction(unit, update.rate * 0.2 * math.sqrt(m * n)))
+            else:
+                whole_norm = norms[len(updates) + place]
+                found.append(Direction(unit * whole_norm, update.rate * math.sqrt(max(1.0, m / n))))
+        return found
+
+
+def _shape(update: ParamUpdate) -> tuple[int, int]:
+    m, n = update.low_rank_shard.shape
+    return m, n
+
+
+def _square(part: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(part)
+    return norm.square()
+
+
+def orthogonalize(matrices: Sequence[Tensor], steps: int = 5, eps: float = 1e-7, dtype: str = "auto") -> list[Tensor]:
+    """Matrices (m, n) with the same singular vectors, and singular values near 1; those of one shape, or of a shape and
+    the transposed one, as one batch."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        m, n = matrix.shape
+        places.setdefault((min(m, n), max(m, n)), []).append(place)
+    found: list[Tensor] = [*matrices]
+    for together in places.values():
+        tall = {place for place in together if matrices[place].shape[0] > matrices[place].shape[1]}
+        x = torch.stack([matrices[place].mT if place in tall else matrices[place] for place in together])
+        for place, each in zip(together, _newton_schulz(x, steps, eps, dtype).unbind(), strict=True):
+            found[place] = each.mT if place in tall else each
+    return found
+
+
+def _newton_schulz(x: Tensor, steps: int, eps: float, dtype: str) -> Tensor:
+    """Of a batch (k, p, q) with p <= q."""
+    own, (a, b, c) = x.dtype, _POLYNOMIAL
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    if dtype == "bfloat16" or (dtype == "auto" and x.is_cuda):
+        x = x.bfloat16()
+    for _ in range(steps):
+        gram = x @ x.mT  # (k, p, p)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(own)
+
+
+class Muon(MatrixOptimizer):
+    """Muon for other loops: matrices as above, everything else by AdamW. `neuron_beta2` (0.95) makes it NorMuon.
+
+    >>> weight = torch.nn.Parameter(torch.eye(4, 6))
+    >>> optimizer = Muon([weight], lr=0.01)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> {key: tuple(value.shape) for key, value in optimizer.state[weight].items() if value.ndim}
+    {'exp_avg': (4, 6)}
+
+    `betas` and `eps` are AdamW's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        scale: str = "match_rms",
+        neuron_beta2: float | None = None,
+        ns_steps: int = 5,
+        ns_eps: float = 1e-7,
+        ns_dtype: str = "auto",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        **settings: Any,
+    ):
+        rule = MuonRule(
+            momentum,
+            nesterov,
+            scale=scale,
+            neuron_beta2=neuron_beta2,
+            ns_steps=ns_steps,
+            ns_eps=ns_eps,
+            ns_dtype=ns_dtype,
+        )
+        matrices = {"rule": rule}
+        super().__init__(params, matrices=matrices, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)

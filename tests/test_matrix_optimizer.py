@@ -1,0 +1,97 @@
+"""The optimizers that methods bring along for other loops: found by name, saved, copied, put together from groups."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from projection_helpers import parameter, set_gradients, through_a_file
+from torch import nn
+
+from peft_pretraining import optim
+from peft_pretraining.methods import METHODS
+from peft_pretraining.optim import LowRankOptimizer, MatrixOptimizer
+
+LIBRARY = [spec.library for spec in METHODS.values() if spec.library]
+SMALL = {"rank": 2, "update_proj_gap": 2}
+each_optimizer = pytest.mark.parametrize("name", LIBRARY)
+
+
+def build(name, weights):
+    kind = getattr(optim, name)
+    known = {key for base in kind.__mro__[:2] for key in inspect.signature(base.__init__).parameters}
+    settings = {key: value for key, value in SMALL.items() if key in known}
+    named = [(f"weight{index}", weight) for index, weight in enumerate(weights)]
+    return kind(named, lr=0.01, weight_decay=0.1, **settings)
+
+
+def weights_of(count=3):
+    return [parameter(shape, seed) for seed, shape in enumerate([(6, 4), (4, 6), (6,)][:count])]
+
+
+def train(optimizer, weights, begin, end):
+    for step in range(begin, end):
+        set_gradients(weights, step)
+        optimizer.step()
+
+
+@each_optimizer
+def test_everything_moves_and_a_saved_state_goes_on(name):
+    weights = weights_of()
+    starts = [weight.detach().clone() for weight in weights]
+    optimizer = build(name, weights)
+    train(optimizer, weights, 0, 5)
+    assert all((weight - start).abs().max() > 1e-6 for weight, start in zip(weights, starts, strict=True))
+    others = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    fresh = build(name, others)
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(optimizer, weights, 5, 9)
+    train(fresh, others, 5, 9)
+    assert all(torch.equal(*pair) for pair in zip(weights, others, strict=True))
+
+
+@each_optimizer
+def test_a_copy_goes_on_alike(name):
+    weights = weights_of()
+    optimizer = build(name, weights)
+    train(optimizer, weights, 0, 3)
+    optimizer.zero_grad()
+    others, copied = copy.deepcopy((weights, optimizer))
+    train(optimizer, weights, 3, 6)
+    train(copied, others, 3, 6)
+    assert all(torch.equal(*pair) for pair in zip(weights, others, strict=True))
+
+
+@each_optimizer
+def test_bfloat16_weights_have_states_in_float32(name):
+    weights = [nn.Parameter(weight.detach().bfloat16()) for weight in weights_of()]
+    optimizer = build(name, weights)
+    train(optimizer, weights, 0, 3)
+    dtypes = {value.dtype for state in optimizer.state.values() for value in state.values() if value.ndim}
+    assert dtypes <= {torch.float32} and all(weight.isfinite().all() for weight in weights)
+
+
+@each_optimizer
+def test_vectors_have_the_betas_that_are_given(name):
+    betas = (0.5, 0.75)
+    weight, kind = parameter((6,)), getattr(optim, name)
+    given = "adam_betas" if "adam_betas" in inspect.signature(kind.__init__).parameters else "betas"
+    optimizer = kind([weight], **{given: betas})
+    assert [group["betas"] for group in optimizer.param_groups] == [betas]
+
+
+def test_groups_keep_what_they_say():
+    matrix, head, vector = weights_of()
+    kind = optim.Apollo
+    optimizer = kind([{"params": [matrix, vector], "lr": 0.5}, {"params": head, "rule": "adamw"}], lr=0.1)
+    rules = [(group["lr"], group["rule"], len(group["params"])) for group in optimizer.param_groups]
+    assert [each[::2] for each in rules] == [(0.5, 1), (0.5, 1), (0.1, 1)]
+    assert [each[1] for each in rules[1:]] == ["adamw", "adamw"] and isinstance(optimizer, MatrixOptimizer)
+    with pytest.raises(TypeError, match="iterable of parameters or groups, got a tensor"):
+        kind(matrix)
+
+
+def test_only_methods_bring_optimizers_along():
+    assert issubclass(MatrixOptimizer, LowRankOptimizer) and len(set(LIBRARY)) == len(LIBRARY) >= 8
+    with pytest.raises(AttributeError, match="has no attribute 'Adamw'"):
+        _ = optim.Adamw
