@@ -108,12 +108,13 @@ class MuonRule(MomentumRule):
         """NorMuon: O' = O with each row over the root of its mean square; the whole is then given its size."""
         assert self._neuron_beta2 is not None
         squares = yield [
-            mean_over(part.square(), 1, update.low_rank_shard) for part, update in zip(parts, updates, strict=True)
+            mean_over(part.square(), -1, update.low_rank_shard, part.shape)
+            for part, update in zip(parts, updates, strict=True)
         ]
         evened = []
         for part, square, update in zip(parts, squares, updates, strict=True):
             mean_square = update.state["row_mean_sq"]
-            mean_square.lerp_(mean_from(square, 1, update.low_rank_shard), 1 - self._neuron_beta2)
+            mean_square.lerp_(mean_from(square, -1, update.low_rank_shard, part.shape), 1 - self._neuron_beta2)
             evened.append(part / (mean_square.sqrt() + _ROW_EPS).unsqueeze(1))  # (m, n) / (m, 1)
         both = zip((*evened, *parts), (*updates, *updates), strict=True)
         norms = [each.sqrt() for each in (yield [Collective(_square(o), u.low_rank_shard) for o, u in both])]

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 from typing_extensions import Self
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
@@ -31,7 +30,7 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role
 from peft_pretraining.optim import Collective, Direction, LowRankOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
 from peft_pretraining.optim.matrix_optimizer import as_groups
-from peft_pretraining.optim.rules.update_rule import scalar
+from peft_pretraining.optim.rules.torch_adamw import torch_step
 from peft_pretraining.optim.tensors.state_tensor import counter, zeros
 
 
@@ -108,21 +107,13 @@ class StableSpamRule(UpdateRule):
         beta1, beta2 = group["betas"] or self.betas
         minus_d = [torch.zeros_like(each) for each in cut]
         for (k, fade), places in _places(updates, self._fade).items():
-            adamw(
+            torch_step(
                 [minus_d[place] for place in places],
                 [cut[place] for place in places],
                 [updates[place].state["exp_avg"] for place in places],
                 [updates[place].state["exp_avg_sq"] for place in places],
-                [],
-                [scalar(k - 1.0, cut[place].device) for place in places],  # which torch increments
-                fused=True,
-                amsgrad=False,
-                beta1=beta1 * fade,
-                beta2=beta2,
-                lr=1.0,
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
+                [torch.tensor(k - 1.0, device=cut[place].device) for place in places],  # which torch increments
+                {"betas": (beta1 * fade, beta2), "lr": 1.0, "weight_decay": 0.0, "eps": group["eps"]},
             )
         return [Direction(each, -update.rate) for each, update in zip(minus_d, updates, strict=True)]
 
