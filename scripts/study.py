@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", help="comma-separated (default: the file's); the rates are tried with the first")
     made.add_argument("--keep_models", action="store_true", help="keep every run's model, whatever the file says")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    made.add_argument("--nproc_per_node", type=int, default=0, help="start each run by torchrun, on so many GPUs")
     return made
 
 
@@ -75,6 +76,11 @@ def study_of(arguments: argparse.Namespace, words: Sequence[str]) -> Study:
     """The study that a command line asks for; `words` are the training script's own. Raises `ConfigError`."""
     file = read_study(arguments.study)
     problems = [] if arguments.jobs >= 1 else [f"--jobs must be a positive number, got {arguments.jobs}"]
+    if arguments.nproc_per_node < 0 or (arguments.nproc_per_node and arguments.jobs > 1):
+        problems.append(
+            f"--nproc_per_node must be positive and goes with --jobs 1, got {arguments.nproc_per_node} and "
+            f"{arguments.jobs}"
+        )
     inputs = {}
     for name in ("dataset_path", "model", "data"):
         value = getattr(arguments, name)
@@ -86,7 +92,7 @@ def study_of(arguments: argparse.Namespace, words: Sequence[str]) -> Study:
             inputs[name] = value if name == "model" and not Path(value).exists() else str(Path(value).resolve())
     if problems:
         raise ConfigError(problems)
-    return Study(_narrowed(file, arguments), inputs, flags_of(words), arguments.out.resolve(), arguments.jobs)
+    return Study(_narrowed(file, arguments), inputs, flags_of(words), arguments.out.resolve(), arguments.jobs, arguments.nproc_per_node)
 
 
 def _narrowed(file: StudyFile, arguments: argparse.Namespace) -> StudyFile:

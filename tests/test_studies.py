@@ -139,9 +139,10 @@ def test_another_study_s_folder_is_refused(run_study, trainings, change, named):
         (STUDY.replace("common", "seeds"), ["key 'seeds' is given twice, in lines 2 and 3"]),
         (STUDY + "script: x.py\n", ["script must be one of torchrun_main.py, run_glue.py, run_tasks.py, got 'x.py'"]),
         (STUDY + "script: [x]\nwarm_up: {}\n", ["script must be one of torchrun_main.py"]),
-        (STUDY + "warm_up: {}\nkeep_models: False\n", ["unknown key 'warm_up'", "unknown key 'keep_models'"]),
+        (STUDY + "warm_up: {}\nevaluation_rows: 3\n", ["unknown key 'warm_up'", "unknown key 'evaluation_rows'"]),
+        (STUDY + "extend: -1\n", ["extend must be a whole number, got -1"]),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_what_is_no_study_is_refused_in_lines(run_study, trainings, text, problems):
     code, captured = run_study(text)
@@ -215,7 +216,7 @@ def test_a_study_of_fine_tuning(run_study, trainings, tmp_path):
     assert first["--train_file"] == str(out / "train.jsonl") and first["--model_name_or_path"] == "hub/name"
     assert first["--max_steps"] == "5" and first["--max_length"] == "32"  # the command line wins
     assert [command["--output_dir"].removeprefix(f"{out}/") for command in made.commands] == [
-        *("full/lr0.1_seed1", "full/lr0.2_seed1", "lora/lr0.5_seed1", "full/lr0.2_seed2", "lora/lr0.5_seed2")
+        *("full/lr0.1_seed1", "full/lr0.2_seed1", "full/lr0.2_seed2", "lora/lr0.5_seed1", "lora/lr0.5_seed2")
     ]
     assert {command["--seed"] for command in made.commands} == {"1", "2"}
     assert not list(out.rglob("model.safetensors"))
@@ -296,7 +297,27 @@ def test_the_project_s_studies_are_good(path):
     known = {name for flag in known_flags(read.program.script) for name in flag.spellings}
     for method in read.methods.values():
         assert {*read.common, *method.flags, *(method.warm_up or {}), "lr", "seed"} <= known
-        assert len(method.lrs) == 3
+        assert len(method.lrs) in (3, 5)
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
+def test_every_command_line_of_a_study_is_a_configuration(path, tmp_path, monkeypatch):
+    """Also that its groups are as documented: matrices at the study's rates, what AdamW updates at one of its own."""
+    from peft_pretraining.config import cli
+
+    monkeypatch.chdir(helpers.PROJECT)
+    read = file.read_study(path)
+    made = comparison.Study(read, {}, {}, tmp_path)
+    for name, method in read.methods.items():
+        for lr in method.lrs:
+            for own in (method.flags, *([method.warm_up] if method.warm_up else [])):
+                flags = made.flags(lr, 42, own) | {"save_dir": tmp_path / "run"}
+                words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+                config = cli.load(words, {}, here=False).config
+                assert config.optimizer.lr == lr and config.run.seed == 42, name
+                rest = read.common["adam_lr"] if name != "full_rank_one_rate" else None
+                assert config.roles.adam_lr == own.get("adam_lr", rest) if "adam_lr" in own else rest
+    assert path.stem == "quickstart_rest" or {m.flags["method"] for m in read.methods.values()} == set(BUILT_IN)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"a": null}', b'{"a": true}', b'{"a": NaN}'])

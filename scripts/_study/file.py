@@ -36,6 +36,8 @@ class StudyFile:
     evaluation_rows: int | None = None
     """So many of the rows of --data, drawn at random, are for evaluation."""
     keep_models: bool = True
+    extend: int = 0
+    """So many rates at most are tried beyond a method's, where the best is the smallest or the largest."""
     entries: Mapping[str, Any] = field(default_factory=dict)
     """The methods' entries as the file has them."""
 
@@ -62,6 +64,7 @@ def read_study(path: Path) -> StudyFile:
         tuple(found.get("seeds", (None,))),
         found.get("evaluation_rows"),
         found.get("keep_models", True),
+        found.get("extend", 0),
         found["methods"],
     )
 
@@ -77,6 +80,8 @@ def _problems(found: Mapping[str, Any], program: Program) -> list[str]:
         problems.append(f"evaluation_rows must be a positive whole number, got {rows!r}")
     if not isinstance(keep, bool):
         problems.append(f"keep_models must be True or False, got {keep!r}")
+    if not _is_whole(extend := found.get("extend", 0)) or extend < 0:
+        problems.append(f"extend must be a whole number, got {extend!r}")
     problems += _flags_problems("common", found.get("common"), program.required)
     methods = found.get("methods")
     if not isinstance(methods, dict) or not methods:
