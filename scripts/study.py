@@ -10,19 +10,21 @@
 The YAML file says which training script, methods, rates and seeds; flags after `--` go to the training script, over the
 file's. Finished runs are not made again, interrupted ones go on, so that the command may be stopped and given again,
 also with methods, rates or seeds added. Writes OUT/table.md and OUT/results.json; if the best rate lies at the end of
-its range, the table says so.
+its range, the table says so. Beside them rates.png, scores over each method's rate, and memory.png, over the state.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from _study import folder
+from _study import folder, plots
 from _study.comparison import Study, compare, table
 from _study.file import StudyFile, flags_of, read_study
 
@@ -38,7 +40,12 @@ def main() -> int:
         with folder.opened(study.out, study.in_common()):
             study.divide_rows()
             rows = compare(study)
+            if arguments.speeds is not None:
+                rows = with_speeds(rows, arguments.speeds)
             folder.write_results(study.out, rows, table(study, rows))
+            program = study.file.program
+            plots.plot_rates(rows, program, study.out / "rates.png")
+            plots.plot_memory(rows, program, study.out / "memory.png")
     except ConfigError as error:
         return exit_with_problems(error)
     except subprocess.CalledProcessError as error:
@@ -69,7 +76,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--keep_models", action="store_true", help="keep every run's model, whatever the file says")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     made.add_argument("--nproc_per_node", type=int, default=0, help="start each run by torchrun, on so many GPUs")
+    made.add_argument(
+        "--speeds", type=Path, help="JSON, method -> tokens per second, to tell instead of the runs' own speeds"
+    )
     return made
+
+
+def with_speeds(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows with the speeds of a file of benchmarks/study_throughput.py. Raises `ConfigError`."""
+    try:
+        speeds = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--speeds {path}: cannot be read ({error})"]) from None
+    if not isinstance(speeds, dict) or not all(map(folder.is_number, speeds.values())):
+        raise ConfigError([f"--speeds {path}: it must hold methods and numbers"])
+    return [{**row, "tokens_per_second": speeds.get(row["method"])} for row in rows]
 
 
 def study_of(arguments: argparse.Namespace, words: Sequence[str]) -> Study:

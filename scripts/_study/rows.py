@@ -20,7 +20,7 @@ class Row:
         """extend: so many rates at most beyond the given ones, where the best is the smallest or the largest.
         smaller: whether a smaller score is better."""
         self.name, self.results, self._begun = name, dict[Run, Result](), set[Run]()
-        self._lrs, self._seeds, self._extend, self._smaller = sorted(lrs), seeds, extend, smaller
+        self._lrs, self._seeds, self._extend, self._smaller = list(lrs), seeds, extend, smaller
 
     def next(self) -> Run | None:
         """What has not been begun and can be; None where there is nothing, or only after others have ended."""
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def by_rate(self) -> dict[float, float]:
-        """The scores with the first seed, by growing rates."""
+        """The scores with the first seed; rates as they were given, or by size where there are further ones."""
         first = self._seeds[0]
         return {lr: self.results[lr, first]["score"] for lr in self._lrs if (lr, first) in self.results}
 
@@ -62,7 +62,7 @@ class Row:
 
     def _beyond(self) -> float | None:
         """The rate next to the best one where that is the last at an end of the range, in the ratio of the last two."""
-        lrs, scores = self._lrs, self.by_rate
+        lrs, scores = sorted(self._lrs), self.by_rate
         if len(lrs) < 2 or not math.isfinite(scores[self.best]):
             return None
         for last, before in ((lrs[0], lrs[1]), (lrs[-1], lrs[-2])):
