@@ -21,12 +21,12 @@ import throughput  # this folder's; it makes the project importable
 
 sys.path.insert(0, str(throughput.PROJECT / "scripts"))
 
-from _study.comparison import Study  # noqa: E402
-from _study.file import read_study  # noqa: E402
+from _study.comparison import Study
+from _study.file import read_study
 
-from peft_pretraining.config import cli  # noqa: E402
-from peft_pretraining.distributed import ProcessGroup  # noqa: E402
-from peft_pretraining.training.build import build  # noqa: E402
+from peft_pretraining.config import cli
+from peft_pretraining.distributed import ProcessGroup
+from peft_pretraining.training.build import build
 
 
 def main() -> None:

@@ -113,7 +113,14 @@ def study_of(arguments: argparse.Namespace, words: Sequence[str]) -> Study:
             inputs[name] = value if name == "model" and not Path(value).exists() else str(Path(value).resolve())
     if problems:
         raise ConfigError(problems)
-    return Study(_narrowed(file, arguments), inputs, flags_of(words), arguments.out.resolve(), arguments.jobs, arguments.nproc_per_node)
+    return Study(
+        _narrowed(file, arguments),
+        inputs,
+        flags_of(words),
+        arguments.out.resolve(),
+        arguments.jobs,
+        arguments.nproc_per_node,
+    )
 
 
 def _narrowed(file: StudyFile, arguments: argparse.Namespace) -> StudyFile:

@@ -143,7 +143,10 @@ def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     columns = {key: head for key, head in program.columns.items() if any(row.get(key) is not None for row in rows)}
     heads = ["method", f"{program.score}, mean ± std (seeds)", "best rate", "first seed at each rate"]
     heads += [*columns.values(), "state MB"]
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join([':--', ':--', '--:', ':--', *['--:'] * len(columns), '--:'])} |"]
+    lines = [
+        f"| {' | '.join(heads)} |",
+        f"| {' | '.join([':--', ':--', '--:', ':--', *['--:'] * len(columns), '--:'])} |",
+    ]
     worst_last = sorted(rows, key=lambda row: statistics.fmean(row[program.scores]))
     for row in worst_last if program.smaller_is_better else reversed(worst_last):
         values, rates = row[program.scores], row["by_rate"]

@@ -43,7 +43,6 @@ class FineTuning:
         with open(folder.with_name(folder.name + ".log"), "a") as log:
             subprocess.run([*command, "--output_dir", str(folder)], check=True, stdout=log, stderr=log, env=environment)
 
-
     def remove_models(self, folder: Path) -> None:
         """Delete a finished run's weights."""
         for path in folder.glob("*.safetensors"):

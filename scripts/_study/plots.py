@@ -21,7 +21,7 @@ _HIGHEST = 1.6
 
 
 def plot_rates(rows: Sequence[Mapping[str, Any]], program: Program, path: Path) -> None:
-    """One small plot for each method: the scores of its first seed over its rate by the best one, all others in grey."""
+    """A small plot for each method: the scores of its first seed over its rate by the best one; all others in grey."""
     lines = {row["method"]: _relative(row) for row in rows}
     bests = [lowest for line in lines.values() if math.isfinite(lowest := min(y for _, y in line))]
     top = _HIGHEST * statistics.median(bests) if bests else None
@@ -62,7 +62,9 @@ def plot_memory(rows: Sequence[Mapping[str, Any]], program: Program, path: Path)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08, y=0.08)
     figure.tight_layout()
-    points = {row["method"]: (row["optimizer_state_bytes"] / 1e6, statistics.fmean(row[program.scores])) for row in rows}
+    points = {
+        row["method"]: (row["optimizer_state_bytes"] / 1e6, statistics.fmean(row[program.scores])) for row in rows
+    }
     write_names(axes, points)
     _save(figure, path)
 

@@ -40,7 +40,7 @@ class Program(Protocol):
         """
 
     def train(self, folder: Path, flags: Mapping[str, Any], threads: int, processes: int = 0) -> None:
-        """Make a run, or finish it, by torchrun where `processes` is not 0. Raises `CalledProcessError`, `RunFailed`."""
+        """Make a run, or finish it; by torchrun if `processes` > 0. Raises `CalledProcessError`, `RunFailed`."""
 
     def remove_models(self, folder: Path) -> None:
         """Delete the weights that a finished run has left."""
