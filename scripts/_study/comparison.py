@@ -35,7 +35,7 @@ class Study:
     """Runs at a time, which share the cores."""
     processes: int = 0
     """Of one run, by torchrun; 0: one process, without it."""
-    _warming_up: Lock = field(default_factory=Lock)
+    _starting: Lock = field(default_factory=Lock)
 
     def run(self, method: str, lr: float, seed: int | None) -> dict[str, Any]:
         """One training, or what is left of it; its result."""
@@ -44,8 +44,13 @@ class Study:
         flags = self.flags(lr, seed, entry.flags, self.more)
         result = program.result(place, flags)
         if result is None:
+            if self.file.start is not None:
+                start = self._first_run(self.out / "start", self.file.start, self.file.start.get("seed"))
+                flags = {**flags, "model_name_or_path": start}
+                flags.pop("model_config", None)
             if entry.warm_up is not None:
-                flags["warmed_up_model"] = self._warm_up(method, entry.warm_up, seed)
+                warm_up = self.out / method / ("warm_up" if seed is None else f"warm_up_seed{seed}")
+                flags["warmed_up_model"] = self._first_run(warm_up, entry.warm_up, seed)
             program.train(place, flags, self._threads, self.processes)
             result = program.result(place, flags, ended=True)
             if result is None:
@@ -75,11 +80,10 @@ class Study:
         flags |= {"lr": f"{lr:g}"} | ({} if seed is None else {"seed": seed})
         return {name: value for name, value in flags.items() if value is not None}
 
-    def _warm_up(self, method: str, settings: Mapping[str, Any], seed: int | None) -> Path:
-        """The checkpoint of a run by which a method starts; its updates count towards the budget."""
-        place = self.out / method / ("warm_up" if seed is None else f"warm_up_seed{seed}")
+    def _first_run(self, place: Path, settings: Mapping[str, Any], seed: int | None) -> Path:
+        """The last checkpoint of a run by which others start, made if it is not there."""
         last = place / f"model_{settings['num_training_steps']}"
-        with self._warming_up:  # the runs of several rates start by the same one
+        with self._starting:  # several runs start by the same one
             if not last.is_dir():
                 flags = self.flags(settings["lr"], seed, self.more, settings)
                 self.file.program.train(place, flags, self._threads, self.processes)
@@ -89,6 +93,7 @@ class Study:
         """What the runs of one folder share. Methods may be added, and rates and seeds of a method."""
         entries = {f"method {name}": {**self.file.entries[name], "lrs": None} for name in self.file.methods}
         settings = {"script": self.file.program.script, "common": self.file.common, "flags": self.more}
+        settings |= {} if self.file.start is None else {"start": self.file.start}
         return {**settings, **self.inputs, **entries}
 
     def divide_rows(self) -> None:

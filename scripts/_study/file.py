@@ -38,6 +38,8 @@ class StudyFile:
     keep_models: bool = True
     extend: int = 0
     """So many rates at most are tried beyond a method's, where the best is the smallest or the largest."""
+    start: Mapping[str, Any] | None = None
+    """Flags of a run from whose last checkpoint all others start, instead of from `model_config`'s random weights."""
     entries: Mapping[str, Any] = field(default_factory=dict)
     """The methods' entries as the file has them."""
 
@@ -65,6 +67,7 @@ def read_study(path: Path) -> StudyFile:
         found.get("evaluation_rows"),
         found.get("keep_models", True),
         found.get("extend", 0),
+        found.get("start"),
         found["methods"],
     )
 
@@ -83,6 +86,8 @@ def _problems(found: Mapping[str, Any], program: Program) -> list[str]:
     if not _is_whole(extend := found.get("extend", 0)) or extend < 0:
         problems.append(f"extend must be a whole number, got {extend!r}")
     problems += _flags_problems("common", found.get("common"), program.required)
+    if "start" in found and "start" in program.keys:
+        problems += _flags_problems("start", found["start"], ("num_training_steps", "lr"))
     methods = found.get("methods")
     if not isinstance(methods, dict) or not methods:
         return [*problems, f"methods must be a mapping of names to entries, got {methods!r}"]

@@ -25,7 +25,7 @@ class PreTraining:
     script = "torchrun_main.py"
     inputs: Mapping[str, str] = {"dataset_path": "dataset_path"}
     required = ("num_training_steps",)
-    keys = ("warm_up", "extend", "keep_models")
+    keys = ("warm_up", "start", "extend", "keep_models")
     score, scores, digits, smaller_is_better = "validation perplexity", "perplexities", 2, True
     columns: Mapping[str, str] = {"tokens_per_second": "tokens/s"}
     column_format = ",.0f"

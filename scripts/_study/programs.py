@@ -19,7 +19,7 @@ class Program(Protocol):
     required: tuple[str, ...]
     """Numbers that a study has to give under `common`."""
     keys: tuple[str, ...]
-    """What else a study's file may say: `extend`, `evaluation_rows`, `keep_models`; of a method `warm_up`."""
+    """What else a study's file may say: `extend`, `start`, `evaluation_rows`, `keep_models`; of a method `warm_up`."""
     score: str
     """By what runs are compared, as the table calls it."""
     scores: str
