@@ -85,8 +85,9 @@ def test_another_study_s_folder_is_refused(run_study, trainings, change, named):
         (STUDY + "script: [x]\nwarm_up: {}\n", ["script must be one of torchrun_main.py"]),
         (STUDY + "warm_up: {}\nevaluation_rows: 3\n", ["unknown key 'warm_up'", "unknown key 'evaluation_rows'"]),
         (STUDY + "extend: -1\n", ["extend must be a whole number, got -1"]),
+        (STUDY + "start: {lr: 0.1}\n", ["start: num_training_steps must be a positive number, got None"]),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_what_is_no_study_is_refused_in_lines(run_study, trainings, text, problems):
     code, captured = run_study(text)
@@ -251,14 +252,16 @@ def test_every_command_line_of_a_study_is_a_configuration(path, tmp_path, monkey
     monkeypatch.chdir(helpers.PROJECT)
     read = file.read_study(path)
     made = comparison.Study(read, {}, {}, tmp_path)
-    for name, method in read.methods.items():
-        for own in (method.flags, *([method.warm_up] if method.warm_up else [])):
-            flags = made.flags(method.lrs[-1], 42, own)
-            words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-            config = cli.load(words, {}, here=False).config
-            assert (config.optimizer.lr, config.run.seed) == (method.lrs[-1], 42), name
-            assert config.roles.adam_lr == {**read.common, **own}.get("adam_lr"), name
-            assert config.data.eval_parts == 2 and config.method.method == own["method"], name
+    entries = {name: (method.lrs[-1], method.flags) for name, method in read.methods.items()}
+    entries |= {f"{name}'s warm-up": (m.warm_up["lr"], m.warm_up) for name, m in read.methods.items() if m.warm_up}
+    entries |= {"start": (read.start["lr"], read.start)} if read.start else {}
+    for name, (lr, own) in entries.items():
+        flags = made.flags(lr, 42, own)
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        config = cli.load(words, {}, here=False).config
+        assert (config.optimizer.lr, config.run.seed) == (lr, 42), name
+        assert config.roles.adam_lr == {**read.common, **own}.get("adam_lr"), name
+        assert config.data.eval_parts == 2 and config.method.method == own["method"], name
     if path.stem != "quickstart_rest":
         assert {method.flags["method"] for method in read.methods.values()} == METHODS
 

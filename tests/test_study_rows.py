@@ -91,6 +91,34 @@ def test_the_runs_of_all_rates_start_by_one_warm_up(run_study, trainings, tmp_pa
     assert len(others) == 3 and not any("--adam_lr" in c for c in others)  # null takes a flag out
 
 
+def test_all_runs_start_from_the_model_of_one_run(run_study, trainings, tmp_path, monkeypatch):
+    made = trainings()
+
+    def starting(command, **more):
+        made(command, **more)
+        if command[command.index("--save_dir") + 1].endswith("/start"):
+            (tmp_path / "out" / "start" / "model_3").mkdir()
+
+    monkeypatch.setattr(sweep.subprocess, "run", starting)
+    text = STUDY + "start: {method: full_rank, lr: 0.3, num_training_steps: 3, seed: 7}\n"
+    assert run_study(text, "--jobs", "2", "--", "--precision", "bf16")[0] == 0
+    start, others = (
+        [c for c in made.commands if c["--save_dir"].endswith("/start") == which] for which in (True, False)
+    )
+    ((*_, flags),) = (start,)
+    assert (flags["--model_config"], flags["--lr"], flags["--seed"], flags["--precision"]) == (
+        "m.json",
+        "0.3",
+        "7",
+        "bf16",
+    )
+    assert len(others) == 3 and not any("--model_config" in c for c in others)
+    assert {c["--model_name_or_path"] for c in others} == {str(tmp_path / "out" / "start" / "model_3")}
+    assert run_study(text, "--", "--precision", "bf16")[0] == 0 and len(made.commands) == 4
+    code, captured = run_study(text.replace("0.3", "0.4"), "--", "--precision", "bf16")
+    assert code == 2 and "it was begun with start" in captured.err
+
+
 def test_a_study_may_start_its_runs_by_torchrun_and_keep_no_models(run_study, trainings, tmp_path, monkeypatch):
     made = trainings()
 
