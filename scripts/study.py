@@ -7,10 +7,16 @@
     python scripts/study.py configs/studies/winogrande.yaml --out studies/winogrande --jobs 2 \\
         --model MODEL_FOLDER --data winogrande_object_twins.jsonl -- --split_by twins --shuffle_options
 
-The YAML file says which training script, methods, rates and seeds; flags after `--` go to the training script, over the
-file's. Finished runs are not made again, interrupted ones go on, so that the command may be stopped and given again,
-also with methods, rates or seeds added. Writes OUT/table.md and OUT/results.json; if the best rate lies at the end of
-its range, the table says so. Beside them rates.png, scores over each method's rate, and memory.png, over the state.
+The YAML file says which training script, methods, rates (`lrs`) and seeds; flags after `--` go to the training script,
+over the file's. It may say `extend: N` (so many further rates where the best is the smallest or the largest),
+`keep_models: False`, `start` (flags of a pre-training run from whose last checkpoint all others start) and, of a method,
+`warm_up` (flags of a run of its own before). With `eval_parts: 2` rates are chosen by one part of the validation set, and
+the table tells the other.
+
+Finished runs are not made again, interrupted ones go on, so that the command may be stopped and given again, also with
+methods, rates or seeds added; row after row is made. Writes OUT/table.md and OUT/results.json after each row, and
+OUT/rates.png (scores over each method's rate) and OUT/memory.png (over the state) at the end. If the best rate lies at
+the end of its range, the table says so.
 """
 
 from __future__ import annotations
