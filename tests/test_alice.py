@@ -113,6 +113,19 @@ def test_the_energy_outside_decays_as_the_first_moment():
         torch.testing.assert_close(weight.detach(), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank_of_gradient", [1, 3])
+def test_rounding_outside_the_subspace_is_not_made_larger(rank_of_gradient, dtype):
+    """Gradients of few tokens have no part outside: what is computed of it must not move the weight."""
+    weight = parameter((8, 12), dtype=dtype)
+    start, left = weight.detach().clone(), gradient((8, rank_of_gradient)).to(dtype)
+    optimizer = Alice([weight], rank=3, leading=1)
+    for step in range(5):
+        weight.grad = 1e-2 * left @ gradient((rank_of_gradient, 12), seed=step).to(dtype)
+        optimizer.step()
+    assert 1e-3 < (weight.detach() - start).abs().max() < 0.2
+
+
 def test_square_matrices_are_projected_from_the_left():
     weight = nn.Parameter(torch.ones(5, 5))
     assert "left_basis" in Alice([weight], rank=2).state[weight]

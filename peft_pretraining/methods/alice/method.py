@@ -154,7 +154,10 @@ class Compensated(Lift):
     def _factors(self, update: ParamUpdate, energy: Tensor, beta1: float) -> Tensor:
         """√(m-r) / √p for each column, (1, n) or (m, 1), with p moved on; `energy` is that of G's columns."""
         axis, kept = low_rank_axis(update), update.state[self.ENERGY]
-        kept.lerp_(energy - update.low_rank_grad.square().sum(axis), 1 - beta1)
+        outside = energy - update.low_rank_grad.square().sum(axis)
+        # Of a gradient inside the subspace, a difference of rounding errors: C would be others of them over its root.
+        rounding = energy * torch.finfo(energy.dtype).eps
+        kept.lerp_(torch.maximum(outside, rounding), 1 - beta1)
         beyond = update.shard.shape[axis] - update.projection.rank
         return (math.sqrt(beyond) / kept.clamp(min=_SMALLEST).sqrt()).unsqueeze(axis)
 
