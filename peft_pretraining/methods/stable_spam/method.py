@@ -18,7 +18,8 @@ norm are far off for hundreds of updates; here there are two counts, as in the p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role
 from peft_pretraining.optim import Collective, Direction, LowRankOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
-from peft_pretraining.optim.matrix_optimizer import as_groups
+from peft_pretraining.optim.own_groups import OwnGroups
 from peft_pretraining.optim.rules.torch_adamw import torch_step
 from peft_pretraining.optim.tensors.state_tensor import counter, zeros
 
@@ -167,7 +168,7 @@ def _places(updates: Iterable[ParamUpdate], fade: Any) -> dict[tuple[int, float]
     return places
 
 
-class StableSPAM(LowRankOptimizer):
+class StableSPAM(OwnGroups):
     """Stable-SPAM for other loops, for all parameters alike. `total`: updates over which β1 and `gamma1` fall (None:
     they do not), for which 0-based updates are counted by `begin_update`, or by the parameters' own.
 
@@ -199,10 +200,22 @@ class StableSPAM(LowRankOptimizer):
     ):
         rule = StableSpamRule(gamma1, gamma2, theta, gap=gap, total=total, floor=floor)
         own = {"rule": rule, "state_format": state_format, "rounding": rounding, "betas": betas}
-        groups = [{**own, **group} for group in as_groups(params)]
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, full_norm=True, **settings)
+        super().__init__(
+            params,
+            partial(_completed, own),
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            full_norm=True,
+            **settings,
+        )
 
     @classmethod
     def from_model(cls, model: nn.Module, **settings: Any) -> Self:
         """The optimizer of all parameters of a model that are trained."""
         return cls([(name, param) for name, param in model.named_parameters() if param.requires_grad], **settings)
+
+
+def _completed(own: Mapping[str, Any], group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{**own, **group}]
