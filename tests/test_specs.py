@@ -226,6 +226,22 @@ def test_what_a_plugin_does_not_declare_is_refused(with_plugins, command, settin
         cli.load([*command(), "--method", "mine", f"--{setting}", value], environ={})
 
 
+WHOLE = [spec.name for spec in METHODS.values() if spec.family.startswith(("whole gradients", "matrices by"))]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    ("setting", "value", "instead"), [("reduce_low_rank", "True", "False"), ("projected_backward", "on", "off")]
+)
+def test_less_than_whole_gradients_is_refused_where_they_are_needed(command, name, setting, value, instead):
+    assert len(WHOLE) == 15
+    with pytest.raises(ConfigError) as error:
+        cli.load([*command(method=name), f"--{setting}", value], environ={})
+    (line,) = error.value.problems
+    assert line.startswith(f"--{setting} {value}: every update of {name} needs the whole gradient of every matrix")
+    cli.load([*command(method=name), f"--{setting}", instead], environ={})
+
+
 def test_a_plugin_cannot_take_the_place_of_a_method(with_plugins):
     with pytest.warns(UserWarning, match="there is a method of this name"):
         assert with_plugins(galore=SPEC.format(setting="own", help="", name="galore"))["galore"].title == "GaLore"
