@@ -35,6 +35,7 @@ from peft_pretraining.runtime.signals import EXIT_ABORTED, EXIT_REQUEUE, SIGNALS
 GRACE_SECONDS = "120"  # torchrun's own 30 s are short for a checkpoint of several billion weights
 SECONDS_TO_START = 2.0  # that a request to stop waits for torchrun to have training processes
 SECONDS_TO_END = 5.0  # that torchrun may take to end by itself when all training processes have
+NOT_PUBLISHED = "no rates of {method} are published at {size}: configs/recipes/{method}.yaml says what is taken instead"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices = recipe.Devices(processes, nodes, arguments.rdzv_endpoint, restarts)
         command = recipe.command(size, method, devices, overrides)
         print(shlex.join(command), flush=True)
+        if not recipe.is_published(size, method):
+            print(f"note: {NOT_PUBLISHED.format(method=method, size=size)}", file=sys.stderr)
         if arguments.dry_run:
             return 0
         check_flags(command, devices)

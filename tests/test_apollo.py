@@ -79,7 +79,7 @@ def test_what_is_no_matrix_is_trained_by_adamw():
     optimizer = Apollo.from_model(model, rank=2)
     assert [(group["param_names"], group["lift"]) for group in optimizer.param_groups] == [
         (["mlp.bias", "head.weight", "head.bias"], None),
-        (["mlp.weight"], "scaledgradient"),
+        (["mlp.weight"], "scaled_gradient"),
     ]
     lists = Apollo([*model.parameters()], rank=2)
     assert [group["rank"] for group in lists.param_groups] == [2, None]

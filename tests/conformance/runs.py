@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import write_blocks, write_model
 
+from peft_pretraining.flags import MethodSpec
 from peft_pretraining.flags.settings import shown_default
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
@@ -49,15 +50,27 @@ class Case:
         """Whether it stands for its method in the fast tier."""
         return self.rule == self.spec.update_rules[0]
 
+    @property
+    def is_representative(self) -> bool:
+        """Whether its method stands for others in the fast tier: the first of its family to be published that declares
+        these permissions, and has the tables that it has."""
+        alike = (spec for spec in METHODS.values() if _kind(spec) == _kind(self.spec))
+        return self.spec is next(alike)
+
     def __str__(self) -> str:
         return self.method if self.is_first else f"{self.method}-{self.rule}"
+
+
+def _kind(spec: MethodSpec) -> tuple[Any, ...]:
+    return spec.family, spec.allows, spec.tables
 
 
 CASES = [Case(spec.name, rule) for spec in METHODS.values() for rule in spec.update_rules]
 
 
 def each_case(cases: Iterable[Case] = CASES):
-    """Runs a test for every case; all but the first of each method are slow."""
+    """Runs a test for every case; all but the first of each method are slow (and methods that are no representatives:
+    see conftest.py)."""
     return pytest.mark.parametrize(
         "case", [pytest.param(case, id=str(case), marks=() if case.is_first else pytest.mark.slow) for case in cases]
     )

@@ -75,6 +75,8 @@ def objects(
 class TrackingAdam(UpdateRule):
     """ω = M / (√V + ε), and Q̃, the running mean of σσᵀ, which the next refresh reads."""
 
+    name = "alice"
+
     decays_first = True
     betas = (0.9, 0.9)
 

@@ -36,6 +36,8 @@ class FoldedAdam(UpdateRule):
     """Adam with moments of blocks of 2^`level` entries of a row, and D beside them. Nothing crosses devices that divide
     a matrix by rows."""
 
+    name = "foam"
+
     betas = (0.9, 0.999)
 
     def __init__(self, level: int = 2, scale: float = 1.0, second: str = SECOND_MOMENTS[0]):

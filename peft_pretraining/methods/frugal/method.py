@@ -60,6 +60,8 @@ class PartialAdam(UpdateRule):
     """Adam on the part that is chosen. `indices` are columns or rows to take instead of drawn ones, one set for each
     choice."""
 
+    name = "frugal"
+
     decays_first = True
     betas = (0.9, 0.999)
     BASIS = "basis"

@@ -38,6 +38,8 @@ class RowsAndColumns(UpdateRule):
     """S, the gradient scaled by rows and columns. Devices may divide either: sums of the side that is divided are added
     up in each iteration, those of all matrices together."""
 
+    name = "racs"
+
     decays_first = True
     ROWS, COLUMNS = "row_scale", "column_scale"
 
