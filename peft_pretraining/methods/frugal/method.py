@@ -85,6 +85,9 @@ class PartialAdam(UpdateRule):
         self._free_rule, self._free_scale, self._indices, self._seed = free_rule, free_scale, indices, seed
         self.intermittent = frozenset(MOMENTS) if space == "blocks" else frozenset()
 
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float((group["betas"] or self.betas)[0])
+
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         """`choice` is the number of the part in use, -1 before the first; `age` is k."""
         if like.ndim != 2:
@@ -187,7 +190,10 @@ class PartialAdam(UpdateRule):
             projection = replace(self._projection(update.shard), shard=update.shard)
             bases = {projection.sides[0]: update.state[self.BASIS]}
             low_rank = projection.project(bases, grad)
-            found = self._free(grad - projection.project_back(bases, low_rank))
+            outside = grad - projection.project_back(bases, low_rank)
+            if projection.rank == min(update.shard.shape):
+                outside.zero_()  # all is inside: what is left is rounding noise, whose sign is as long as any
+            found = self._free(outside)
             projection.add_projected_back(found, bases, adam(low_rank), 1.0)
             return found
         index, dim = self._index(update), 1 if self._space == "columns" else 0
