@@ -22,7 +22,8 @@ class MatrixOptimizer(LowRankOptimizer):
 
     `matrices` are settings of the groups of matrices, `settings` those of `LowRankOptimizer`; `adam_lr` is the rate of
     what AdamW updates, by default that of the matrices. States and arithmetic are
-    in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`).
+    in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`); `state_format="8bit"`
+    keeps AdamW's moments in 8 bits, those of the matrices' projections with them.
     """
 
     def __init__(
@@ -35,11 +36,14 @@ class MatrixOptimizer(LowRankOptimizer):
         rounding: str = "nearest",
         **settings: Any,
     ):
-        formats = {"state_format": state_format, "rounding": rounding}
-        groups = [part for group in as_groups(params) for part in _split(group, matrices)]
+        formats, adamw = {"state_format": state_format, "rounding": rounding}, "adamw"
+        if state_format == "8bit" and "rule" not in matrices:  # which rules of their own refuse
+            formats["state_format"], adamw = "float32", "adamw8bit"
+            settings = {"rule": adamw, **settings}
+        groups = [part for group in as_groups(params) for part in _split(group, matrices, adamw)]
         own = {"lr": adam_lr, "betas": settings.get("betas")}  # a group that names its rule has not the optimizer's
         own = {name: value for name, value in own.items() if value is not None}
-        groups = [{**own, **group} if group.get("rule") == "adamw" else group for group in groups]
+        groups = [{**own, **group} if group.get("rule") in ("adamw", adamw) else group for group in groups]
         super().__init__([{**formats, **group} for group in groups], **settings)
 
     @classmethod
@@ -58,10 +62,10 @@ def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return given if given and isinstance(given[0], dict) else [{"params": given}]
 
 
-def _split(group: Mapping[str, Any], matrices: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A group as it is, or its matrices with their settings and the rest of it."""
+def _split(group: Mapping[str, Any], matrices: Mapping[str, Any], adamw: str) -> list[dict[str, Any]]:
+    """A group as it is, or its matrices with their settings and the rest of it, which has the rule `adamw`."""
     if "rule" in group:
-        return [dict(group)]
+        return [{**group, "rule": adamw} if group["rule"] == "adamw" else dict(group)]
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     of_method = [each for each in params if _tensor(each).ndim == 2]
     rest = [each for each in params if _tensor(each).ndim != 2]
@@ -69,7 +73,7 @@ def _split(group: Mapping[str, Any], matrices: Mapping[str, Any]) -> list[dict[s
     if of_method or not rest:
         parts.append({**matrices, **group, "params": of_method})
     if rest:
-        parts.append({**group, "params": rest, "rule": "adamw"})
+        parts.append({**group, "params": rest, "rule": adamw})
     return parts
 
 
