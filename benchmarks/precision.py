@@ -158,16 +158,16 @@ def root_of_second_moments(checkpoint: Path) -> float:
 def print_table(results: list[dict[str, Any]]) -> None:
     """Means over the seeds, and each precision's distance from float32."""
     seeds = sorted({result["seed"] for result in results})
-    print(
-        "| method | precision | validation loss, by seed | against fp32, by seed | mean | norm weights moved | mean √v |"
-    )
+    print("| method | precision | validation loss, by seed | against fp32, by seed | mean | norms moved | mean √v |")
     print("|---|---|---|---|---|---|---|")
     by_run = {(r["method"], r["precision"], r["seed"]): r for r in results}
     for method, precision in dict.fromkeys((r["method"], r["precision"]) for r in results):
         rows = [by_run[method, precision, seed] for seed in seeds]
         exact = [by_run.get((method, "fp32", seed), {}).get("loss", math.nan) for seed in seeds]
         apart = [row["loss"] - other for row, other in zip(rows, exact, strict=True)]
-        losses, by_seed = ", ".join(f"{row['loss']:.4f}" for row in rows), ", ".join(f"{value:+.4f}" for value in apart)
+        losses, by_seed = (
+            ", ".join(each) for each in ([f"{row['loss']:.4f}" for row in rows], [f"{a:+.4f}" for a in apart])
+        )
         moved = statistics.mean(row["norms_moved"] for row in rows)
         root, mean = statistics.mean(row["root_of_second_moments"] for row in rows), statistics.mean(apart)
         print(f"| {method} | {precision} | {losses} | {by_seed} | {mean:+.4f} | {moved:.0%} | {root:.2e} |")
