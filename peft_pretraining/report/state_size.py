@@ -11,11 +11,7 @@ from peft_pretraining.methods import METHODS
 
 
 def formula(config: Config) -> str:
-    """Elements for an m x n matrix, and what the letters beside m and n are in this run.
-
-    >>> formula(Config.from_settings({"method": "galore", "rank": 128}))
-    'mr + 2nr, r = 128'
-    """
+    """Elements for an m x n matrix, and what the letters beside m and n are in this run: mr + 2nr, r = 128."""
     spec = METHODS[config.method.method]
     letters = {name: value(config.method) for name, (_, value) in spec.state_letters.items()}
     if "r" in spec.state and (rank := getattr(config.method, "rank", None)) is not None:
