@@ -23,7 +23,8 @@ class MatrixOptimizer(OwnGroups):
 
     `matrices` are settings of the groups of matrices, `settings` those of `LowRankOptimizer`; `adam_lr` is the rate of
     what AdamW updates, by default that of the matrices. States and arithmetic are
-    in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`).
+    in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`); `state_format="8bit"`
+    keeps AdamW's moments in 8 bits, those of the matrices' projections with them.
     """
 
     def __init__(
@@ -36,10 +37,13 @@ class MatrixOptimizer(OwnGroups):
         rounding: str = "nearest",
         **settings: Any,
     ):
-        formats = {"state_format": state_format, "rounding": rounding}
-        adamw = {"lr": adam_lr, "betas": settings.get("betas")}  # a group that names its rule has not the optimizer's
-        adamw = {name: value for name, value in adamw.items() if value is not None}
-        super().__init__(params, partial(_completed, dict(matrices), adamw, formats), **settings)
+        formats, adamw = {"state_format": state_format, "rounding": rounding}, {"rule": "adamw"}
+        if state_format == "8bit" and "rule" not in matrices:  # which rules of their own refuse
+            formats["state_format"], adamw["rule"] = "float32", "adamw8bit"
+            settings = {"rule": "adamw8bit", **settings}
+        own = {"lr": adam_lr, "betas": settings.get("betas")}  # a group that names its rule has not the optimizer's
+        own = {**adamw, **{name: value for name, value in own.items() if value is not None}}
+        super().__init__(params, partial(_completed, dict(matrices), own, formats), **settings)
 
     @classmethod
     def from_model(cls, model: nn.Module, *, target_modules: Sequence[str] = TARGET_MODULES, **settings: Any) -> Self:
@@ -54,11 +58,12 @@ def _completed(
 ) -> list[dict[str, Any]]:
     """A group that names its rule, or its matrices with their settings and the rest of it."""
     if "rule" in group:
-        return [{**formats, **(adamw if group["rule"] == "adamw" else {}), **group}]
+        is_adamws = group["rule"] in ("adamw", adamw["rule"])
+        return [{**formats, **adamw, **group, "rule": adamw["rule"]} if is_adamws else {**formats, **group}]
     of_method, rest = divided(group, lambda param: param.ndim == 2)
     parts = []
     if of_method or not rest:
         parts.append({**formats, **matrices, **group, "params": of_method})
     if rest:
-        parts.append({**formats, **adamw, **group, "params": rest, "rule": "adamw"})
+        parts.append({**formats, **adamw, **group, "params": rest})
     return parts

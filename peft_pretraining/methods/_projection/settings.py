@@ -274,6 +274,9 @@ FAMILY = MethodSpec(
 )
 """What is so for each of them, unless it says otherwise."""
 
+ADAMW = ("adamw", "adamw8bit")
+"""Update rules of methods that take nothing of AdamW but its direction, and so do not see how it keeps its moments."""
+
 WHOLE = replace(
     FAMILY,
     family="whole gradients, projected moments",

@@ -87,6 +87,9 @@ class PartialAdam(UpdateRule):
         self._free_rule, self._free_scale, self._indices, self._seed = free_rule, free_scale, indices, seed
         self.intermittent = frozenset(MOMENTS) if space == "blocks" else frozenset()
 
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float((group["betas"] or self.betas)[0])
+
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         """`choice` is the number of the part in use, -1 before the first; `age` is k."""
         if like.ndim != 2:
@@ -214,6 +217,8 @@ class PartialAdam(UpdateRule):
 
 def _outside(grad: Tensor, inside: Tensor, projection: Projection) -> Tensor:
     """G - back(R), with zeros for what is rounding alone, whose sign would be a step like any other."""
+    if projection.rank == min(projection.shard.shape or grad.shape):
+        return torch.zeros_like(grad)  # all is inside
     axis = 0 if projection.sides == (LEFT,) else 1
     rounding = 4 * torch.finfo(grad.dtype).eps + 16 * torch.finfo(torch.float64).eps  # of products, and of the basis
     left = grad - inside

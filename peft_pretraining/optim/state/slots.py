@@ -232,7 +232,8 @@ def keep_changes(
         declared = slot.declared(param, group)
         for key in added:
             example = declared[key]
-            state[key] = as_saved(StateTensor(found[key], example.dim, example.length), param)
+            kept = found[key].to(example.value.dtype)  # of a first moment, perhaps the weight's
+            state[key] = as_saved(StateTensor(kept, example.dim, example.length), param)
 
 
 def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
