@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.rules.update_rule import UpdateRule
-from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ParamUpdate, guarded
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros
 
 
@@ -41,7 +41,8 @@ class MomentumRule(UpdateRule):
         if not self.momentum:
             return grads
         moments = [update.state[self.first_moment] for update in updates]
-        torch._foreach_lerp_(moments, grads, 1 - self.momentum)
+        with guarded(updates, moments):
+            torch._foreach_lerp_(moments, grads, 1 - self.momentum)
         if not self.nesterov:
             return moments
         looked_ahead: list[Tensor] = list(torch._foreach_lerp(grads, moments, self.momentum))

@@ -46,6 +46,9 @@ class UpdateRule:
     """Whether `directions` heeds `update.mask`: of an update that turns out to be one to leave out the state stays as
     it was, and D is zeros. `batches` does that for what is written with it. A rule that says nothing is asked only for
     updates that take place: the optimizer then waits for the device to know."""
+    shares_work = False
+    """Whether the devices of a run that all have the same gradients each do the work of some matrices (the `owner` of
+    each) and hand it on. Where devices divide the matrices, rules may do so in any case."""
     betas: tuple[float, float] | None = None
     """What `betas` are where a group does not say."""
     first_moment = "exp_avg"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ class ParamUpdate:
     """How W and G are divided."""
     low_rank_shard: ShardInfo = WHOLE
     """How R, and what has its shape, is divided."""
+    owner: int = 0
+    """The place, among the devices of `low_rank_shard`'s team, of the one that does what needs the whole matrix."""
     projection: Projection = field(default_factory=Projection)
     scale: float = 1.0
     """The group's, of projected parameters."""
@@ -73,6 +75,11 @@ class ParamUpdate:
     def k(self) -> int:
         """Updates of this parameter, this one included."""
         return int(self.state["step"]) if self.count is None else self.count
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether that is this device."""
+        return self.owner == self.low_rank_shard.team.place
 
     @property
     def bases(self) -> Bases:
@@ -144,3 +151,14 @@ def by_mask(updates: Sequence[ParamUpdate]) -> Iterator[tuple[Mask | None, list[
         alike.setdefault(id(update.mask), []).append(update)
     for members in alike.values():
         yield members[0].mask, members
+
+
+@contextmanager
+def guarded(updates: Sequence[ParamUpdate], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What changes in place inside this context, one tensor of each update, changes back where its mask says so."""
+    with ExitStack() as stack:
+        places = {id(update): place for place, update in enumerate(updates)}
+        for mask, masked in by_mask(updates):
+            if mask is not None:
+                stack.enter_context(mask.guarding([tensors[places[id(update)]] for update in masked]))
+        yield
