@@ -164,7 +164,7 @@ class MuonRule(MomentumRule):
             mean_from(square, -1, update.low_rank_shard, part.shape)
             for square, part, update in zip(squares, parts, updates, strict=True)
         ]
-        with guarded(updates, mean_squares):
+        with guarded(updates, "row_mean_sq"):
             torch._foreach_lerp_(mean_squares, means, 1 - self._neuron_beta2)
             roots = torch._foreach_add(torch._foreach_sqrt(mean_squares), _ROW_EPS)
         evened = [part / root.unsqueeze(1) for part, root in zip(parts, roots, strict=True)]  # (m, n) / (m, 1)

@@ -41,7 +41,7 @@ class MomentumRule(UpdateRule):
         if not self.momentum:
             return grads
         moments = [update.state[self.first_moment] for update in updates]
-        with guarded(updates, moments):
+        with guarded(updates, self.first_moment):
             torch._foreach_lerp_(moments, grads, 1 - self.momentum)
         if not self.nesterov:
             return moments

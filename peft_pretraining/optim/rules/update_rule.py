@@ -106,6 +106,11 @@ class UpdateRule:
         fused optimizers take them, an update to be left out and what the gradients are to be divided by."""
         raise NotImplementedError
 
+    def must_know(self, k: int) -> bool:
+        """Whether a rule that masks needs somebody to know whether its update takes place, of parameters with `k`
+        updates, this one included: then the optimizer waits for the device."""
+        return False
+
     def rotate_momentum(
         self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE
     ) -> None:

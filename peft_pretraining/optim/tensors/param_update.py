@@ -154,11 +154,11 @@ def by_mask(updates: Sequence[ParamUpdate]) -> Iterator[tuple[Mask | None, list[
 
 
 @contextmanager
-def guarded(updates: Sequence[ParamUpdate], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What changes in place inside this context, one tensor of each update, changes back where its mask says so."""
+def guarded(updates: Sequence[ParamUpdate], *keys: str) -> Iterator[None]:
+    """Tensors of the state that change in place inside this context change back where an update's mask says so."""
     with ExitStack() as stack:
-        places = {id(update): place for place, update in enumerate(updates)}
         for mask, masked in by_mask(updates):
             if mask is not None:
-                stack.enter_context(mask.guarding([tensors[places[id(update)]] for update in masked]))
+                kept = [update.state[key] for update in masked for key in keys if key in update.state]
+                stack.enter_context(mask.guarding(kept))
         yield
