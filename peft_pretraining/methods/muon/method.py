@@ -218,7 +218,8 @@ def orthogonalize(
 
 def iterates_in(dtype: str, like: Tensor) -> torch.dtype:
     """What the iteration is computed in, for matrices like one."""
-    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and like.is_cuda) else like.dtype
+    on_cuda = like.device.type in ("cuda", "meta")  # a simulated device is one of CUDA's
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and on_cuda) else like.dtype
 
 
 def _newton_schulz(x: Tensor, steps: int, eps: float, dtype: str) -> Tensor:

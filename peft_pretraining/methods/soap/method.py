@@ -196,9 +196,12 @@ def first_bases(grad: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors (m, m) of G Gᵀ and (n, n) of Gᵀ G, by falling eigenvalues, in float64 on the CPU.
 
     What belongs to eigenvalues that are nothing but rounding completes the others as Householder's reflections do:
-    it changes as little as they do, so that devices that add in another order agree.
+    it changes as little as they do, so that devices that add in another order agree. Of a gradient that is not finite:
+    those of zeros.
     """
     wide = grad.double().cpu()
+    if not bool(wide.isfinite().all()):  # LAPACK may never return
+        wide = torch.zeros_like(wide)
     u, sizes, vt = torch.linalg.svd(wide, full_matrices=False)
     noise = sizes.max() * max(grad.shape) * torch.finfo(grad.dtype).eps
     rank = int((sizes > noise).sum())
