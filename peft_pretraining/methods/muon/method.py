@@ -71,7 +71,9 @@ class MuonTraining(MatrixTraining):
         if Team.of_all().size == 1:
             log.warning("--muon_shard_compute has no effect on one process")
         elif self.config.distributed.distributed_type == "fsdp":
-            log.warning("--muon_shard_compute has no effect with --distributed_type fsdp, which divides the work anyway")
+            log.warning(
+                "--muon_shard_compute has no effect with --distributed_type fsdp, which divides the work anyway"
+            )
 
 
 class MuonRule(MomentumRule):
@@ -134,8 +136,7 @@ class MuonRule(MomentumRule):
         if narrow != own and any(shard.dim is not None for shard in shards):
             squares = yield [Collective(_square(u), shard) for u, shard in zip(followed, shards, strict=True)]
             followed = [
-                (u / square.sqrt().clamp(min=self._eps)).to(narrow)
-                for u, square in zip(followed, squares, strict=True)
+                (u / square.sqrt().clamp(min=self._eps)).to(narrow) for u, square in zip(followed, squares, strict=True)
             ]
         wholes = yield [
             Collective(u, update.low_rank_shard, "to_owner", update.owner)
