@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,7 +11,32 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
-from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate
+from peft_pretraining.optim.tensors.rounding import rows_in_cache
+
+
+class Part:
+    """Some rows of a batch's gradients, or all of them, and of what belongs to them."""
+
+    def __init__(self, batch: Batch, rows: slice | None):
+        self._batch, self._rows = batch, rows
+
+    @property
+    def grad(self) -> Tensor:
+        """R, which stays as it is."""
+        return self.of(self._batch.grad)
+
+    def state(self, key: str) -> Tensor:
+        """A tensor of the state, to be changed in place: its rows, if it has as many as R."""
+        return self.of(self._batch.state(key))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of what has as many as R, as (m, n) or (m, 1): the whole of (1, n) and of scalars."""
+        return tensor if self._rows is None or tensor.ndim == 0 or len(tensor) == 1 else tensor[self._rows]
+
+
+Maker: TypeAlias = Callable[[Part], Tensor]
+"""Makes the rows of D of a part, and moves on its state."""
 
 
 class Batch:
@@ -44,6 +70,24 @@ class Batch:
     def _together(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self._stacked else tensors[0]
 
+    def part(self, rows: slice | None = None) -> Part:
+        """These rows (of a single matrix), or everything."""
+        return Part(self, rows)
+
+    def parts(self) -> Iterator[Part]:
+        """Blocks of rows that a CPU's core keeps in its cache; elsewhere everything at once."""
+        if not self._by_rows or not self.shape:
+            yield self.part()
+            return
+        at_once = rows_in_cache(self.grad)
+        for start in range(0, self.shape[0], at_once):
+            yield self.part(slice(start, min(start + at_once, self.shape[0])))
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether a direction is made while the weight moves: not of what is masked, and not where launches cost."""
+        return not self._stacked and self.mask is None and not launches_cost(self.grad.device)
+
     def has(self, key: str) -> bool:
         """Whether there is such a tensor in the state (of all, as they are alike)."""
         return key in self.updates[0].state
@@ -76,8 +120,12 @@ class Batch:
     def _parts(self, together: Tensor) -> list[Tensor]:
         return list(together.unbind()) if self._stacked else [together]
 
-    def directions(self, together: Tensor, factor: float, bias_correction: float = 1.0) -> list[Direction]:
+    def directions(self, made: Tensor | Maker, factor: float, bias_correction: float = 1.0) -> list[Direction]:
         """The directions of the updates, for `Batches.answer`."""
+        if callable(made) and self._by_rows:
+            make = made
+            return [ByRows.of(lambda rows: make(self.part(rows)), self.grad, factor, bias_correction)]
+        together = made(self.part()) if callable(made) else made
         self._keep()
         if self.mask is not None:
             together = self.mask.choose(together.new_zeros(()), together)
@@ -124,8 +172,9 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
 
-    def answer(self, batch: Batch, direction: Tensor, factor: float, bias_correction: float = 1.0) -> None:
-        """D of a batch; its state is put in place."""
+    def answer(self, batch: Batch, direction: Tensor | Maker, factor: float, bias_correction: float = 1.0) -> None:
+        """D of a batch; its state is put in place. What makes D row by row, and moves on the rows' state, is called on
+        the CPU while the weight moves, some rows at a time: then they are still in the cache."""
         answers = batch.directions(direction, factor, bias_correction)
         for place, answer in zip(batch.places, answers, strict=True):
             self._answers[place] = answer

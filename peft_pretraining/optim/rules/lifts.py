@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.collectives import Phased
 from peft_pretraining.optim.tensors.moving_weights import Moving, moving_lots
-from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate
 from peft_pretraining.optim.tensors.projection import Projection
 from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
@@ -39,6 +39,8 @@ class Lift:
     """Whether `move` leaves weight and state as they are where D is zeros, but for the decay that `update.moving()`
     takes care of: all that are linear in D do. A lift that says nothing is asked only for updates that take place: the
     optimizer then waits for the device to know."""
+    by_rows = False
+    """Whether `move` takes directions that are made by rows; they are made as a whole for others."""
     reads_gradient = False
     """Whether `move` needs G beside R. Then gradients are reduced as a whole, clipped by G's norm, and added up as a
     whole by per-layer updates."""
@@ -66,15 +68,12 @@ class Identity(Lift):
 
     name = "identity"
     masks = True
+    by_rows = True
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
         for lot in moving_lots(updates):
             for factor, members in _by_factor(lot).items():
-                directions = [_direction(update)[0] for update, _, _ in members]
-                parts = [
-                    direction if rows is None else direction[rows]
-                    for direction, (_, rows, _) in zip(directions, members, strict=True)
-                ]
+                parts = [_rows(_direction(update), rows) for update, rows, _ in members]
                 torch._foreach_add_([weight for _, _, weight in members], parts, alpha=-factor)
 
 
@@ -110,6 +109,12 @@ class Sign(Lift):
 def _direction(update: ParamUpdate) -> Direction:
     assert update.direction is not None
     return update.direction
+
+
+def _rows(direction: Direction, rows: slice | None) -> Tensor:
+    if isinstance(direction, ByRows):
+        return direction.make(rows)
+    return direction.tensor if rows is None else direction.tensor[rows]
 
 
 def _by_factor(lot: Sequence[Moving]) -> dict[float, list[Moving]]:
