@@ -44,7 +44,7 @@ class RmnpRule(MomentumRule):
         made = yield from together([over_lengths(each, 1, self.followed, self._divisor) for each in batches])
         for batch, direction in zip(batches, made, strict=True):
             m, n = batch.shard.shape
-            batches.answer(batch, direction, updates[0].rate * math.sqrt(max(1.0, m / n)))
+            batches.answer(batch, direction, batch.updates[0].rate * math.sqrt(max(1.0, m / n)))
         return batches.directions()
 
     def _divisor(self, norms: Tensor) -> Tensor:

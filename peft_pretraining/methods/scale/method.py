@@ -78,7 +78,7 @@ class ScaleRule(MomentumRule):
             ]
         )
         for batch, direction in zip(batches, made, strict=True):
-            batches.answer(batch, direction, updates[0].rate)
+            batches.answer(batch, direction, batch.updates[0].rate)
         return batches.directions()
 
     def _size(self, count: int, norms: Tensor) -> Tensor:
