@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from real_gradients import PROJECT, model_shape
@@ -33,6 +32,8 @@ SETS: dict[str, tuple[str, str, int, dict[str, int]]] = {
     "block_1b": ("target layers of one block of llama_1b", "llama_1b.json", 512, {"num_hidden_layers": 1}),
 }
 """Title, model JSON, rank, and what is different about it."""
+Clock: TypeAlias = Callable[[Callable[[], object]], float]
+"""How many seconds something takes."""
 _VOCABULARY = 64
 _LR = 1e-5
 
@@ -114,32 +115,35 @@ def gaussian(like: Tensor) -> Tensor:
 
 
 def measure(
-    contender: Contender, adamw: Callable[[], object], rounds: int, period: int, device: torch.device
+    contender: Contender, adamw: Callable[[], object], rounds: int, period: int, seconds: Clock
 ) -> tuple[Timed, Timed]:
     """Ordinary steps, and one that does more than usual, each with a step of AdamW before it."""
     ordinary, rare = Timed(), Timed()
     for update in range(rounds + 2):  # two to warm up, the first of which may take bases
-        turn(contender, adamw, ordinary if update > 1 else Timed(), device)
+        turn(contender, adamw, ordinary if update > 1 else Timed(), seconds)
     if period:
         contender.update = period
-        turn(contender, adamw, rare, device)
+        turn(contender, adamw, rare, seconds)
     return ordinary, rare
 
 
-def turn(contender: Contender, adamw: Callable[[], object], into: Timed, device: torch.device) -> None:
-    into.adamw.append(seconds(adamw, device))
+def turn(contender: Contender, adamw: Callable[[], object], into: Timed, seconds: Clock) -> None:
+    into.adamw.append(seconds(adamw))
     contender.prepare()
-    into.own.append(seconds(contender.step, device))
+    into.own.append(seconds(contender.step))
 
 
-def seconds(act: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    act()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+def stopwatch(device: torch.device, clock: Callable[[], float]) -> Clock:
+    def seconds(act: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = clock()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - began
+
+    return seconds
 
 
 def fused_adamw(which: str, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
@@ -152,9 +156,17 @@ def fused_adamw(which: str, device: torch.device, dtype: torch.dtype) -> Callabl
     return step
 
 
-def report(methods: Sequence[str], sets: Sequence[str], rounds: int, device: Any, dtype: Any) -> dict[str, Any]:
+def report(
+    methods: Sequence[str],
+    sets: Sequence[str],
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
     """Prints a table, method by method, and returns the seconds."""
     found: dict[str, Any] = {}
+    seconds = stopwatch(device, clock)
     period = rounds + 3
     titles = " | ".join(f"{SETS[which][0]}: ms | x AdamW | rare step, ms | x AdamW" for which in sets)
     print(f"| method | {titles} |\n|---{'|--:' * 4 * len(sets)}|", flush=True)
@@ -163,7 +175,7 @@ def report(methods: Sequence[str], sets: Sequence[str], rounds: int, device: Any
         cells: list[str] = []
         for which in sets:
             rare = 0 if METHODS[name].period is None else period
-            timed = measure(Contender(name, which, period, device, dtype), adamw[which], rounds, rare, device)
+            timed = measure(Contender(name, which, period, device, dtype), adamw[which], rounds, rare, seconds)
             cells += [cell for one in timed for cell in one.cells()]
             found.setdefault(name, {})[which] = dict(zip(("ordinary", "rare"), map(vars, timed), strict=True))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

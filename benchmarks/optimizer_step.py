@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def main() -> None:
     print(f"{where}, {dtype}, torch {torch.__version__}", flush=True)
     if arguments.methods is not None or not (arguments.text or arguments.data):
         methods = arguments.methods or list(METHODS)
-        result["methods"] = method_steps.report(methods, arguments.sets, arguments.rounds, device, dtype)
+        clock = time.process_time if arguments.cpu_time else time.perf_counter
+        result["methods"] = method_steps.report(methods, arguments.sets, arguments.rounds, device, dtype, clock)
     else:
         result["sets"] = projected_steps.report(arguments, device, dtype)
     if device.type == "cpu":

@@ -75,6 +75,29 @@ class AdamW(UpdateRule):
         return eps if self._torch_epsilon else eps / math.sqrt(1 - beta2**k)
 
 
+def torch_minus_d(
+    grad: Tensor, first: Tensor, second: Tensor, k: int, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """-D of torch's AdamW for a contiguous gradient, at the k-th update of its moments, which move on."""
+    minus_d = zeros(grad)
+    torch._fused_adamw_(
+        [minus_d],
+        [grad],
+        [first],
+        [second],
+        [],
+        [torch.full((), k, dtype=torch.float32, device=grad.device)],
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=1.0,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+    return minus_d
+
+
 def _alike(updates: Sequence[ParamUpdate], grads: Sequence[Tensor]) -> list[list[int]]:
     """Places of those that one call of torch's kernel can take."""
     places: dict[Hashable, list[int]] = {}

@@ -19,7 +19,12 @@ class Part:
     """Some rows of a batch's gradients, or all of them, and of what belongs to them."""
 
     def __init__(self, batch: Batch, rows: slice | None):
-        self._batch, self._rows = batch, rows
+        self._batch, self.rows = batch, rows
+
+    @property
+    def start(self) -> int | None:
+        """The first of the rows; None: they are all."""
+        return None if self.rows is None else int(self.rows.start)
 
     @property
     def grad(self) -> Tensor:
@@ -32,7 +37,7 @@ class Part:
 
     def of(self, tensor: Tensor) -> Tensor:
         """These rows of what has as many as R, as (m, n) or (m, 1): the whole of (1, n) and of scalars."""
-        return tensor if self._rows is None or tensor.ndim == 0 or len(tensor) == 1 else tensor[self._rows]
+        return tensor if self.rows is None or tensor.ndim == 0 or len(tensor) == 1 else tensor[self.rows]
 
 
 Maker: TypeAlias = Callable[[Part], Tensor]
@@ -76,16 +81,21 @@ class Batch:
 
     def parts(self) -> Iterator[Part]:
         """Blocks of rows that a CPU's core keeps in its cache; elsewhere everything at once."""
-        if not self._by_rows or not self.shape:
+        if not self.by_rows or not self.shape:
             yield self.part()
             return
         at_once = rows_in_cache(self.grad)
         for start in range(0, self.shape[0], at_once):
             yield self.part(slice(start, min(start + at_once, self.shape[0])))
 
+    def across(self, scalars: Tensor) -> Tensor:
+        """One number for each gradient, () or (L), to multiply them with."""
+        return scalars.view(*scalars.shape, *(1 for _ in self.axes))
+
     @property
-    def _by_rows(self) -> bool:
-        """Whether a direction is made while the weight moves: not of what is masked, and not where launches cost."""
+    def by_rows(self) -> bool:
+        """Whether a direction is made while the weight moves, on the CPU, where numbers may be read: not of what is
+        masked, and not where launches cost."""
         return not self._stacked and self.mask is None and not launches_cost(self.grad.device)
 
     def has(self, key: str) -> bool:
@@ -122,7 +132,7 @@ class Batch:
 
     def directions(self, made: Tensor | Maker, factor: float, bias_correction: float = 1.0) -> list[Direction]:
         """The directions of the updates, for `Batches.answer`."""
-        if callable(made) and self._by_rows:
+        if callable(made) and self.by_rows:
             make = made
             return [ByRows.of(lambda rows: make(self.part(rows)), self.grad, factor, bias_correction)]
         together = made(self.part()) if callable(made) else made
@@ -156,14 +166,15 @@ class Batches:
     [0.98, 0.98, 0.98]
     """
 
-    def __init__(self, updates: Sequence[ParamUpdate]):
+    def __init__(self, updates: Sequence[ParamUpdate], apart: Callable[[ParamUpdate], object] = lambda update: None):
+        """`apart`: what must be equal in a batch beside shapes and k."""
         self._answers: list[Direction | None] = [None] * len(updates)
         alike: dict[object, list[int]] = {}
         for place, update in enumerate(updates):
             grad = update.low_rank_grad
             stacks = launches_cost(grad.device) or update.mask is not None
             tensors = (grad.shape, grad.dtype, grad.device, *update.state)
-            kind = (*tensors, update.k, update.low_rank_shard, id(update.mask))
+            kind = (*tensors, update.k, update.low_rank_shard, id(update.mask), apart(update))
             alike.setdefault(kind if stacks else place, []).append(place)
         self._batches = [
             Batch([updates[place] for place in places], places, stacked=len(places) > 1) for places in alike.values()
