@@ -82,8 +82,9 @@ def _move_group(
             subspace.apply(member.update.state, member.projected, member.update.step, objects.rule, metrics)
     directions = yield from phases(objects.rule.directions(updates, group))
     for member, direction in zip(members, directions, strict=True):
-        made = isinstance(direction, ByRows) and not objects.lift.by_rows
-        member.update.direction = direction.whole() if made else direction
+        if isinstance(direction, ByRows) and not objects.lift.by_rows:
+            direction = direction.whole()
+        member.update.direction = direction
     for member in members:
         keep_changes(member.slot, member.param, member.update.state, member.state, group, member.update.mask)
     yield from phases(objects.lift.move([update for update in updates if update.direction is not None], group))

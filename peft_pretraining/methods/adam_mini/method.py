@@ -35,6 +35,7 @@ from peft_pretraining.optim import (
 from peft_pretraining.optim.matrix_optimizer import as_groups
 from peft_pretraining.optim.rules.batches import Maker, Part
 from peft_pretraining.optim.tensors.collectives import in_turn
+from peft_pretraining.optim.tensors.param_update import Quotient
 from peft_pretraining.optim.tensors.state_tensor import zeros
 
 BLOCKS = ("heads", "rows", "tensor")
@@ -124,8 +125,8 @@ class AdamMiniRule(UpdateRule):
         mean_square = batch.state("block_mean_sq").lerp_(total / self._size(batch), 1 - beta2)
         root = self._spread((mean_square / (1 - beta2**batch.k)).sqrt_().add_(group["eps"]), batch)
 
-        def of_rows(part: Part) -> Tensor:
-            return part.state("exp_avg").lerp_(part.grad, 1 - beta1) / part.of(root)
+        def of_rows(part: Part) -> Quotient:
+            return Quotient(part.state("exp_avg").lerp_(part.grad, 1 - beta1), part.of(root))
 
         return of_rows
 

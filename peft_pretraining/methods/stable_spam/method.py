@@ -18,7 +18,7 @@ norm are far off for hundreds of updates; here there are two counts, as in the p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from peft_pretraining.optim import (
     UpdateRule,
 )
 from peft_pretraining.optim.matrix_optimizer import as_groups
-from peft_pretraining.optim.rules.adamw import torch_minus_d
+from peft_pretraining.optim.rules.adamw import TorchStep
 from peft_pretraining.optim.rules.batches import Maker, Part
 from peft_pretraining.optim.tensors.collectives import in_turn
 from peft_pretraining.optim.tensors.mask import set_counters
@@ -113,11 +113,11 @@ class StableSpamRule(UpdateRule):
         batches = Batches(updates, apart=_count_since_reset)
         made = yield from in_turn([self._made(batch, group) for batch in batches], [batch.shard for batch in batches])
         for batch, direction in zip(batches, made, strict=True):
-            batches.answer(batch, direction, -batch.updates[0].rate)
+            batches.answer(batch, direction, batch.updates[0].rate)
         return batches.directions()
 
     def _made(self, batch: Batch, group: dict[str, Any]) -> Phases[Maker]:
-        """-[M / (1-β1'^k)] / [√(V / (1-β2^k)) + ε], rows at a time."""
+        """[M / (1-β1'^k)] / [√(V / (1-β2^k)) + ε], rows at a time."""
         peaks = {part.start: _largest(part.grad, batch) for part in batch.parts()}
         (peak,) = yield [Collective(_largest_of(peaks, batch), batch.shard, "max")]
         cut = self._cutting(batch, peak, peaks)
@@ -126,13 +126,13 @@ class StableSpamRule(UpdateRule):
         beta1, beta2 = group["betas"] or self.betas
         k, betas = self._count(batch), (beta1 * self._fade(batch), beta2)
 
-        def of_rows(part: Part) -> Tensor:
-            first, second = part.state("exp_avg"), part.state("exp_avg_sq")
-            return torch_minus_d((cut(part) * factor).contiguous(), first, second, k, betas, group["eps"])
+        def of_rows(part: Part) -> TorchStep:
+            grad = (cut(part) * factor).contiguous()
+            return TorchStep(grad, part.state("exp_avg"), part.state("exp_avg_sq"), k, betas, group["eps"])
 
         return of_rows
 
-    def _cutting(self, batch: Batch, peak: Tensor, peaks: dict[int | None, Tensor]) -> Maker:
+    def _cutting(self, batch: Batch, peak: Tensor, peaks: dict[int | None, Tensor]) -> Callable[[Part], Tensor]:
         """What scales entries of G above the running maximum down together, the largest to it."""
         running = batch.state(_LARGEST)
         running.lerp_(peak.to(running.dtype), 1 - self._theta)
@@ -201,7 +201,7 @@ def _largest_of(peaks: dict[int | None, Tensor], batch: Batch) -> Tensor:
     return torch.stack(list(peaks.values())).amax() if peaks else _largest(batch.grad, batch)
 
 
-def _square(batch: Batch, cut: Maker, peak: Tensor) -> Tensor:
+def _square(batch: Batch, cut: Callable[[Part], Tensor], peak: Tensor) -> Tensor:
     """‖G‖² after the cut, float64: of rows' norms in float32 where their squares have room there."""
     in_float = batch.by_rows and batch.axes and 1e-12 < float(peak) < 1e12
     axes, dtype = (-1 if in_float else batch.axes), (batch.dtype if in_float else torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
-from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate, Step
 from peft_pretraining.optim.tensors.rounding import rows_in_cache
 
 
@@ -40,7 +40,7 @@ class Part:
         return tensor if self.rows is None or tensor.ndim == 0 or len(tensor) == 1 else tensor[self.rows]
 
 
-Maker: TypeAlias = Callable[[Part], Tensor]
+Maker: TypeAlias = Callable[[Part], Tensor | Step]
 """Makes the rows of D of a part, and moves on its state."""
 
 
@@ -135,7 +135,8 @@ class Batch:
         if callable(made) and self.by_rows:
             make = made
             return [ByRows.of(lambda rows: make(self.part(rows)), self.grad, factor, bias_correction)]
-        together = made(self.part()) if callable(made) else made
+        answer = made(self.part()) if callable(made) else made
+        together = answer if isinstance(answer, Tensor) else answer.whole()
         self._keep()
         if self.mask is not None:
             together = self.mask.choose(together.new_zeros(()), together)

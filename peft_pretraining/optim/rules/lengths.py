@@ -10,6 +10,7 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.rules.batches import Batch, Maker, Part
 from peft_pretraining.optim.tensors.collectives import Collective, Phases
+from peft_pretraining.optim.tensors.param_update import Quotient
 
 
 def norms_along(parts: Sequence[Tensor], shards: Sequence[ShardInfo], axis: int) -> Phases[list[Tensor]]:
@@ -23,15 +24,17 @@ def norms_along(parts: Sequence[Tensor], shards: Sequence[ShardInfo], axis: int)
     return norms
 
 
-def over_lengths(batch: Batch, axis: int, follow: Maker, divisor: Callable[[Tensor], Tensor]) -> Phases[Maker]:
+def over_lengths(
+    batch: Batch, axis: int, follow: Callable[[Part], Tensor], divisor: Callable[[Tensor], Tensor]
+) -> Phases[Maker]:
     """What makes U / divisor(‖U_i‖), with the norms of U's rows (`axis` 1) or columns (0); `follow` makes U.
 
     As `norms_along` if devices divide that dimension. Rows that are not divided are made one block after the other.
     """
 
-    def of_rows(part: Part) -> Tensor:
+    def of_rows(part: Part) -> Quotient:
         followed = follow(part)
-        return followed / divisor(torch.linalg.vector_norm(followed, dim=-1, keepdim=True))
+        return Quotient(followed, divisor(torch.linalg.vector_norm(followed, dim=-1, keepdim=True)))
 
     if axis == 1 and batch.shard.dim != 1:
         return of_rows
@@ -41,4 +44,4 @@ def over_lengths(batch: Batch, axis: int, follow: Maker, divisor: Callable[[Tens
         (square,) = yield [Collective(norms.square(), batch.shard)]
         norms = square.sqrt()
     sizes = divisor(norms)
-    return lambda part: part.of(followed) / part.of(sizes)
+    return lambda part: Quotient(part.of(followed), part.of(sizes))

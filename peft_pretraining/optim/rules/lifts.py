@@ -73,7 +73,13 @@ class Identity(Lift):
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
         for lot in moving_lots(updates):
             for factor, members in _by_factor(lot).items():
-                parts = [_rows(_direction(update), rows) for update, rows, _ in members]
+                if isinstance(direction := _direction(members[0].update), ByRows):
+                    _add_rows(members, direction)
+                    continue
+                parts = [
+                    _direction(update).tensor if rows is None else _direction(update).tensor[rows]
+                    for update, rows, _ in members
+                ]
                 torch._foreach_add_([weight for _, _, weight in members], parts, alpha=-factor)
 
 
@@ -111,10 +117,14 @@ def _direction(update: ParamUpdate) -> Direction:
     return update.direction
 
 
-def _rows(direction: Direction, rows: slice | None) -> Tensor:
-    if isinstance(direction, ByRows):
-        return direction.make(rows)
-    return direction.tensor if rows is None else direction.tensor[rows]
+def _add_rows(members: Sequence[Moving], direction: ByRows) -> None:
+    """Rows that are made now: those of one weight."""
+    ((_, rows, weight),) = members
+    made = direction.make(rows)
+    if isinstance(made, Tensor):
+        weight.add_(made, alpha=-direction.factor)
+    else:
+        made.add_to(weight, -direction.factor)
 
 
 def _by_factor(lot: Sequence[Moving]) -> dict[float, list[Moving]]:

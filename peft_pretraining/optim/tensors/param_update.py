@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,22 +27,49 @@ class Direction(NamedTuple):
     """What D contains to make up for moments that began at zero: APOLLO and Fira measure D without it."""
 
 
+class Step(Protocol):
+    """Some rows of a direction, of which no copy need exist for the weight to move by it."""
+
+    def add_to(self, weight: Tensor, factor: float) -> None:
+        """weight <- weight + factor D, in place."""
+
+    def whole(self) -> Tensor:
+        """D, a new tensor. The one or the other is asked for, once."""
+
+
+class Quotient(NamedTuple):
+    """The step `above` / `below`."""
+
+    above: Tensor
+    below: Tensor
+    """(m, n), or (m, 1)."""
+
+    def add_to(self, weight: Tensor, factor: float) -> None:
+        weight.addcdiv_(self.above, self.below, value=factor)
+
+    def whole(self) -> Tensor:
+        return self.above / self.below
+
+
 class ByRows(Direction):
     """A direction of which some rows are made at a time, while those of the weight and of the state are in the cache:
     a copy of all of it never exists. `tensor` is empty, and has D's dtype alone."""
 
-    make: Callable[[slice | None], Tensor]
-    """These rows of D (None: all of them), a new tensor. Each row is asked for once, in order."""
+    make: Callable[[slice | None], Tensor | Step]
+    """These rows of D (None: all of them). Each row is asked for once, in order."""
 
     @classmethod
-    def of(cls, make: Callable[[slice | None], Tensor], like: Tensor, factor: float, bias_correction: float) -> ByRows:
+    def of(
+        cls, make: Callable[[slice | None], Tensor | Step], like: Tensor, factor: float, bias_correction: float
+    ) -> ByRows:
         direction = cls(like.new_empty(0), factor, bias_correction)
         direction.make = make
         return direction
 
     def whole(self) -> Direction:
         """The same as one tensor."""
-        return Direction(self.make(None), self.factor, self.bias_correction)
+        made = self.make(None)
+        return Direction(made if isinstance(made, Tensor) else made.whole(), self.factor, self.bias_correction)
 
 
 @dataclass

@@ -20,8 +20,9 @@ from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 NUMBERS_AT_ONCE = 2**22
 """Of a weight that is widened by rows: its float32 copy and the noise are 16 MB each."""
 
-NUMBERS_IN_CACHE = 2**17
-"""Of a block of rows that a CPU's core keeps in its second cache, with what is computed of it: 0.5 MB each."""
+NUMBERS_IN_CACHE = 2**18
+"""Of a block of rows that stays in a CPU's caches, with what is computed of it: 1 MB each. Shorter blocks cost more
+calls, longer ones memory that is asked for anew."""
 
 # Odd multipliers with well-spread bits, as signed 32-bit numbers.
 _MULTIPLIERS = (0x2C1B3C6D, 0x297A2D39)
