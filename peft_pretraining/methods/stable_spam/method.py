@@ -191,8 +191,7 @@ def _largest(grad: Tensor, batch: Batch) -> Tensor:
         return grad.new_zeros(grad.shape[: grad.ndim - len(batch.shape)])
     if not batch.by_rows:
         return grad.abs().amax(batch.axes)
-    low, high = torch.aminmax(grad)
-    return torch.maximum(-low, high)
+    return torch.maximum(-grad.amin(), grad.amax())  # faster than both in one, and than a copy of |G|
 
 
 def _largest_of(peaks: dict[int | None, Tensor], batch: Batch) -> Tensor:

@@ -37,7 +37,9 @@ class Part:
 
     def of(self, tensor: Tensor) -> Tensor:
         """These rows of what has as many as R, as (m, n) or (m, 1): the whole of (1, n) and of scalars."""
-        return tensor if self.rows is None or tensor.ndim == 0 or len(tensor) == 1 else tensor[self.rows]
+        if self.rows is None or tensor.ndim == 0 or tensor.shape[0] == 1:
+            return tensor
+        return tensor[self.rows]
 
 
 Maker: TypeAlias = Callable[[Part], Tensor | Step]
@@ -64,6 +66,9 @@ class Batch:
         self.dtype: torch.dtype = first.low_rank_grad.dtype
         self.grad: Tensor = self._together([update.low_rank_grad for update in updates])
         """R, which stays as it is."""
+        self.by_rows: bool = not stacked and self.mask is None and not launches_cost(self.grad.device)
+        """Whether a direction is made while the weight moves, on the CPU, where numbers may be read: not of what is
+        masked, and not where launches cost."""
         self._state: dict[str, Tensor] = {}
         self._new: dict[str, Tensor] = {}
 
@@ -91,12 +96,6 @@ class Batch:
     def across(self, scalars: Tensor) -> Tensor:
         """One number for each gradient, () or (L), to multiply them with."""
         return scalars.view(*scalars.shape, *(1 for _ in self.axes))
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether a direction is made while the weight moves, on the CPU, where numbers may be read: not of what is
-        masked, and not where launches cost."""
-        return not self._stacked and self.mask is None and not launches_cost(self.grad.device)
 
     def has(self, key: str) -> bool:
         """Whether there is such a tensor in the state (of all, as they are alike)."""
