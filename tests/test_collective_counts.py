@@ -15,10 +15,10 @@ from peft_pretraining.methods import METHODS
 from peft_pretraining.report.footprint.drive import Simulation
 
 STEP = {
-    **dict.fromkeys(["full_rank", "galore", "golore", "lora", "frugal", "foam", "rmnp"], {}),
+    **{name: {} for name in ("full_rank", "galore", "golore", "lora", "frugal", "foam", "rmnp")},
     # Head's and embedding's rows are local to who has them; of the embedding the norms of d columns are added up.
     "scale": {"all_reduce": 1},
-    **dict.fromkeys(["apollo", "apollo_mini", "fira"], {"all_reduce": 1}),  # ‖S‖², or [‖N‖², ‖R‖², ‖G‖²]
+    **{name: {"all_reduce": 1} for name in ("apollo", "apollo_mini", "fira")},  # ‖S‖², or [‖N‖², ‖R‖², ‖G‖²]
     "racs": {"all_reduce": 7},  # max|G|, five of n + 1 numbers for each matrix, ‖S‖²
     "alice": {"all_reduce": 2},
     "stable_spam": {"all_reduce": 2},  # a maximum and a sum

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.rules.batches import Part
 from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.param_update import ParamUpdate, guarded
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros
@@ -34,6 +35,14 @@ class MomentumRule(UpdateRule):
         if like.ndim != 2:
             raise ValueError(f"{self.name} is for matrices, got a parameter of shape {tuple(like.shape)}")
         return {self.first_moment: StateTensor.like_gradient(zeros(like), shard)} if self.momentum else {}
+
+    def followed(self, part: Part) -> Tensor:
+        """U of these rows, after M has moved on. It may be the moment, or the gradient, itself."""
+        grad = part.grad
+        if not self.momentum:
+            return grad
+        moment = part.state(self.first_moment).lerp_(grad, 1 - self.momentum)
+        return torch.lerp(grad, moment, self.momentum) if self.nesterov else moment
 
     def follow(self, updates: Sequence[ParamUpdate]) -> list[Tensor]:
         """U of each, after M has moved on. These may be the moments, or the gradients, themselves."""

@@ -81,6 +81,14 @@ def together(jobs: Sequence[Phases[T]]) -> Phases[list[T]]:
     return [results[place] for place in range(len(jobs))]
 
 
+def in_turn(jobs: Sequence[Phases[T]], shards: Sequence[ShardInfo]) -> Phases[list[T]]:
+    """`together`, where devices divide any of the `shards`; else one job after the other, each while its numbers are
+    in the cache."""
+    if any(shard.dim is not None for shard in shards):
+        return (yield from together(jobs))
+    return [run(job) for job in jobs]
+
+
 def in_lots(items: Iterable[T], numbers: Callable[[T], int], limit: int) -> Iterator[list[T]]:
     """Consecutive items whose `numbers` add up to `limit`, or just beyond: what memory has room for at a time.
 
