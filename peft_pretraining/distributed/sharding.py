@@ -49,8 +49,8 @@ class ShardInfo:
     gather: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
     """The whole tensor, on every device, from the local part of one like it."""
     team: Team = field(default=ALONE, compare=False)
-    """The devices that hold the other parts; of a tensor that is not divided those that have the same and share what is
-    to be done with it, if there are any (`shared`)."""
+    """The devices that hold the other parts; of a tensor that is not divided those that have the same and share the
+    work on it, if there are any (`shared`)."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> ShardInfo:
@@ -85,7 +85,7 @@ class ShardInfo:
         return self if self.dim is not None else replace(self, team=Team.of_all())
 
     def of_shape(self, shape: Sequence[int]) -> ShardInfo:
-        """That of a tensor of another shape which the same devices divide by rows, as torch does; or have as a whole."""
+        """That of a tensor of another shape which the same devices divide by rows, as torch does, or have whole."""
         if self.dim is None:
             return replace(self, shape=torch.Size(shape))
         other = replace(self, shape=torch.Size(shape), dim=0, along=0, gather=_itself)

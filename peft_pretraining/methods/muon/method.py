@@ -134,10 +134,9 @@ class MuonRule(MomentumRule):
         own, shards = followed[0].dtype, [update.low_rank_shard for update in updates]
         narrow = iterates_in(self._dtype, followed[0]) if any(shard.team.size > 1 for shard in shards) else own
         if narrow != own and any(shard.dim is not None for shard in shards):
-            squares = yield [Collective(_square(u), shard) for u, shard in zip(followed, shards, strict=True)]
-            followed = [
-                (u / square.sqrt().clamp(min=self._eps)).to(narrow) for u, square in zip(followed, squares, strict=True)
-            ]
+            squares = yield [Collective(*each) for each in zip(_squares(followed), shards, strict=True)]
+            norms = torch._foreach_clamp_min(torch._foreach_sqrt(squares), self._eps)
+            followed = [(u / norm).to(narrow) for u, norm in zip(followed, norms, strict=True)]
         wholes = yield [
             Collective(u, update.low_rank_shard, "to_owner", update.owner)
             for u, update in zip(followed, updates, strict=True)
@@ -157,8 +156,8 @@ class MuonRule(MomentumRule):
         """NorMuon: O' = O with each row over the root of its mean square; the whole is then given its size."""
         assert self._neuron_beta2 is not None
         squares = yield [
-            mean_over(part.square(), -1, update.low_rank_shard, part.shape)
-            for part, update in zip(parts, updates, strict=True)
+            mean_over(square, -1, update.low_rank_shard, square.shape)
+            for square, update in zip(torch._foreach_mul(parts, parts), updates, strict=True)
         ]
         mean_squares = [update.state["row_mean_sq"] for update in updates]
         means = [
@@ -168,18 +167,22 @@ class MuonRule(MomentumRule):
         with guarded(updates, "row_mean_sq"):
             torch._foreach_lerp_(mean_squares, means, 1 - self._neuron_beta2)
             roots = torch._foreach_add(torch._foreach_sqrt(mean_squares), _ROW_EPS)
-        evened = [part / root.unsqueeze(1) for part, root in zip(parts, roots, strict=True)]  # (m, n) / (m, 1)
-        both = zip((*evened, *parts), (*updates, *updates), strict=True)
-        norms = [each.sqrt() for each in (yield [Collective(_square(o), u.low_rank_shard) for o, u in both])]
+        # (m, n) / (m, 1)
+        evened = [part / root.unsqueeze(1) for part, root in zip(parts, roots, strict=True)]
+        measured = evened if self._like_adamw else [*evened, *parts]
+        shards = [update.low_rank_shard for update in updates] * (len(measured) // len(evened))
+        norms = torch._foreach_sqrt(
+            (yield [Collective(*each) for each in zip(_squares(measured), shards, strict=True)])
+        )
+        lengths = torch._foreach_add(norms[: len(evened)], _ROW_EPS)
         found: list[Direction | None] = []
-        for place, (rows, update) in enumerate(zip(evened, updates, strict=True)):
+        for place, (rows, length, update) in enumerate(zip(evened, lengths, updates, strict=True)):
             m, n = _shape(update)
-            unit = rows / (norms[place] + _ROW_EPS)
             if self._like_adamw:
-                found.append(Direction(unit, update.rate * 0.2 * math.sqrt(m * n)))
+                found.append(Direction(rows.div_(length), update.rate * 0.2 * math.sqrt(m * n)))
             else:
-                whole_norm = norms[len(updates) + place]
-                found.append(Direction(unit * whole_norm, update.rate * math.sqrt(max(1.0, m / n))))
+                size = norms[len(evened) + place] / length
+                found.append(Direction(rows.mul_(size), update.rate * math.sqrt(max(1.0, m / n))))
         return found
 
 
@@ -188,9 +191,10 @@ def _shape(update: ParamUpdate) -> tuple[int, int]:
     return m, n
 
 
-def _square(part: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(part)
-    return norm.square()
+def _squares(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """‖X‖² of each."""
+    norms = torch._foreach_norm(list(parts))
+    return torch._foreach_mul(norms, norms)
 
 
 def orthogonalize(
