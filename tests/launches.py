@@ -30,6 +30,9 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
     "lora": ({"method": "lora"}, 60, 180),
     "switchlora": ({"method": "switchlora", "lora_alpha": 1.0, "init_lora_type": "switchlora"}, 300, 900),
     "golore_adapter": ({"method": "golore_adapter"}, 60, 180),
+    "muon": ({"method": "muon"}, 220, 660),
+    "normuon": ({"method": "normuon"}, 450, 1350),
+    "soap": ({"method": "soap"}, 1100, 3300),
 }
 """Settings, and the most launches of gradient norm and step at 60M and 1B."""
 
