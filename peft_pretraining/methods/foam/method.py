@@ -26,7 +26,7 @@ from peft_pretraining.methods.foam.settings import SECOND_MOMENTS
 from peft_pretraining.optim import Batches, Direction, MatrixOptimizer, ParamUpdate, StateTensor, UpdateRule
 from peft_pretraining.optim.rules.adamw import TorchStep
 from peft_pretraining.optim.rules.batches import Part
-from peft_pretraining.optim.rules.folding import means, repeat
+from peft_pretraining.optim.rules.folding import means, repeat, without_repeated
 from peft_pretraining.optim.tensors.param_update import Step
 
 
@@ -76,13 +76,14 @@ class FoldedAdam(UpdateRule):
         """
         grad, first, second = part.grad, part.state("exp_avg"), part.state("exp_avg_sq")
         columns = grad.shape[-1]
-        grad = functional.pad(grad, (0, -columns % self._block))  # no copy if blocks fit
+        if columns % self._block:
+            grad = functional.pad(grad, (0, -columns % self._block))
         mean = means(grad, self._block)
         first.lerp_(mean, 1 - beta1)
         second.lerp_(means(grad.square(), self._block) if self._of_squares else mean.square(), 1 - beta2)
-        repeated = [repeat(folded, self._block)[..., :columns].contiguous() for folded in (mean, first, second)]
-        detail = grad[..., :columns] - repeated[0]
-        return TorchStep(detail, *repeated[1:], k=1, betas=(0.5, 0.5), eps=eps)
+        wide = without_repeated(grad, mean, self._block), repeat(first, self._block), repeat(second, self._block)
+        detail, *moments = (each[..., :columns].contiguous() for each in wide)
+        return TorchStep(detail, *moments, k=1, betas=(0.5, 0.5), eps=eps)
 
 
 class Foam(MatrixOptimizer):

@@ -38,7 +38,9 @@ from peft_pretraining.optim.tensors.collectives import in_turn
 from peft_pretraining.optim.tensors.param_update import Quotient
 
 _SMALLEST = 1e-30
-"""Of scales that divide."""
+"""Of scales, and squares of them, that divide."""
+_AT_ONCE = 2**20
+"""Numbers of a block of squares."""
 
 
 class RacsTraining(MatrixTraining):
@@ -83,11 +85,11 @@ class RowsAndColumns(UpdateRule):
         (most,) = yield [Collective(largest_magnitude(batch), batch.shard, "max")]
         # Squares of squares underflow in float32 for small gradients: those of G / max|G| do not.
         inverse = batch.across(torch.where(most > 0, most, 1.0).reciprocal())
-        squares = [(part.grad * inverse).square_() for part in batch.parts()]
+        squares = [(part.grad * inverse).square_() for part in batch.parts(_AT_ONCE)]
         yield from self._track_scales(batch, squares, most)
         rows, columns = (batch.state(key).clamp(min=_SMALLEST) for key in (self.ROWS, self.COLUMNS))
         # ‖S‖² / max|G|², of the squares that are there.
-        by_row = _by_columns(batch, squares, columns.reciprocal())
+        by_row = _by_columns(squares, columns.reciprocal())
         (square,) = yield [Collective((by_row / rows).sum(-1), batch.shard)]
         divisor = self._limiter.divisor(batch.state(self._limiter.KEY), most * square.sqrt())
         of_row, of_column = (rows.sqrt() * divisor.unsqueeze(-1)).unsqueeze(-1), columns.sqrt().unsqueeze(-2)
@@ -100,10 +102,16 @@ class RowsAndColumns(UpdateRule):
     def _track_scales(self, batch: Batch, squares: Sequence[Tensor], most: Tensor) -> Phases[None]:
         """The fixed-point iteration, and its running means."""
         q = torch.ones_like(batch.state(self.ROWS))
-        s = torch.ones_like(batch.state(self.COLUMNS))
-        for _ in range(self._iterations):
-            s = yield from _quotient(batch, _by_rows(batch, squares, q), q, 0)
-            q = yield from _quotient(batch, _by_columns(batch, squares, s), s, 1)
+        contracted = _by_rows(batch, squares, q)
+        for remaining in reversed(range(self._iterations)):
+            s = yield from _quotient(batch, contracted, q, 0)
+            if batch.shard.dim == 1:
+                q = yield from _quotient(batch, _by_columns(squares, s), s, 1)
+                contracted = _by_rows(batch, squares, q)
+            else:
+                q, contracted = _there_and_back(
+                    squares, s / s.square().sum(-1, keepdim=True).clamp(min=_SMALLEST), bool(remaining)
+                )
         weight = ((most > 0).to(q.dtype) * (1 - self._beta)).unsqueeze(-1)
         batch.state(self.ROWS).lerp_(q, weight)
         batch.state(self.COLUMNS).lerp_(s * most.square().unsqueeze(-1), weight)
@@ -111,27 +119,34 @@ class RowsAndColumns(UpdateRule):
 
 def _by_rows(batch: Batch, squares: Sequence[Tensor], q: Tensor) -> Tensor:
     """Hᵀ q, (..., n), of H in blocks of rows."""
-    found = q.new_zeros(*q.shape[:-1], batch.shape[1])
-    for part, block in zip(batch.parts(), squares, strict=True):
-        found += product(block.mT, part.of(q))
-    return found
+    found = [product(block.mT, part.of(q)) for part, block in zip(batch.parts(_AT_ONCE), squares, strict=True)]
+    return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
 
-def _by_columns(batch: Batch, squares: Sequence[Tensor], s: Tensor) -> Tensor:
+def _by_columns(squares: Sequence[Tensor], s: Tensor) -> Tensor:
     """H s, (..., m), of H in blocks of rows."""
-    found = s.new_zeros(*s.shape[:-1], batch.shape[0])
-    for part, block in zip(batch.parts(), squares, strict=True):
-        part.of(found).copy_(product(block, s))
-    return found
+    found = [product(block, s) for block in squares]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _there_and_back(squares: Sequence[Tensor], s: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """H s and, of each block while it is in the cache, Hᵀ H s."""
+    rows, columns = [], []
+    for block in squares:
+        rows.append(product(block, s))
+        if back:
+            columns.append(product(block.mT, rows[-1]))
+    return torch.cat(rows, -1), torch.stack(columns).sum(0) if back else s
 
 
 def _quotient(batch: Batch, contracted: Tensor, vector: Tensor, dim: int) -> Phases[Tensor]:
     """What was contracted with a vector along dimension `dim` over that vector's square: sums over the devices that
     divide the dimension. Zeros of zeros."""
-    both = torch.cat([contracted, vector.square().sum(-1, keepdim=True)], -1)
-    (both,) = yield [Collective(both, batch.shard if batch.shard.dim == dim else WHOLE)]
-    square = both[..., -1:]
-    return both[..., :-1] / torch.where(square > 0, square, 1.0)
+    square = vector.square().sum(-1, keepdim=True)
+    if batch.shard.dim == dim:
+        (both,) = yield [Collective(torch.cat([contracted, square], -1), batch.shard)]
+        contracted, square = both[..., :-1], both[..., -1:]
+    return contracted / square.clamp(min=_SMALLEST)
 
 
 class Racs(MatrixOptimizer):

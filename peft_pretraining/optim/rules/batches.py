@@ -12,7 +12,7 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate, Step
-from peft_pretraining.optim.tensors.rounding import rows_in_cache
+from peft_pretraining.optim.tensors.rounding import NUMBERS_IN_CACHE, rows_in_cache
 
 
 class Part:
@@ -84,14 +84,15 @@ class Batch:
         """These rows (of a single matrix), or everything."""
         return Part(self, rows)
 
-    def parts(self) -> Iterator[Part]:
-        """Blocks of rows that a CPU's core keeps in its cache; elsewhere everything at once."""
-        if not self.by_rows or not self.shape:
+    def parts(self, at_once: int = NUMBERS_IN_CACHE) -> Iterator[Part]:
+        """Blocks of rows that a CPU keeps in its caches; elsewhere everything at once. The default ones are those that
+        directions are made by."""
+        if not self.by_rows or not self.shape or not self.shape[0]:
             yield self.part()
             return
-        at_once = rows_in_cache(self.grad)
-        for start in range(0, self.shape[0], at_once):
-            yield self.part(slice(start, min(start + at_once, self.shape[0])))
+        count = rows_in_cache(self.grad, at_once)
+        for start in range(0, self.shape[0], count):
+            yield self.part(slice(start, min(start + count, self.shape[0])))
 
     def across(self, scalars: Tensor) -> Tensor:
         """One number for each gradient, () or (L), to multiply them with."""

@@ -29,10 +29,30 @@ def means(matrix: Tensor, block: int) -> Tensor:
 
 def repeat(folded: Tensor, block: int) -> Tensor:
     """(..., n block): each number of (..., n) `block` times; a new tensor."""
-    together = _COLUMNS // block
-    if together < 1 or folded.numel() % together or not _by_products(folded):
-        return folded.unsqueeze(-1).expand(*folded.shape, block).flatten(-2).clone()
+    together = _together(folded, block)
+    if not together:
+        return _spread(folded, block).flatten(-2).clone()
     return torch.mm(folded.reshape(-1, together), _repeater(block, folded.dtype)).view(*folded.shape[:-1], -1)
+
+
+def without_repeated(matrix: Tensor, folded: Tensor, block: int) -> Tensor:
+    """`matrix` - repeat(folded, block), a new tensor."""
+    together = _together(folded, block)
+    if not together:
+        return (matrix.unflatten(-1, (-1, block)) - _spread(folded, block)).flatten(-2)
+    wide, narrow = matrix.reshape(-1, _COLUMNS), folded.reshape(-1, together)
+    return torch.addmm(wide, narrow, _repeater(block, folded.dtype), alpha=-1).view(matrix.shape)
+
+
+def _spread(folded: Tensor, block: int) -> Tensor:
+    return folded.unsqueeze(-1).expand(*folded.shape, block)
+
+
+def _together(folded: Tensor, block: int) -> int:
+    """How many numbers one row of a product repeats; 0 where there are no products."""
+    together = _COLUMNS // block
+    possible = together and _COLUMNS % block == 0 and folded.numel() % together == 0 and _by_products(folded)
+    return together if possible else 0
 
 
 def _by_products(matrix: Tensor) -> bool:
