@@ -82,8 +82,8 @@ class FoldedAdam(UpdateRule):
         first.lerp_(mean, 1 - beta1)
         second.lerp_(means(grad.square(), self._block) if self._of_squares else mean.square(), 1 - beta2)
         wide = without_repeated(grad, mean, self._block), repeat(first, self._block), repeat(second, self._block)
-        detail, *moments = (each[..., :columns].contiguous() for each in wide)
-        return TorchStep(detail, *moments, k=1, betas=(0.5, 0.5), eps=eps)
+        detail, repeated_first, repeated_second = (each[..., :columns].contiguous() for each in wide)
+        return TorchStep(detail, repeated_first, repeated_second, k=1, betas=(0.5, 0.5), eps=eps)
 
 
 class Foam(MatrixOptimizer):

@@ -12,7 +12,7 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate, Step
-from peft_pretraining.optim.tensors.rounding import NUMBERS_IN_CACHE, rows_in_cache
+from peft_pretraining.optim.tensors.rounding import rows_in_cache
 
 
 class Part:
@@ -84,7 +84,7 @@ class Batch:
         """These rows (of a single matrix), or everything."""
         return Part(self, rows)
 
-    def parts(self, at_once: int = NUMBERS_IN_CACHE) -> Iterator[Part]:
+    def parts(self, at_once: int | None = None) -> Iterator[Part]:
         """Blocks of rows that a CPU keeps in its caches; elsewhere everything at once. The default ones are those that
         directions are made by."""
         if not self.by_rows or not self.shape or not self.shape[0]:
@@ -96,7 +96,7 @@ class Batch:
 
     def across(self, scalars: Tensor) -> Tensor:
         """One number for each gradient, () or (L), to multiply them with."""
-        return scalars.view(*scalars.shape, *(1 for _ in self.axes))
+        return scalars.view((*scalars.shape, *(1 for _ in self.axes)))
 
     def has(self, key: str) -> bool:
         """Whether there is such a tensor in the state (of all, as they are alike)."""

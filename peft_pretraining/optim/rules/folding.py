@@ -21,7 +21,7 @@ def means(matrix: Tensor, block: int) -> Tensor:
     """(..., n / block): of each block of columns (..., n)."""
     if block == 1:
         return matrix
-    blocks = matrix.unflatten(-1, (-1, block))
+    blocks = _in_blocks(matrix, block)
     if not _by_products(matrix):
         return blocks.mean(-1)
     return torch.mv(blocks.reshape(-1, block), matrix.new_full((block,), 1 / block)).view(blocks.shape[:-1])
@@ -39,9 +39,13 @@ def without_repeated(matrix: Tensor, folded: Tensor, block: int) -> Tensor:
     """`matrix` - repeat(folded, block), a new tensor."""
     together = _together(folded, block)
     if not together:
-        return (matrix.unflatten(-1, (-1, block)) - _spread(folded, block)).flatten(-2)
+        return (_in_blocks(matrix, block) - _spread(folded, block)).flatten(-2)
     wide, narrow = matrix.reshape(-1, _COLUMNS), folded.reshape(-1, together)
     return torch.addmm(wide, narrow, _repeater(block, folded.dtype), alpha=-1).view(matrix.shape)
+
+
+def _in_blocks(matrix: Tensor, block: int) -> Tensor:
+    return matrix.reshape(*matrix.shape[:-1], matrix.shape[-1] // block, block)
 
 
 def _spread(folded: Tensor, block: int) -> Tensor:
