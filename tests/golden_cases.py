@@ -42,8 +42,8 @@ def check(name, build):
 
     `atol_float32` is absolute. Of the movement, float32 differs by up to 9e-6 in FOAM's cases and racs_wide_zero_row,
     whose weights move by 0.005 in nine updates, and by at most 1.2e-6 in others of elementwise rules. That is the
-    rounding of the weights: half a unit in the last place of 1 to 4, once an update, is 9e-6 to 1.5e-5 of such a movement. No
-    arithmetic before that rounding could be better.
+    rounding of the weights: half a unit in their last place, once an update, comes to 9e-6 to 1.5e-5 of such a
+    movement over nine (as a random walk, from the largest weight). No arithmetic before it could be better.
     """
     case, expected = CASES[name], GOLDEN[f"{name}/W"]
     settings = dict(case["settings"])
