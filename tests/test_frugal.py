@@ -55,6 +55,24 @@ def test_adams_part_of_the_svd_is_the_span_of_the_top_vector():
     assert ((weight.detach() - start) @ (torch.eye(4, dtype=q.dtype) - q.T @ q)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "density", "dead"), [((6, 4), 1.0, None), ((4, 6), 1.0, None), ((8, 6), 0.3, 1), ((6, 8), 0.3, 0)]
+)
+def test_rounding_outside_the_svd_has_no_sign(shape, density, dead, dtype):
+    """Nothing is outside of all directions, nor where the gradient is zero: there `sign` and `none` are the same."""
+    weights = [parameter(shape, dtype=dtype), parameter(shape, dtype=dtype)]
+    for weight, free in zip(weights, ("sign", "none"), strict=True):
+        optimizer = Frugal([weight], lr=0.1, space="svd", density=density, free_rule=free, update_proj_gap=3)
+        for step in range(5):
+            set_gradients([weight], step)
+            if dead is not None:
+                weight.grad.select(dead, 2).zero_()
+            optimizer.step()
+    one, other = (weight.detach() if dead is None else weight.detach().select(dead, 2) for weight in weights)
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("free", ["sign", "sgd", "none"])
 def test_what_is_outside(free):
     weights = [parameter((4, 4), seed) for seed in range(4)]

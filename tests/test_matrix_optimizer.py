@@ -80,6 +80,32 @@ def test_vectors_have_the_betas_that_are_given(name):
     assert [group["betas"] for group in optimizer.param_groups] == [betas]
 
 
+@each_optimizer
+def test_a_group_that_is_added_is_treated_as_the_others(name):
+    """By a copy of the optimizer, too: the rule and the dtype of states are the same as of a group that is given."""
+    weights = [nn.Parameter(weight.detach().bfloat16()) for weight in weights_of()]
+    first, later = copy.deepcopy((weights, build(name, weights[:1])))
+    later.add_param_group({"params": [(f"weight{place}", first[place]) for place in (1, 2)]})
+    seen = []
+    for optimizer, params in ((build(name, weights), weights), (later, first)):
+        train(optimizer, params, 0, 2)
+        groups = {key: group for group in optimizer.param_groups for key in group["param_names"]}
+        states = [{key: value.dtype for key, value in optimizer.state[param].items()} for param in params]
+        seen.append(({key: (group["rule"], group["betas"]) for key, group in groups.items()}, states))
+    assert seen[0] == seen[1]
+
+
+def test_a_group_that_is_refused_leaves_nothing_behind():
+    (matrix, *_), late = weights_of(), parameter((4, 4))
+    optimizer = optim.Fira([matrix], rank=2)
+    before = len(optimizer.param_groups), len(optimizer.state), len(optimizer.subspaces)
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.add_param_group({"params": [late, nn.Parameter(torch.ones(3, dtype=torch.complex64))]})
+    assert (len(optimizer.param_groups), len(optimizer.state), len(optimizer.subspaces)) == before
+    optimizer.add_param_group({"params": late})
+    assert len(optimizer.subspaces) == 2
+
+
 def test_groups_keep_what_they_say():
     matrix, head, vector = weights_of()
     kind = optim.Apollo

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
-from peft_pretraining.optim.low_rank import LowRankOptimizer
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
+from peft_pretraining.optim.own_groups import OwnGroups, divided
 
 
-class MatrixOptimizer(LowRankOptimizer):
+class MatrixOptimizer(OwnGroups):
     """Updates matrices by the objects that a subclass gives, everything else by AdamW.
 
     `params` is what torch's optimizers take: parameters, named ones, or groups of these. Parameters with two dimensions
@@ -36,11 +37,9 @@ class MatrixOptimizer(LowRankOptimizer):
         **settings: Any,
     ):
         formats = {"state_format": state_format, "rounding": rounding}
-        groups = [part for group in as_groups(params) for part in _split(group, matrices)]
-        own = {"lr": adam_lr, "betas": settings.get("betas")}  # a group that names its rule has not the optimizer's
-        own = {name: value for name, value in own.items() if value is not None}
-        groups = [{**own, **group} if group.get("rule") == "adamw" else group for group in groups]
-        super().__init__([{**formats, **group} for group in groups], **settings)
+        adamw = {"lr": adam_lr, "betas": settings.get("betas")}  # a group that names its rule has not the optimizer's
+        adamw = {name: value for name, value in adamw.items() if value is not None}
+        super().__init__(params, partial(_completed, dict(matrices), adamw, formats), **settings)
 
     @classmethod
     def from_model(cls, model: nn.Module, *, target_modules: Sequence[str] = TARGET_MODULES, **settings: Any) -> Self:
@@ -50,29 +49,16 @@ class MatrixOptimizer(LowRankOptimizer):
         return cls([*({**group, "rule": "adamw"} for group in others), matrices], **settings)
 
 
-def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """What an optimizer is given, as groups."""
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of parameters or groups, got a tensor")
-    given = list(params)
-    return given if given and isinstance(given[0], dict) else [{"params": given}]
-
-
-def _split(group: Mapping[str, Any], matrices: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A group as it is, or its matrices with their settings and the rest of it."""
+def _completed(
+    matrices: Mapping[str, Any], adamw: Mapping[str, Any], formats: Mapping[str, Any], group: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A group that names its rule, or its matrices with their settings and the rest of it."""
     if "rule" in group:
-        return [dict(group)]
-    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    of_method = [each for each in params if _tensor(each).ndim == 2]
-    rest = [each for each in params if _tensor(each).ndim != 2]
+        return [{**formats, **(adamw if group["rule"] == "adamw" else {}), **group}]
+    of_method, rest = divided(group, lambda param: param.ndim == 2)
     parts = []
     if of_method or not rest:
-        parts.append({**matrices, **group, "params": of_method})
+        parts.append({**formats, **matrices, **group, "params": of_method})
     if rest:
-        parts.append({**group, "params": rest, "rule": "adamw"})
+        parts.append({**formats, **adamw, **group, "params": rest, "rule": "adamw"})
     return parts
-
-
-def _tensor(param: Any) -> Tensor:
-    found: Tensor = param[1] if isinstance(param, tuple) else param
-    return found

@@ -11,7 +11,8 @@ hidden size / number of heads rows; here they are rows / number of heads, of key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from peft_pretraining.optim import (
     StateTensor,
     UpdateRule,
 )
-from peft_pretraining.optim.matrix_optimizer import as_groups
+from peft_pretraining.optim.own_groups import OwnGroups, divided
 from peft_pretraining.optim.rules.batches import Maker, Part
 from peft_pretraining.optim.tensors.collectives import in_turn
 from peft_pretraining.optim.tensors.param_update import Quotient
@@ -166,7 +167,7 @@ class AdamMiniRule(UpdateRule):
         return blocks.reshape((*blocks.shape[:-1], *of_rows, *(1 for _ in batch.axes[1:])))
 
 
-class AdamMini(LowRankOptimizer):
+class AdamMini(OwnGroups):
     """Adam-mini for other loops: `blocks` are those of matrices, each of `params` with rows; vectors are one block.
     `from_model` knows which layers have heads.
 
@@ -192,21 +193,11 @@ class AdamMini(LowRankOptimizer):
         rounding: str = "nearest",
         **settings: Any,
     ):
-        of_matrices, of_vectors = AdamMiniRule(blocks, heads), AdamMiniRule("tensor")
         formats = {"state_format": state_format, "rounding": rounding, "betas": betas}
-        groups: list[dict[str, Any]] = []
-        for group in as_groups(params):
-            if "rule" in group:
-                groups.append({**formats, **group})
-                continue
-            listed = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-            matrices = [each for each in listed if _tensor(each).ndim >= 2]
-            vectors = [each for each in listed if _tensor(each).ndim < 2]
-            if matrices or not vectors:
-                groups.append({**formats, **group, "params": matrices, "rule": of_matrices})
-            if vectors:
-                groups.append({**formats, "weight_decay": 0.0, **group, "params": vectors, "rule": of_vectors})
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, full_norm=True, **settings)
+        complete = partial(_completed, formats, AdamMiniRule(blocks, heads), AdamMiniRule("tensor"))
+        super().__init__(
+            params, complete, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, full_norm=True, **settings
+        )
 
     @classmethod
     def from_model(cls, model: nn.Module, **settings: Any) -> Self:
@@ -215,6 +206,16 @@ class AdamMini(LowRankOptimizer):
         return cls(by_blocks(model, {"params": trained}), **settings)
 
 
-def _tensor(param: Any) -> Tensor:
-    found: Tensor = param[1] if isinstance(param, tuple) else param
-    return found
+def _completed(
+    formats: Mapping[str, Any], of_matrices: AdamMiniRule, of_vectors: AdamMiniRule, group: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A group that names its rule, or its matrices and its vectors."""
+    if "rule" in group:
+        return [{**formats, **group}]
+    matrices, vectors = divided(group, lambda param: param.ndim >= 2)
+    parts = []
+    if matrices or not vectors:
+        parts.append({**formats, **group, "params": matrices, "rule": of_matrices})
+    if vectors:
+        parts.append({**formats, "weight_decay": 0.0, **group, "params": vectors, "rule": of_vectors})
+    return parts
