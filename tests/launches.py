@@ -33,6 +33,12 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
     "muon": ({"method": "muon"}, 220, 660),
     "normuon": ({"method": "normuon"}, 450, 1350),
     "soap": ({"method": "soap"}, 1100, 3300),
+    "adam_mini": ({"method": "adam_mini"}, 300, 1150),
+    "foam": ({"method": "foam"}, 250, 1150),
+    "racs": ({"method": "racs"}, 560, 2400),
+    "rmnp": ({"method": "rmnp"}, 200, 950),
+    "scale": ({"method": "scale"}, 230, 1000),
+    "stable_spam": ({"method": "stable_spam"}, 540, 1900),
 }
 """Settings, and the most launches of gradient norm and step at 60M and 1B."""
 

@@ -163,9 +163,8 @@ class AdamMiniRule(UpdateRule):
         """Each block's number for its rows, to divide (..., m, n) by."""
         if self._blocks == "heads":
             blocks = blocks[..., self._head_of_rows(batch)]
-        return blocks.reshape(
-            *blocks.shape[:-1], *(blocks.shape[-1:] if batch.axes else ()), *(1 for _ in batch.axes[1:])
-        )
+        of_rows = blocks.shape[-1:] if batch.axes else ()
+        return blocks.reshape((*blocks.shape[:-1], *of_rows, *(1 for _ in batch.axes[1:])))
 
 
 class AdamMini(OwnGroups):

@@ -45,6 +45,7 @@ from peft_pretraining.optim import (
 from peft_pretraining.optim.own_groups import OwnGroups
 from peft_pretraining.optim.rules.adamw import TorchStep
 from peft_pretraining.optim.rules.batches import Maker, Part
+from peft_pretraining.optim.rules.lengths import largest_magnitude, largest_of_parts
 from peft_pretraining.optim.tensors.collectives import in_turn
 from peft_pretraining.optim.tensors.mask import set_counters
 from peft_pretraining.optim.tensors.state_tensor import counter, zeros
@@ -120,8 +121,8 @@ class StableSpamRule(UpdateRule):
 
     def _made(self, batch: Batch, group: dict[str, Any]) -> Phases[Maker]:
         """[M / (1-β1'^k)] / [√(V / (1-β2^k)) + ε], rows at a time."""
-        peaks = {part.start: _largest(part.grad, batch) for part in batch.parts()}
-        (peak,) = yield [Collective(_largest_of(peaks, batch), batch.shard, "max")]
+        peaks = largest_of_parts(batch)
+        (peak,) = yield [Collective(largest_magnitude(batch, peaks), batch.shard, "max")]
         cut = self._cutting(batch, peak, peaks)
         (square,) = yield [Collective(_square(batch, cut, peak), batch.shard)]
         factor = batch.across(self._norm_factor(batch, square, group["eps"]).to(batch.dtype))
@@ -185,21 +186,6 @@ class StableSpamRule(UpdateRule):
 
 def _count_since_reset(update: ParamUpdate) -> tuple[int, int]:
     return int(update.state["since_reset"]), int(update.state["resets"])
-
-
-def _largest(grad: Tensor, batch: Batch) -> Tensor:
-    """max |G|, () or (L); 0 of a part without entries."""
-    if not grad.numel():
-        return grad.new_zeros(grad.shape[: grad.ndim - len(batch.shape)])
-    if not batch.by_rows:
-        return grad.abs().amax(batch.axes)
-    return torch.maximum(-grad.amin(), grad.amax())  # faster than both in one, and than a copy of |G|
-
-
-def _largest_of(peaks: dict[int | None, Tensor], batch: Batch) -> Tensor:
-    if len(peaks) == 1:
-        return next(iter(peaks.values()))
-    return torch.stack(list(peaks.values())).amax() if peaks else _largest(batch.grad, batch)
 
 
 def _square(batch: Batch, cut: Callable[[Part], Tensor], peak: Tensor) -> Tensor:

@@ -84,18 +84,19 @@ class Batch:
         """These rows (of a single matrix), or everything."""
         return Part(self, rows)
 
-    def parts(self) -> Iterator[Part]:
-        """Blocks of rows that a CPU's core keeps in its cache; elsewhere everything at once."""
-        if not self.by_rows or not self.shape:
+    def parts(self, at_once: int | None = None) -> Iterator[Part]:
+        """Blocks of rows that a CPU keeps in its caches; elsewhere everything at once. The default ones are those that
+        directions are made by."""
+        if not self.by_rows or not self.shape or not self.shape[0]:
             yield self.part()
             return
-        at_once = rows_in_cache(self.grad)
-        for start in range(0, self.shape[0], at_once):
-            yield self.part(slice(start, min(start + at_once, self.shape[0])))
+        count = rows_in_cache(self.grad, at_once)
+        for start in range(0, self.shape[0], count):
+            yield self.part(slice(start, min(start + count, self.shape[0])))
 
     def across(self, scalars: Tensor) -> Tensor:
         """One number for each gradient, () or (L), to multiply them with."""
-        return scalars.view(*scalars.shape, *(1 for _ in self.axes))
+        return scalars.view((*scalars.shape, *(1 for _ in self.axes)))
 
     def has(self, key: str) -> bool:
         """Whether there is such a tensor in the state (of all, as they are alike)."""

@@ -126,6 +126,6 @@ def rows_at_once(matrix: Tensor) -> int:
     return max(1, NUMBERS_AT_ONCE // max(1, matrix.shape[1:].numel()))
 
 
-def rows_in_cache(matrix: Tensor) -> int:
+def rows_in_cache(matrix: Tensor, at_once: int | None = None) -> int:
     """Rows of a weight that are moved at a time where what moves them is made on the way."""
-    return max(1, NUMBERS_IN_CACHE // max(1, matrix.shape[1:].numel()))
+    return max(1, (at_once or NUMBERS_IN_CACHE) // max(1, matrix.shape[1:].numel()))
