@@ -11,6 +11,7 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.projection import Projection
 
 
 class Batch:
@@ -28,10 +29,14 @@ class Batch:
         self.mask: Mask | None = first.mask
         self.shard: ShardInfo = first.low_rank_shard
         """How each of the gradients is divided."""
+        self.weight_shard: ShardInfo = first.shard
+        """How each of the weights, and the whole gradients, is."""
+        self.projection: Projection = first.projection
+        self.rate, self.scale = first.rate, first.scale
         self.shape: torch.Size = first.low_rank_grad.shape
         """Of each of them, this device's part."""
         self.dtype: torch.dtype = first.low_rank_grad.dtype
-        self.grad: Tensor = self._together([update.low_rank_grad for update in updates])
+        self.grad: Tensor = self.together([update.low_rank_grad for update in updates])
         """R, which stays as it is."""
         self._state: dict[str, Tensor] = {}
         self._new: dict[str, Tensor] = {}
@@ -41,8 +46,9 @@ class Batch:
         """The dimensions of each gradient, from the end."""
         return tuple(range(-len(self.shape), 0))
 
-    def _together(self, tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors) if self._stacked else tensors[0]
+    def together(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor of each update as one: (L, ...), or as it is of a single one."""
+        return torch.stack(list(tensors)) if self._stacked else tensors[0]
 
     def has(self, key: str) -> bool:
         """Whether there is such a tensor in the state (of all, as they are alike)."""
@@ -51,7 +57,7 @@ class Batch:
     def state(self, key: str) -> Tensor:
         """A tensor of the state, to be changed in place."""
         if key not in self._state:
-            tensor = self._together([update.state[key] for update in self.updates])
+            tensor = self.together([update.state[key] for update in self.updates])
             self._state[key] = tensor.clone() if self.mask is not None and not self._stacked else tensor
         return self._state[key]
 
@@ -60,28 +66,31 @@ class Batch:
         self._new[key] = value
         return value
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Puts the state back in place."""
         for key, value in self._new.items():
-            for update, part in zip(self.updates, self._parts(value), strict=True):
+            for update, part in zip(self.updates, self.parts(value), strict=True):
                 update.state[key] = part.clone() if self._stacked else part
         if self.mask is None and not self._stacked:
             return
         for key, value in self._state.items():
             kept = [update.state[key] for update in self.updates]
             if self.mask is not None:
-                value = self.mask.choose(self._together(kept), value)
-            torch._foreach_copy_(kept, self._parts(value))
+                value = self.mask.choose(self.together(kept), value)
+            torch._foreach_copy_(kept, self.parts(value))
 
-    def _parts(self, together: Tensor) -> list[Tensor]:
+    def parts(self, together: Tensor) -> list[Tensor]:
+        """What `together` has put together, of each update."""
         return list(together.unbind()) if self._stacked else [together]
+
+    def masked(self, together: Tensor) -> Tensor:
+        """Zeros in its place if the updates must leave no trace, whatever it contains."""
+        return together if self.mask is None else self.mask.choose(together.new_zeros(()), together)
 
     def directions(self, together: Tensor, factor: float, bias_correction: float = 1.0) -> list[Direction]:
         """The directions of the updates, for `Batches.answer`."""
-        self._keep()
-        if self.mask is not None:
-            together = self.mask.choose(together.new_zeros(()), together)
-        return [Direction(part, factor, bias_correction) for part in self._parts(together)]
+        self.keep()
+        return [Direction(part, factor, bias_correction) for part in self.parts(self.masked(together))]
 
 
 class Batches:
@@ -115,7 +124,7 @@ class Batches:
             grad = update.low_rank_grad
             stacks = launches_cost(grad.device) or update.mask is not None
             tensors = (grad.shape, grad.dtype, grad.device, *update.state)
-            kind = (*tensors, update.k, update.low_rank_shard, id(update.mask))
+            kind = (*tensors, update.k, update.projection, update.shard, update.low_rank_shard, id(update.mask))
             alike.setdefault(kind if stacks else place, []).append(place)
         self._batches = [
             Batch([updates[place] for place in places], places, stacked=len(places) > 1) for places in alike.values()
