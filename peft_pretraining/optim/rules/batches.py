@@ -85,7 +85,7 @@ class Batch:
 
     def masked(self, together: Tensor) -> Tensor:
         """Zeros in its place if the updates must leave no trace, whatever it contains."""
-        return together if self.mask is None else self.mask.choose(together.new_zeros(()), together)
+        return together if self.mask is None else self.mask.zeroed(together)
 
     def directions(self, together: Tensor, factor: float, bias_correction: float = 1.0) -> list[Direction]:
         """The directions of the updates, for `Batches.answer`."""

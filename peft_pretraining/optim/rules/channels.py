@@ -153,7 +153,7 @@ def _add_in_place(update: ParamUpdate, rows: slice | None, weight: Tensor, terms
     """One term after the other."""
     grad, channels = _of_rows(gradient(update), rows), _of_rows(terms.channels, rows)
     if update.mask is not None:
-        grad = update.mask.choose(grad.new_zeros(()), grad)
+        grad = update.mask.zeroed(grad)
     if terms.low_rank is not None:
         update.projection.add_projected_back(weight, update.bases, terms.low_rank, 1.0, rows)
     weight.addcmul_(grad, channels.to(weight.dtype))
@@ -169,7 +169,7 @@ def _add_by_sums(update: ParamUpdate, rows: slice | None, weight: Tensor, terms:
         own, whole = (slice(begin, begin + min(at_once, count - start)) for begin in (start, first + start))
         part, grad = weight[own], gradient(update)[whole]
         if update.mask is not None:
-            grad = update.mask.choose(grad.new_zeros(()), grad)
+            grad = update.mask.zeroed(grad)
         step = grad * _of_rows(terms.channels, whole).to(grad.dtype)
         if terms.low_rank is not None:
             update.projection.add_projected_back(step, update.bases, terms.low_rank, 1.0, whole)
