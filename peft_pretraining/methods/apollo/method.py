@@ -8,9 +8,9 @@ For a weight W (m, n) with m >= n, at 0-based update t, with k = t + 1 and c_k =
     S = s ∘ G, its norm growing by no more than 1% an update                  (m, n)   optim/rules/limiter.py
     W <- W - lr c_k √scale S                                                  (m, n)
 
-and from the left, R = Pᵀ G with one factor for each column, if m < n. APOLLO-Mini has one factor ‖N‖ / (‖R‖ + 1e-8) for
-the whole matrix. The moments are kept as they are when the projection changes. The paper's algorithm has no c_k, its
-code has; the numbers published are the code's.
+and from the left, R = Pᵀ G with one factor for each column, if m < n. `--apollo_projection svd` takes GaLore's Q in
+place of a random one. APOLLO-Mini has one factor ‖N‖ / (‖R‖ + 1e-8) for the whole matrix. The moments are kept as they
+are when the projection changes. The paper's algorithm has no c_k, its code has; the numbers published are the code's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.methods._projection.method import GradientProjection
+from peft_pretraining.methods.apollo.settings import PROJECTIONS
 from peft_pretraining.optim import (
     BasisRule,
     Collective,
@@ -34,6 +35,7 @@ from peft_pretraining.optim import (
     Refresh,
     StateTensor,
 )
+from peft_pretraining.optim.basis.bases import SVDBasis
 from peft_pretraining.optim.rules.batches import Batch, Batches
 from peft_pretraining.optim.rules.channels import (
     add_scaled_gradients,
@@ -57,7 +59,14 @@ class ApolloTraining(GradientProjection):
 
     def projection(self) -> dict[str, Any]:
         lift = ScaledGradient(self.granularity, self.config.method.norm_growth)
-        return {**super().projection(), "basis": GaussianProjection(), "lift": lift}
+        return {**super().projection(), "basis": basis_of(self.config.method.apollo_projection), "lift": lift}
+
+
+def basis_of(projection: str, given: Sequence[Tensor] = ()) -> BasisRule:
+    """The rule of `--apollo_projection`."""
+    if projection not in PROJECTIONS:
+        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
+    return SVDBasis("auto") if projection == "svd" else GaussianProjection(given)
 
 
 class GaussianProjection(BasisRule):
@@ -146,7 +155,8 @@ class Apollo(MatrixOptimizer):
     >>> {key: tuple(value.shape) for key, value in optimizer.state[weight].items() if value.ndim}
     {'right_basis': (2, 4), 'exp_avg': (6, 2), 'exp_avg_sq': (6, 2)}
 
-    `projections` are random matrices to take instead of drawn ones, one for each refresh: for tests.
+    `projection`: random, or svd (GaLore's bases). `projections` are random matrices to take instead of drawn ones, one
+    for each refresh: for tests.
     """
 
     def __init__(
@@ -163,6 +173,7 @@ class Apollo(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        projection: str = "random",
         projections: Sequence[Tensor] = (),
         **settings: Any,
     ):
@@ -171,7 +182,7 @@ class Apollo(MatrixOptimizer):
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,
-            "basis": GaussianProjection(projections),
+            "basis": basis_of(projection, projections),
             "lift": ScaledGradient(granularity, norm_growth),
         }
         super().__init__(params, matrices=matrices, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
