@@ -40,14 +40,22 @@ class NormGrowthLimiter:
         return {self.KEY: StateTensor(like.new_zeros((), dtype=wide))}
 
     def divisors(self, updates: Sequence[ParamUpdate], norms: Sequence[Tensor]) -> list[Tensor]:
-        """What each matrix's step is to be divided by, scalars; φ follows. `norms` are those of whole matrices."""
+        """What each matrix's step is to be divided by, scalars; φ follows, unless the update must leave no trace.
+        `norms` are those of whole matrices."""
         kept = [update.state[self.KEY] for update in updates]
         if not kept:
             return []
-        before, now = torch.stack(kept), torch.stack([norm.to(kept[0].dtype) for norm in norms])
-        growth = torch.where(before > 0, now / (before + self.epsilon), 1.0)
+        mask = updates[0].mask
+        assert all(update.mask is mask for update in updates)
+        before = torch.stack(kept)
+        limited = before.clone()
+        divisors = self.divisor(limited, torch.stack([norm.to(before.dtype) for norm in norms]))
+        torch._foreach_copy_(kept, list((limited if mask is None else mask.choose(before, limited)).unbind()))
+        return list(divisors.unbind())
+
+    def divisor(self, limited: Tensor, now: Tensor) -> Tensor:
+        """What steps with norms `now` are to be divided by; φ of each, `limited`, follows in its place."""
+        growth = torch.where(limited > 0, now / (limited + self.epsilon), 1.0)
         divisors = growth.clamp(min=self.growth) / self.growth
-        after = torch.where(now > 0, now / divisors, before)
-        torch._foreach_copy_(kept, list(after.unbind()))
-        # A step of zero may be divided by anything.
-        return list(torch.where(now > 0, divisors, 1.0).unbind())
+        limited.copy_(torch.where(now > 0, now / divisors, limited))
+        return torch.where(now > 0, divisors, 1.0)  # a step of zero may be divided by anything

@@ -46,6 +46,11 @@ class Mask:
         """`old` if the update must leave no trace, else `new`, whatever that contains."""
         return torch.where(self.skipped(new.device), old, new)
 
+    def zeroed(self, new: Tensor) -> Tensor:
+        """Zeros if the update must leave no trace, else `new`, whatever that contains."""
+        zero = self._once((new.device, new.dtype, 0), lambda: new.new_zeros(()))
+        return torch.where(self.skipped(new.device), zero, new)
+
     def zero_(self, tensor: Tensor) -> Tensor:
         """Zeros in its place if the update must leave no trace."""
         return tensor.masked_fill_(self.skipped(tensor.device), 0)
@@ -105,3 +110,14 @@ def count(counters: Sequence[Tensor], mask: Mask | None) -> None:
     torch._foreach_add_(list(counters), 1)
     if mask is not None:
         mask.undo(lambda: torch._foreach_sub_(list(counters), 1))
+
+
+def set_counters(counters: Sequence[Tensor], value: int, mask: Mask | None) -> None:
+    """Gives all of them, which are equal and on the host, a value: for good, or until the mask is settled."""
+    if not counters:
+        return
+    if mask is not None:
+        before = int(counters[0])
+        mask.undo(lambda: [each.fill_(before) for each in counters])
+    for each in counters:
+        each.fill_(value)
