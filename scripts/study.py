@@ -66,7 +66,7 @@ def write(study: Study, rows: list[dict[str, Any]], speeds: Path | None) -> list
     rows, program = rows if speeds is None else with_speeds(rows, speeds), study.file.program
     folder.write_results(study.out, rows, table(study, rows))
     plots.plot_rates(rows, program, study.out / "rates.png")
-    plots.plot_memory(rows, program, study.out / "memory.png")
+    plots.plot_memory(rows, program, study.out / "memory.png", study.file.baseline)
     return rows
 
 

@@ -165,6 +165,7 @@ def test_the_plots_of_a_study(tmp_path):
     rows = [row | {"optimizer_state_bytes": size} for row, size in zip(rows, (8e6, 2e6, None), strict=True)]
     plots.plot_rates(rows, program, tmp_path / "rates.png")
     plots.plot_memory(rows, program, tmp_path / "memory.png")
+    plots.plot_memory(rows, program, tmp_path / "differences.png", "a")
     plots.plot_memory(rows[1:], program, tmp_path / "empty.png")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
 

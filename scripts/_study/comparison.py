@@ -15,6 +15,7 @@ from typing import Any
 from _study import folder
 from _study.file import StudyFile
 from _study.folder import RunFailed
+from _study.plots import differences
 from _study.programs import Program
 from _study.rows import Row, make_all
 from peft_pretraining.checkpoint import run_dir
@@ -173,7 +174,7 @@ def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
         f"| {' | '.join(heads)} |",
         f"| {' | '.join(':--' if head in (heads[0], heads[1], searched) else '--:' for head in heads)} |",
     ]
-    worst_last = sorted(rows, key=lambda row: statistics.fmean(_differences(row[program.scores], baseline)))
+    worst_last = sorted(rows, key=lambda row: statistics.fmean(differences(row[program.scores], baseline)))
     for row in worst_last if program.smaller_is_better else reversed(worst_last):
         values, rates = row[program.scores], row["by_rate"]
         spread = f" ± {statistics.stdev(values):.{program.digits}f}" if _have_a_spread(values) else ""
@@ -189,16 +190,11 @@ def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
             "—" if state is None else f"{state / 1e6:.2f}",
         ]
         if baseline is not None:
-            differences = _differences(values, baseline)
-            spread = f" ± {statistics.stdev(differences):.{program.digits}f}" if _have_a_spread(differences) else ""
-            cells.insert(2, f"{statistics.fmean(differences):+.{program.digits}f}{spread}")
+            apart = differences(values, baseline)
+            spread = f" ± {statistics.stdev(apart):.{program.digits}f}" if _have_a_spread(apart) else ""
+            cells.insert(2, f"{statistics.fmean(apart):+.{program.digits}f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _differences(values: Sequence[float], baseline: Sequence[float] | None) -> Sequence[float]:
-    """Seed by seed, of runs with the same data and initial weights; the values themselves without a baseline."""
-    return values if baseline is None else [value - other for value, other in zip(values, baseline, strict=False)]
 
 
 def _cell(value: float | None, form: str) -> str:
