@@ -7,11 +7,11 @@
     python scripts/study.py configs/studies/winogrande.yaml --out studies/winogrande --jobs 2 \\
         --model MODEL_FOLDER --data winogrande_object_twins.jsonl -- --split_by twins --shuffle_options
 
-The YAML file says which training script, methods, rates (`lrs`) and seeds; flags after `--` go to the training script,
-over the file's. It may say `extend: N` (so many further rates where the best is the smallest or the largest),
-`keep_models: False`, `start` (flags of a pre-training run from whose last checkpoint all others start) and, of a method,
-`warm_up` (flags of a run of its own before). With `eval_parts: 2` rates are chosen by one part of the validation set, and
-the table tells the other.
+The YAML file says which training script, methods, rates (`lrs`) and seeds; flags after `--` go to the training
+script, over the file's. It may say `extend: N` (so many further rates where the best is the smallest or the largest),
+`keep_models: False`, `start` (flags of a pre-training run from whose last checkpoint all others start) and, of a
+method, `warm_up` (flags of a run of its own before). With `eval_parts: 2` rates are chosen by one part of the
+validation set, and the table tells the other.
 
 Finished runs are not made again, interrupted ones go on, so that the command may be stopped and given again, also with
 methods, rates or seeds added; row after row is made. Writes OUT/table.md and OUT/results.json after each row, and
