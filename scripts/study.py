@@ -7,22 +7,30 @@
     python scripts/study.py configs/studies/winogrande.yaml --out studies/winogrande --jobs 2 \\
         --model MODEL_FOLDER --data winogrande_object_twins.jsonl -- --split_by twins --shuffle_options
 
-The YAML file says which training script, methods, rates and seeds; flags after `--` go to the training script, over the
-file's. Finished runs are not made again, interrupted ones go on, so that the command may be stopped and given again,
-also with methods, rates or seeds added. Writes OUT/table.md and OUT/results.json; if the best rate lies at the end of
-its range, the table says so.
+The YAML file says which training script, methods, rates (`lrs`) and seeds; flags after `--` go to the training
+script, over the file's. It may say `extend: N` (so many further rates where the best is the smallest or the largest),
+`keep_models: False`, `start` (flags of a pre-training run from whose last checkpoint all others start) and, of a
+method, `warm_up` (flags of a run of its own before). With `eval_parts: 2` rates are chosen by one part of the
+validation set, and the table tells the other.
+
+Finished runs are not made again, interrupted ones go on, so that the command may be stopped and given again, also with
+methods, rates or seeds added; row after row is made. Writes OUT/table.md and OUT/results.json after each row, and
+OUT/rates.png (scores over each method's rate) and OUT/memory.png (over the state) at the end. If the best rate lies at
+the end of its range, the table says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from _study import folder
+from _study import folder, plots
 from _study.comparison import Study, compare, table
 from _study.file import StudyFile, flags_of, read_study
 
@@ -38,7 +46,12 @@ def main() -> int:
         with folder.opened(study.out, study.in_common()):
             study.divide_rows()
             rows = compare(study)
+            if arguments.speeds is not None:
+                rows = with_speeds(rows, arguments.speeds)
             folder.write_results(study.out, rows, table(study, rows))
+            program = study.file.program
+            plots.plot_rates(rows, program, study.out / "rates.png")
+            plots.plot_memory(rows, program, study.out / "memory.png")
     except ConfigError as error:
         return exit_with_problems(error)
     except subprocess.CalledProcessError as error:
@@ -68,13 +81,33 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", help="comma-separated (default: the file's); the rates are tried with the first")
     made.add_argument("--keep_models", action="store_true", help="keep every run's model, whatever the file says")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    made.add_argument("--nproc_per_node", type=int, default=0, help="start each run by torchrun, on so many GPUs")
+    made.add_argument(
+        "--speeds", type=Path, help="JSON, method -> tokens per second, to tell instead of the runs' own speeds"
+    )
     return made
+
+
+def with_speeds(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows with the speeds of a file of benchmarks/study_throughput.py. Raises `ConfigError`."""
+    try:
+        speeds = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--speeds {path}: cannot be read ({error})"]) from None
+    if not isinstance(speeds, dict) or not all(map(folder.is_number, speeds.values())):
+        raise ConfigError([f"--speeds {path}: it must hold methods and numbers"])
+    return [{**row, "tokens_per_second": speeds.get(row["method"])} for row in rows]
 
 
 def study_of(arguments: argparse.Namespace, words: Sequence[str]) -> Study:
     """The study that a command line asks for; `words` are the training script's own. Raises `ConfigError`."""
     file = read_study(arguments.study)
     problems = [] if arguments.jobs >= 1 else [f"--jobs must be a positive number, got {arguments.jobs}"]
+    if arguments.nproc_per_node < 0 or (arguments.nproc_per_node and arguments.jobs > 1):
+        problems.append(
+            f"--nproc_per_node must be positive and goes with --jobs 1, got {arguments.nproc_per_node} and "
+            f"{arguments.jobs}"
+        )
     inputs = {}
     for name in ("dataset_path", "model", "data"):
         value = getattr(arguments, name)
@@ -86,7 +119,14 @@ def study_of(arguments: argparse.Namespace, words: Sequence[str]) -> Study:
             inputs[name] = value if name == "model" and not Path(value).exists() else str(Path(value).resolve())
     if problems:
         raise ConfigError(problems)
-    return Study(_narrowed(file, arguments), inputs, flags_of(words), arguments.out.resolve(), arguments.jobs)
+    return Study(
+        _narrowed(file, arguments),
+        inputs,
+        flags_of(words),
+        arguments.out.resolve(),
+        arguments.jobs,
+        arguments.nproc_per_node,
+    )
 
 
 def _narrowed(file: StudyFile, arguments: argparse.Namespace) -> StudyFile:

@@ -137,3 +137,36 @@ def caplog(caplog):
     before, log.propagate = log.propagate, True
     yield caplog
     log.propagate = before
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Runs of studies and sweeps leave what they are told to, instead of training."""
+    from study_helpers import Trainings, sweep
+
+    def stand_in(**settings):
+        made = Trainings(**settings)
+        monkeypatch.setattr(sweep.subprocess, "run", made)
+        return made
+
+    return stand_in
+
+
+@pytest.fixture
+def run_study(tmp_path, monkeypatch, capsys):
+    """scripts/study.py on the text of a study's file, without its plots, which take seconds."""
+    import study_helpers
+
+    for name in ("plot_rates", "plot_memory"):
+        monkeypatch.setattr(study_helpers.plots, name, lambda *_: None)
+
+    def run(text=study_helpers.STUDY, *more, **inputs):
+        (tmp_path / "study.yaml").write_text(text)
+        argv = ["study.py", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+        for name, value in (inputs or {"dataset_path": "data"}).items():
+            argv += [f"--{name}", str(value)]
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        code = study_helpers.study.main()
+        return code, capsys.readouterr()
+
+    return run

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_blocks
 
 PROJECT = Path(__file__).resolve().parents[1]
 TINY = "--model_config configs/llama_tiny.json --updates 1 --batch_size 2 --max_length 32"
@@ -26,6 +27,14 @@ def test_throughput_compares_runs_and_a_bare_loop(tmp_path):
     result = run_benchmark(f"benchmarks/throughput.py {TINY} --turns 1 --run full_rank --run lora --layers 1", out)
     assert [row["run"] for row in result["rows"]] == ["full_rank", "lora", "bare loop, fused AdamW"]
     assert all(row["tokens_per_second"] > 0 for row in result["rows"]) and result["layers"] == 1
+
+
+@pytest.mark.slow
+def test_the_throughput_of_a_study_is_of_each_method(tmp_path):
+    write_blocks(tmp_path / "data")
+    command = f"benchmarks/study_throughput.py configs/studies/quickstart.yaml --dataset_path {tmp_path / 'data'}"
+    speeds = run_benchmark(f"{command} --methods muon,relora --turns 1 --updates 1 --warm 1", tmp_path / "out.json")
+    assert list(speeds) == ["muon", "relora"] and all(speed > 0 for speed in speeds.values())
 
 
 @pytest.mark.slow

@@ -4,74 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import helpers
 import pytest
-
-sys.path.insert(0, str(helpers.PROJECT / "scripts"))
-
-import study
-import sweep
-from _study import file, finetuning, folder
+from study_helpers import STUDY, comparison, file, finetuning, folder, sweep
 
 from peft_pretraining.checkpoint.folder_lock import FolderLock
+from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError
 
 STUDIES = sorted((helpers.PROJECT / "configs" / "studies").glob("*.yaml"))
-STUDY = """
-seeds: [42, 1]
-common: {model_config: m.json, num_training_steps: 10}
-methods:
-  galore: {lrs: [0.1, 0.2], flags: {method: galore}}
-"""
-
-
-class Trainings:
-    """Takes the place of the training processes: each leaves the metrics, or results, that it is told to."""
-
-    def __init__(self, perplexity=lambda lr: lr, more: bytes = b""):
-        self.commands, self.perplexity, self.more = [], perplexity, more
-
-    def __call__(self, command, **_):
-        flags = dict(zip(command[2::2], command[3::2], strict=False))
-        self.commands.append(flags)
-        value = self.perplexity(float(flags["--lr"]))
-        if "--output_dir" in flags:
-            return self.fine_tuned(Path(flags["--output_dir"]), value)
-        record = {"update_step": 10, "final_eval_perplexity": value, "optimizer_state_bytes": 8}
-        path = Path(flags["--save_dir"]) / "metrics.jsonl"
-        path.write_bytes(json.dumps(record).encode() + b"\n" + self.more)
-
-    def fine_tuned(self, folder, accuracy):
-        results = {"eval_accuracy": accuracy, "test_accuracy": accuracy / 2, "optimizer_state_bytes": 2e6}
-        results |= {"losses": [3.0, *[1.0] * 18, 0.5, 1.5], "best_step": 4, "trainable_parameters": 7}
-        (folder / "all_results.json").write_text(json.dumps(results))
-        (folder / "model.safetensors").touch()
-
-
-@pytest.fixture
-def trainings(monkeypatch):
-    def stand_in(**settings):
-        made = Trainings(**settings)
-        monkeypatch.setattr(sweep.subprocess, "run", made)
-        return made
-
-    return stand_in
-
-
-@pytest.fixture
-def run_study(tmp_path, monkeypatch, capsys):
-    def run(text=STUDY, *more, **inputs):
-        (tmp_path / "study.yaml").write_text(text)
-        argv = ["study.py", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
-        for name, value in (inputs or {"dataset_path": "data"}).items():
-            argv += [f"--{name}", str(value)]
-        monkeypatch.setattr(sys, "argv", [*argv, *more])
-        code = study.main()
-        return code, capsys.readouterr()
-
-    return run
+METHODS = {path.parent.name for path in (helpers.PROJECT / "peft_pretraining/methods").glob("[!_]*/settings.py")}
+PRETRAINING = [path for path in STUDIES if "script:" not in path.read_text()]
 
 
 @pytest.fixture
@@ -139,9 +83,11 @@ def test_another_study_s_folder_is_refused(run_study, trainings, change, named):
         (STUDY.replace("common", "seeds"), ["key 'seeds' is given twice, in lines 2 and 3"]),
         (STUDY + "script: x.py\n", ["script must be one of torchrun_main.py, run_glue.py, run_tasks.py, got 'x.py'"]),
         (STUDY + "script: [x]\nwarm_up: {}\n", ["script must be one of torchrun_main.py"]),
-        (STUDY + "warm_up: {}\nkeep_models: False\n", ["unknown key 'warm_up'", "unknown key 'keep_models'"]),
+        (STUDY + "warm_up: {}\nevaluation_rows: 3\n", ["unknown key 'warm_up'", "unknown key 'evaluation_rows'"]),
+        (STUDY + "extend: -1\n", ["extend must be a whole number, got -1"]),
+        (STUDY + "start: {lr: 0.1}\n", ["start: num_training_steps must be a positive number, got None"]),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_what_is_no_study_is_refused_in_lines(run_study, trainings, text, problems):
     code, captured = run_study(text)
@@ -215,7 +161,7 @@ def test_a_study_of_fine_tuning(run_study, trainings, tmp_path):
     assert first["--train_file"] == str(out / "train.jsonl") and first["--model_name_or_path"] == "hub/name"
     assert first["--max_steps"] == "5" and first["--max_length"] == "32"  # the command line wins
     assert [command["--output_dir"].removeprefix(f"{out}/") for command in made.commands] == [
-        *("full/lr0.1_seed1", "full/lr0.2_seed1", "lora/lr0.5_seed1", "full/lr0.2_seed2", "lora/lr0.5_seed2")
+        *("full/lr0.1_seed1", "full/lr0.2_seed1", "full/lr0.2_seed2", "lora/lr0.5_seed1", "lora/lr0.5_seed2")
     ]
     assert {command["--seed"] for command in made.commands} == {"1", "2"}
     assert not list(out.rglob("model.safetensors"))
@@ -266,12 +212,14 @@ def test_the_command_line_chooses_of_a_study(run_study, trainings):
         (STUDY, ["--lrs", "1,x"], {}, "--lrs must be different positive numbers"),
         (STUDY, ["--seeds", "1,1"], {}, "--seeds must be different whole numbers"),
         (STUDY, ["--jobs", "0"], {}, "--jobs must be a positive number, got 0"),
+        (STUDY, ["--nproc_per_node", "-1"], {}, "--nproc_per_node must be positive"),
+        (STUDY, ["--nproc_per_node", "2", "--jobs", "2"], {}, "--nproc_per_node must be positive and goes with"),
         (STUDY, ["--", "galore"], {}, "unexpected argument 'galore'"),
         (STUDY, [], {"dataset_path": "d", "model": "m"}, "--model is not for torchrun_main.py"),
         (GLUE, [], {"model": "m"}, "--data is required for run_glue.py"),
         (GLUE, [], {"model": "m", "data": "/nowhere"}, "--data /nowhere: cannot be read (No such file or directory)"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_bad_command_lines_of_a_study(run_study, trainings, text, words, inputs, problem):
     code, captured = run_study(text, *words, **inputs)
@@ -294,9 +242,28 @@ def known_flags(script):
 def test_the_project_s_studies_are_good(path):
     read = file.read_study(path)
     known = {name for flag in known_flags(read.program.script) for name in flag.spellings}
-    for method in read.methods.values():
+    for name, method in read.methods.items():
         assert {*read.common, *method.flags, *(method.warm_up or {}), "lr", "seed"} <= known
-        assert len(method.lrs) == 3
+        assert len(method.lrs) in (3, 5) or name == "frozen" or path.stem == "quickstart_rest"
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
+def test_every_command_line_of_a_study_is_a_configuration(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(helpers.PROJECT)
+    read = file.read_study(path)
+    made = comparison.Study(read, {}, {}, tmp_path)
+    entries = {name: (method.lrs[-1], method.flags) for name, method in read.methods.items()}
+    entries |= {f"{name}'s warm-up": (m.warm_up["lr"], m.warm_up) for name, m in read.methods.items() if m.warm_up}
+    entries |= {"start": (read.start["lr"], read.start)} if read.start else {}
+    for name, (lr, own) in entries.items():
+        flags = made.flags(lr, 42, own)
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        config = cli.load(words, {}, here=False).config
+        assert (config.optimizer.lr, config.run.seed) == (lr, 42), name
+        assert config.roles.adam_lr == {**read.common, **own}.get("adam_lr"), name
+        assert config.data.eval_parts == 2 and config.method.method == own["method"], name
+    if path.stem != "quickstart_rest":
+        assert {method.flags["method"] for method in read.methods.values()} == METHODS
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"a": null}', b'{"a": true}', b'{"a": NaN}'])

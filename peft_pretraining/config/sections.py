@@ -111,6 +111,9 @@ class DataConfig:
     eval_tokens: int = setting(
         10_000_000, token_count, "tokens of the validation set in each evaluation (M, B suffixes)"
     )
+    eval_parts: int = setting(
+        1, positive_int, "deal an evaluation's batches to so many parts, and record the perplexity of each as well"
+    )
     skip_batches: tuple[int, ...] = setting(
         (), _update_steps, "0-based update steps whose batches are skipped, comma-separated (against loss spikes)"
     )

@@ -23,6 +23,8 @@ class Evaluation:
     """Mean cross-entropy per target token, in nats; NaN without any."""
     tokens: int
     """Target tokens."""
+    parts: tuple[Evaluation, ...] = ()
+    """Of the batches 0, n, 2n ..., of 1, n + 1 ... and so on, where `evaluate` was asked for n parts above one."""
 
     @property
     def perplexity(self) -> float:
@@ -32,17 +34,22 @@ class Evaluation:
 @watched("an evaluation's batch", FIRST_UPDATE_FACTOR)
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch | None], group: ProcessGroup, should_stop: Callable[[], bool]
+    model: nn.Module,
+    batches: Iterable[Batch | None],
+    group: ProcessGroup,
+    should_stop: Callable[[], bool],
+    parts: int = 1,
 ) -> Evaluation | None:
     """Sum of token losses over number of tokens, over all ranks, divided once at the end.
 
     `batches` has the same length on every rank (None where this one has nothing to do). Every few batches
     `should_stop`, which must answer alike on all ranks, may end the evaluation: None is returned. `DataError` where
-    there is not a single target.
+    there is not a single target. Batches are dealt to the ranks in turn, and to the parts: which batches a part has
+    does not depend on the number of ranks.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=group.device)  # loss sum, tokens
+    totals = torch.zeros(parts, 2, dtype=torch.float64, device=group.device)  # loss sum, tokens
     try:
         for index, batch in enumerate(batches):
             goes_on()
@@ -53,12 +60,20 @@ def evaluate(
                 continue
             tokens = count_targets(batch)
             batch = {name: tensor.to(group.device, non_blocking=True) for name, tensor in batch.items()}
-            totals[0] += token_loss_sum(model, batch).double()
-            totals[1] += tokens
+            of_part = totals[(index * group.world_size + group.rank) % parts]
+            of_part[0] += token_loss_sum(model, batch).double()
+            of_part[1] += tokens
     finally:
         free_gathered_weights(model)
         model.train(was_training)
-    loss_sum, tokens = group.all_reduce_sum(totals).tolist()
-    if not tokens:
+    totals = group.all_reduce_sum(totals)
+    whole = _evaluation(totals.sum(0))
+    if not whole.tokens:
         raise DataError("the evaluation set holds nothing to predict: no sequence of it has two tokens")
-    return Evaluation(loss_sum / tokens, int(tokens))
+    return whole if parts == 1 else Evaluation(whole.loss, whole.tokens, tuple(map(_evaluation, totals)))
+
+
+def _evaluation(totals: torch.Tensor) -> Evaluation:
+    """Of (loss sum, tokens)."""
+    loss_sum, tokens = totals.tolist()
+    return Evaluation(loss_sum / tokens if tokens else math.nan, int(tokens))

@@ -242,7 +242,8 @@ def evaluation_is_due(run: Run) -> bool:
 def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
     """Evaluate; False when a request to stop cut it short: then the resumed run makes up for it."""
     state = run.state
-    result = evaluate(run.model, run.data.evaluation, run.group, lambda: stop.anywhere(run.group))
+    parts = run.config.data.eval_parts
+    result = evaluate(run.model, run.data.evaluation, run.group, lambda: stop.anywhere(run.group), parts)
     if result is None:
         return False
     state.evaluated_step = state.update_step
@@ -253,6 +254,7 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
         final_eval_perplexity=result.perplexity,
         final_eval_tokens=result.tokens,
         optimizer_state_bytes=state_bytes(run.optimizer),
+        **{f"final_eval_perplexity_{index}": part.perplexity for index, part in enumerate(result.parts)},
     )
     log.info("update %d: validation loss %.4f, perplexity %.2f", state.update_step, result.loss, result.perplexity)
     return True

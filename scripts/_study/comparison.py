@@ -7,13 +7,16 @@ import os
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from _study import folder
 from _study.file import StudyFile
 from _study.folder import RunFailed
+from _study.programs import Program
+from _study.rows import Row, make_all
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.flags import ConfigError
 
@@ -30,25 +33,32 @@ class Study:
     out: Path
     jobs: int = 1
     """Runs at a time, which share the cores."""
+    processes: int = 0
+    """Of one run, by torchrun; 0: one process, without it."""
+    _starting: Lock = field(default_factory=Lock)
 
     def run(self, method: str, lr: float, seed: int | None) -> dict[str, Any]:
         """One training, or what is left of it; its result."""
-        program, folder = self.file.program, self.folder(method, lr, seed)
+        program, place = self.file.program, self.folder(method, lr, seed)
         entry = self.file.methods[method]
-        flags = self._flags(lr, seed, entry.flags, self.more)
-        result = program.result(folder, flags)
+        flags = self.flags(lr, seed, entry.flags, self.more)
+        result = program.result(place, flags)
         if result is None:
+            if self.file.start is not None:
+                start = self._first_run(self.out / "start", self.file.start, self.file.start.get("seed"))
+                flags = {**flags, "model_name_or_path": start}
+                flags.pop("model_config", None)
             if entry.warm_up is not None:
-                flags["warmed_up_model"] = self._warm_up(method, entry.warm_up, seed)
-            program.train(folder, flags, self._threads)
-            result = program.result(folder, flags, ended=True)
+                warm_up = self.out / method / ("warm_up" if seed is None else f"warm_up_seed{seed}")
+                flags["warmed_up_model"] = self._first_run(warm_up, entry.warm_up, seed)
+            program.train(place, flags, self._threads, self.processes)
+            result = program.result(place, flags, ended=True)
             if result is None:
-                raise RunFailed(f"{folder} holds no results, though its run has ended: see {folder}.log")
+                raise RunFailed(f"{place} holds no results, though its run has ended: see {place}.log")
             if not self.file.keep_models:
-                for path in folder.glob("*.safetensors"):
-                    path.unlink()
+                program.remove_models(place)
             told = f"{program.score} {result['score']:.{program.digits}f}"
-            print(f"{method:<28} {folder.name:<20} {told}", flush=True)
+            print(f"{method:<28} {place.name:<20} {told}", flush=True)
         return result
 
     @property
@@ -59,7 +69,7 @@ class Study:
     def folder(self, method: str, lr: float, seed: int | None) -> Path:
         return self.out / method / (f"lr{lr:g}" if seed is None else f"lr{lr:g}_seed{seed}")
 
-    def _flags(self, lr: float, seed: int | None, *own: Mapping[str, Any]) -> dict[str, Any]:
+    def flags(self, lr: float, seed: int | None, *own: Mapping[str, Any]) -> dict[str, Any]:
         """The training script's flags: what all runs share, then `own`, the later over the earlier."""
         flags = dict(self.file.common)
         flags |= {self.file.program.inputs[name]: value for name, value in self.inputs.items()}
@@ -67,20 +77,23 @@ class Study:
             flags |= {"train_file": self.out / "train.jsonl", "validation_file": self.out / "validation.jsonl"}
         for more in own:
             flags |= more
-        return flags | {"lr": f"{lr:g}"} | ({} if seed is None else {"seed": seed})
+        flags |= {"lr": f"{lr:g}"} | ({} if seed is None else {"seed": seed})
+        return {name: value for name, value in flags.items() if value is not None}
 
-    def _warm_up(self, method: str, settings: Mapping[str, Any], seed: int | None) -> Path:
-        """The checkpoint of a run by which a method starts; its updates count towards the budget."""
-        folder = self.out / method / ("warm_up" if seed is None else f"warm_up_seed{seed}")
-        last = folder / f"model_{settings['num_training_steps']}"
-        if not last.is_dir():
-            self.file.program.train(folder, self._flags(settings["lr"], seed, self.more, settings), self._threads)
+    def _first_run(self, place: Path, settings: Mapping[str, Any], seed: int | None) -> Path:
+        """The last checkpoint of a run by which others start, made if it is not there."""
+        last = place / f"model_{settings['num_training_steps']}"
+        with self._starting:  # several runs start by the same one
+            if not last.is_dir():
+                flags = self.flags(settings["lr"], seed, self.more, settings)
+                self.file.program.train(place, flags, self._threads, self.processes)
         return last
 
     def in_common(self) -> dict[str, Any]:
         """What the runs of one folder share. Methods may be added, and rates and seeds of a method."""
         entries = {f"method {name}": {**self.file.entries[name], "lrs": None} for name in self.file.methods}
         settings = {"script": self.file.program.script, "common": self.file.common, "flags": self.more}
+        settings |= {} if self.file.start is None else {"start": self.file.start}
         return {**settings, **self.inputs, **entries}
 
     def divide_rows(self) -> None:
@@ -101,34 +114,44 @@ class Study:
 
 
 def compare(study: Study) -> list[dict[str, Any]]:
-    """All runs: first every rate with the first seed, then the other seeds at the best rate of each method."""
-    program, methods = study.file.program, study.file.methods
-    first, *others = study.file.seeds
-    choose = min if program.smaller_is_better else max
-    with ThreadPoolExecutor(study.jobs) as pool:
-        searches = {
-            name: {lr: pool.submit(study.run, name, lr, first) for lr in entry.lrs} for name, entry in methods.items()
-        }
-        found = {name: {lr: run.result() for lr, run in runs.items()} for name, runs in searches.items()}
-        by_rate = {name: {lr: result["score"] for lr, result in runs.items()} for name, runs in found.items()}
-        best = {name: choose(rates, key=rates.__getitem__) for name, rates in by_rate.items()}
-        repeats = {name: [pool.submit(study.run, name, best[name], seed) for seed in others] for name in methods}
-        rows = []
-        for name in methods:
-            result = found[name][best[name]]
-            scores = [result["score"], *(run.result()["score"] for run in repeats[name])]
-            row = {"method": name, "by_rate": by_rate[name], "lr": best[name], program.scores: scores}
-            rows.append({**row, **{key: value for key, value in result.items() if key != "score"}})
-    return rows
+    """All runs: row by row, every rate with the first seed, then the other seeds at the best rate of the method.
+
+    After each row's last run OUT/table.md and OUT/results.json have the rows that are complete.
+    """
+    file = study.file
+    rows = [
+        Row(name, entry.lrs, file.seeds, file.extend, file.program.smaller_is_better)
+        for name, entry in file.methods.items()
+    ]
+
+    def complete() -> list[dict[str, Any]]:
+        return [_in_results(file.program, row) for row in rows if row.is_complete]
+
+    def write() -> None:
+        folder.write_results(study.out, found := complete(), table(study, found))
+
+    make_all(rows, study.run, study.jobs, write)
+    return complete()
+
+
+def _in_results(program: Program, row: Row) -> dict[str, Any]:
+    """What results.json says of a method: numbers that are not scores are those of the first seed at the best rate."""
+    results = row.at_best()
+    found = {"method": row.name, "by_rate": row.by_rate, "lr": row.best}
+    found[program.scores] = [result.get("reported", result["score"]) for result in results]
+    return {**found, **{key: value for key, value in results[0].items() if key not in ("score", "reported")}}
 
 
 def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: mean and standard deviation over the seeds, the search over rates, and the optimizer's state."""
     program = study.file.program
+    columns = {key: head for key, head in program.columns.items() if any(row.get(key) is not None for row in rows)}
     heads = ["method", f"{program.score}, mean ± std (seeds)", "best rate", "first seed at each rate"]
-    heads += [*program.columns.values(), "state MB"]
-    numbers = ["--:"] * (len(program.columns) + 1)
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join([':--', ':--', '--:', ':--', *numbers])} |"]
+    heads += [*columns.values(), "state MB"]
+    lines = [
+        f"| {' | '.join(heads)} |",
+        f"| {' | '.join([':--', ':--', '--:', ':--', *['--:'] * len(columns), '--:'])} |",
+    ]
     worst_last = sorted(rows, key=lambda row: statistics.fmean(row[program.scores]))
     for row in worst_last if program.smaller_is_better else reversed(worst_last):
         values, rates = row[program.scores], row["by_rate"]
@@ -141,11 +164,15 @@ def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
             f"{statistics.fmean(values):.{program.digits}f}{spread} ({each})" if len(values) > 1 else each,
             f"{row['lr']:g}{' (end of the range)' if at_the_end else ''}",
             ", ".join(f"{lr:g}: {value:.{program.digits}f}" for lr, value in rates.items()),
-            *(f"{row[key]:.4f}" for key in program.columns),
+            *(_cell(row.get(key), program.column_format) for key in columns),
             "—" if state is None else f"{state / 1e6:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "—" if value is None else format(value, form)
 
 
 def _have_a_spread(values: Sequence[float]) -> bool:

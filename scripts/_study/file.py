@@ -36,6 +36,10 @@ class StudyFile:
     evaluation_rows: int | None = None
     """So many of the rows of --data, drawn at random, are for evaluation."""
     keep_models: bool = True
+    extend: int = 0
+    """So many rates at most are tried beyond a method's, where the best is the smallest or the largest."""
+    start: Mapping[str, Any] | None = None
+    """Flags of a run from whose last checkpoint all others start, instead of from `model_config`'s random weights."""
     entries: Mapping[str, Any] = field(default_factory=dict)
     """The methods' entries as the file has them."""
 
@@ -62,6 +66,8 @@ def read_study(path: Path) -> StudyFile:
         tuple(found.get("seeds", (None,))),
         found.get("evaluation_rows"),
         found.get("keep_models", True),
+        found.get("extend", 0),
+        found.get("start"),
         found["methods"],
     )
 
@@ -77,7 +83,11 @@ def _problems(found: Mapping[str, Any], program: Program) -> list[str]:
         problems.append(f"evaluation_rows must be a positive whole number, got {rows!r}")
     if not isinstance(keep, bool):
         problems.append(f"keep_models must be True or False, got {keep!r}")
+    if not _is_whole(extend := found.get("extend", 0)) or extend < 0:
+        problems.append(f"extend must be a whole number, got {extend!r}")
     problems += _flags_problems("common", found.get("common"), program.required)
+    if "start" in found and "start" in program.keys:
+        problems += _flags_problems("start", found["start"], ("num_training_steps", "lr"))
     methods = found.get("methods")
     if not isinstance(methods, dict) or not methods:
         return [*problems, f"methods must be a mapping of names to entries, got {methods!r}"]

@@ -6,13 +6,12 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _study import PROJECT
 from _study.folder import is_number
+from _study.launching import launcher
 
 
 class FineTuning:
@@ -20,10 +19,11 @@ class FineTuning:
 
     script: str
     required = ()
-    keys: tuple[str, ...] = ("keep_models",)
+    keys: tuple[str, ...] = ("extend", "keep_models")
     numbers: tuple[str, ...]
     """What the results of a finished run hold."""
     score, scores, digits, smaller_is_better = "accuracy", "accuracies", 4, False
+    column_format = ".4f"
 
     def result(self, folder: Path, flags: Mapping[str, Any], ended: bool = False) -> dict[str, Any] | None:
         """What a finished run's results say; None of one that is not finished."""
@@ -34,21 +34,26 @@ class FineTuning:
         """The results as they are kept."""
         return {name: found[name] for name in ("score", "optimizer_state_bytes", *self.numbers)}
 
-    def train(self, folder: Path, flags: Mapping[str, Any], threads: int) -> None:
+    def train(self, folder: Path, flags: Mapping[str, Any], threads: int, processes: int = 0) -> None:
         """One run, or what is left of it, on so many threads. Raises `CalledProcessError`."""
-        command = [sys.executable, str(PROJECT / self.script)]
+        command = launcher(processes, self.script)
         command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(folder.name + ".log"), "a") as log:
             subprocess.run([*command, "--output_dir", str(folder)], check=True, stdout=log, stderr=log, env=environment)
 
+    def remove_models(self, folder: Path) -> None:
+        """Delete a finished run's weights."""
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+
 
 class Glue(FineTuning):
     """Classification by run_glue.py."""
 
     script = "run_glue.py"
-    keys = ("keep_models", "evaluation_rows")
+    keys = ("extend", "keep_models", "evaluation_rows")
     inputs: Mapping[str, str] = {"model": "model_name_or_path", "data": "train_file"}
     numbers = ("trainable_parameters",)
     columns: Mapping[str, str] = {}

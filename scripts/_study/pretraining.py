@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _study import PROJECT
 from _study.folder import RunFailed, is_number
+from _study.launching import launcher
 from peft_pretraining.checkpoint import metrics_file, run_dir
+
+PART = "final_eval_perplexity_{}"
+"""Of one part of an evaluation, in the metrics."""
 
 
 class PreTraining:
@@ -20,9 +25,10 @@ class PreTraining:
     script = "torchrun_main.py"
     inputs: Mapping[str, str] = {"dataset_path": "dataset_path"}
     required = ("num_training_steps",)
-    keys = ("warm_up",)
+    keys = ("warm_up", "start", "extend", "keep_models")
     score, scores, digits, smaller_is_better = "validation perplexity", "perplexities", 2, True
-    columns: Mapping[str, str] = {}
+    columns: Mapping[str, str] = {"tokens_per_second": "tokens/s"}
+    column_format = ",.0f"
 
     def result(self, folder: Path, flags: Mapping[str, Any], ended: bool = False) -> dict[str, Any] | None:
         """What the evaluation after the last update found; None while there is none."""
@@ -31,20 +37,30 @@ class PreTraining:
         if not found:
             return None
         state = found[-1].get("optimizer_state_bytes")
-        return {"score": perplexity_of(found[-1]), "optimizer_state_bytes": state if is_number(state) else None}
+        choosing, reported = perplexities_of(found[-1])
+        return {
+            "score": choosing,
+            "reported": reported,
+            "optimizer_state_bytes": state if is_number(state) else None,
+            "tokens_per_second": speed_of(folder),
+        }
 
-    def train(self, folder: Path, flags: Mapping[str, Any], threads: int) -> None:
+    def train(self, folder: Path, flags: Mapping[str, Any], threads: int, processes: int = 0) -> None:
         """One training, or what is left of it. Raises `CalledProcessError`, `RunFailed`."""
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        train(folder, words)
+        train(folder, [word for name, value in flags.items() for word in (f"--{name}", str(value))], processes)
+
+    def remove_models(self, folder: Path) -> None:
+        """Delete a finished run's checkpoints."""
+        for path in folder.glob("model_*"):
+            shutil.rmtree(path)
 
 
-def train(save_dir: Path, flags: Sequence[str]) -> float:
+def train(save_dir: Path, flags: Sequence[str], processes: int = 0) -> float:
     """Run, or finish, one training; its last validation perplexity, infinite where it is none.
 
     Raises `CalledProcessError` when the training fails, `RunFailed` when it leaves no evaluation.
     """
-    command = [sys.executable, str(PROJECT / "torchrun_main.py"), *flags]
+    command = [*launcher(processes, "torchrun_main.py"), *flags]
     command += ["--save_dir", str(save_dir), "--autoresume", "True"]
     save_dir.mkdir(parents=True, exist_ok=True)
     with open(save_dir.with_name(save_dir.name + ".log"), "a") as log:
@@ -66,7 +82,21 @@ def evaluations(save_dir: Path) -> list[dict[str, Any]]:
     return [record for record in records if "final_eval_perplexity" in record]
 
 
-def perplexity_of(evaluation: Mapping[str, Any]) -> float:
+def perplexities_of(evaluation: Mapping[str, Any]) -> tuple[float, float]:
+    """By which rates are chosen, and which is reported: of two parts where --eval_parts 2 made them, else the same."""
+    if PART.format(1) not in evaluation:
+        return (perplexity_of(evaluation),) * 2
+    return perplexity_of(evaluation, PART.format(0)), perplexity_of(evaluation, PART.format(1))
+
+
+def perplexity_of(evaluation: Mapping[str, Any], name: str = "final_eval_perplexity") -> float:
     """The perplexity, infinite where the run has diverged."""
-    value = evaluation["final_eval_perplexity"]
+    value = evaluation[name]
     return float(value) if is_number(value) else math.inf
+
+
+def speed_of(save_dir: Path) -> float | None:
+    """Tokens a second, the median over the updates; None where the metrics say nothing of it."""
+    records, _ = metrics_file.read_records(save_dir / run_dir.METRICS_FILE)
+    speeds = [record["throughput_tokens"] for record in records if is_number(record.get("throughput_tokens"))]
+    return statistics.median(speeds) if speeds else None
