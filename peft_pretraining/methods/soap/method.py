@@ -51,6 +51,7 @@ class SoapRule(UpdateRule):
     betas = (0.95, 0.95)
     name = "soap"
     masks = True
+    has_owners = True
 
     def __init__(
         self,
