@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_pretraining.distributed import parallel
 
 
 class _Counting(TorchDispatchMode):
@@ -51,3 +58,26 @@ def counted(into: list[dict[str, int]]) -> Iterator[None]:
 def gloo_threads() -> list[int]:
     """How many threads each gloo group of this process has."""
     return [group._get_backend(torch.device("cpu")).options._threads for group in distributed_c10d._world.pg_map]
+
+
+@contextlib.contextmanager
+def few_groups(destroy: Callable[[dist.ProcessGroup], None]) -> Iterator[None]:
+    """While it is active, meshes of one shape are made once; at its end `destroy` has `dist.new_group`'s groups: a gloo
+    group's threads are never idle, so that those of a hundred runs in one process slow down all that come after."""
+    made: list[dist.ProcessGroup] = []
+    new_group = dist.new_group
+    dist.new_group = lambda *args, **settings: made.append(new_group(*args, **settings)) or made[-1]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "init_device_mesh", _mesh)
+            yield
+    finally:
+        dist.new_group = new_group
+    dist.barrier()
+    for group in made:
+        destroy(group)
+
+
+@functools.cache
+def _mesh(*args: Any, **settings: Any) -> DeviceMesh:
+    return init_device_mesh(*args, **settings)

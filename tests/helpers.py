@@ -326,7 +326,7 @@ def _run_cases(path: Path) -> None:
     for case in json.loads(path.read_text()):
         results.append({"unsynchronised": 0})
         late_values.ON_EVERY_DEVICE = case.get("late", False)
-        with contextlib.ExitStack() as stops:
+        with collectives.few_groups(destroy), contextlib.ExitStack() as stops:
             if case.get("signal", [None])[0] == rank:
                 stops.enter_context(signal_in_update(case["signal"][1], signal.SIGUSR1))
             if case.get("evaluation_signal", [None])[0] == rank:
@@ -336,7 +336,7 @@ def _run_cases(path: Path) -> None:
             if case.get("count"):
                 stops.enter_context(collectives.counted(results[-1].setdefault("collectives", [])))
             results[-1]["exit_code"] = run(case["argv"])
-    assert set(threads := collectives.gloo_threads()) == {1}, threads
+            assert set(threads := collectives.gloo_threads()) == {1}, threads
     destroy()
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))
 

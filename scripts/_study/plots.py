@@ -66,7 +66,9 @@ def plot_memory(rows: Sequence[Mapping[str, Any]], program: Program, path: Path,
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("optimizer state (MB)")
-    axes.set_ylabel(f"{program.score}{'' if base is None else f', less that of {baseline}'}: mean and standard deviation")
+    axes.set_ylabel(
+        f"{program.score}{'' if base is None else f', less that of {baseline}'}: mean and standard deviation"
+    )
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
