@@ -6,7 +6,9 @@ One launch per layout makes all runs: starting processes costs more than trainin
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gpu_tier
@@ -194,26 +196,36 @@ def runs_of(layout: str) -> dict[str, dict]:
     return {**runs, **VARIANTS, **FLOAT32_TOO}
 
 
-@pytest.fixture(scope="module")
-def layout(request, folder):
-    processes, flags = LAYOUTS[request.param]
-    quick = request.param == "fsdp 2"
+def launch_layout(folder: Path, layout: str) -> None:
+    """Runs that a layout's tests look at: one launch for all of them."""
+    processes, flags = LAYOUTS[layout]
+    quick = layout == "fsdp 2"
     runs = {
-        name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **own)
-        for name, own in runs_of(request.param).items()
+        name: command(folder, f"{layout} {name}", batch_size=2, **flags, **own) for name, own in runs_of(layout).items()
     }
     cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
     if quick:
         cases += [
-            {"argv": command(folder, f"{request.param} {name}", batch_size=2, **flags, **PARTS_OF_BLOCKS[name])}
+            {"argv": command(folder, f"{layout} {name}", batch_size=2, **flags, **PARTS_OF_BLOCKS[name])}
             for name in PARTS_OF_BLOCKS
         ]
     for name in STOPPED if quick else ():
         own = {**FACTORS, **PARTS_OF_BLOCKS}[name]
-        argv = command(folder, f"{request.param} stopped {name}", batch_size=2, **flags, **own)
+        argv = command(folder, f"{layout} stopped {name}", batch_size=2, **flags, **own)
         argv += helpers.RESUME
         cases += [{"argv": argv, "signal": [1, updates - 1]} for updates in STOPS] + [{"argv": argv}]
-    launch(folder / request.param, processes, cases)
+    launch(folder / layout, processes, cases)
+
+
+@pytest.fixture(scope="module")
+def launched(folder) -> Callable[[str], None]:
+    """Launches a layout the first time that a test asks for it, whatever the tests' order."""
+    return functools.cache(lambda layout: launch_layout(folder, layout))
+
+
+@pytest.fixture
+def layout(request, launched):
+    launched(request.param)
     return request.param
 
 
@@ -228,13 +240,13 @@ def in_layouts(methods):
         for layout in LAYOUTS
         if layout != "fsdp 2" or method in QUICK
     ]
-    return pytest.mark.parametrize(("layout", "method"), params, indirect=["layout"], scope="module")
+    return pytest.mark.parametrize(("layout", "method"), params, indirect=["layout"])
 
 
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "fsdp 2"]
-everywhere = pytest.mark.parametrize("layout", _LAYOUTS, indirect=True, scope="module")
-in_slow_layouts = pytest.mark.parametrize("layout", _SLOW, indirect=True, scope="module")
-in_two_parts = pytest.mark.parametrize("layout", ["fsdp 2"], indirect=True, scope="module")
+everywhere = pytest.mark.parametrize("layout", _LAYOUTS, indirect=True)
+in_slow_layouts = pytest.mark.parametrize("layout", _SLOW, indirect=True)
+in_two_parts = pytest.mark.parametrize("layout", ["fsdp 2"], indirect=True)
 
 
 def reported(folder: Path, layout: str, rank: int) -> list[dict]:
