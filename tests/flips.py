@@ -45,6 +45,7 @@ OPERATIONAL = {
     "checks or traces the run beside it": ("step_timeout", "profile", "check_rank_sync"),
     "acts when something goes wrong, which nothing does here": ("skip_spikes", "rewind_on_nan"),
     "is written into checkpoints, which are not written here": ("tokenizer",),
+    "what is said of a run; test_screen.py": ("progress_every", "sample_every", "sample_prompts"),
     "needs wandb; test_selection.py has its warnings": ("with_tracking", "wandb_project"),
     "is the method, whose runs are compared elsewhere": ("method", "optimizer", "proj_type"),
     "says what is so anyway": (

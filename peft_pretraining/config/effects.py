@@ -95,6 +95,7 @@ CONDITIONS = (
         "with blocks that are tokenised already",
     ),
     Condition(("name", "tags", "comment", "wandb_watch"), _tracks, "without --with_tracking"),
+    Condition(("sample_prompts",), lambda c: c.tracking.sample_every > 0, "without --sample_every"),
     Condition(("allow_restart",), lambda c: c.run.autoresume, "without --autoresume True"),
     Condition(
         ("allow_redecay",),

@@ -42,8 +42,10 @@ from peft_pretraining.training.build_model import describe_speed, distributed_mo
 from peft_pretraining.training.device_settings import for_device, set_matmul_precision
 from peft_pretraining.training.loop import Run, train
 from peft_pretraining.training.profiling import Profiler, describe_peak, reset_peak_memory
+from peft_pretraining.training.samples import Sampler
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.training.tracking import Tracker, log, start_logging
+from peft_pretraining.training.utilisation import Utilisation
 
 T = TypeVar("T")
 
@@ -122,6 +124,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     if resumed is None:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
+    sampler = Sampler(config, launch.facts, model.config.vocab_size, group)
     method.prepare(model, optimizer, group.averaging)
     gradients = gradient_owner(optimizer, model)
     parallel_model = reduced_model(config, group, model, gradients)
@@ -150,6 +153,8 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
         checkpointer=parts.checkpointer,
         tracker=tracker,
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
+        sampler=sampler,
+        utilisation=Utilisation(config, model.config, group.device),
     )
 
 

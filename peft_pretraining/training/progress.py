@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from peft_pretraining.checkpoint.failures import NotFinite, TrainingFailed
 from peft_pretraining.models.compiled import compilation_of
 from peft_pretraining.training import spikes
@@ -16,6 +14,7 @@ from peft_pretraining.training.tracking import log
 
 if TYPE_CHECKING:
     from peft_pretraining.training.run import Run
+    from peft_pretraining.training.screen import Screen
 
 MOST_IN_A_ROW = 10
 _LARGEST_SKIPPED_SHARE = 0.05
@@ -53,17 +52,13 @@ class Update:
     """What the optimizer says of it."""
 
 
-def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
+def report(run: Run, update: Update, seconds: float, screen: Screen) -> None:
     """Log one update; raises `TrainingFailed` when too many were skipped. The run may be at a later one already."""
     done, rate = update.step + 1, update.tokens / seconds
-    run.tracker.record(
-        update_step=done,
-        loss=update.loss,
-        lr=update.lr,
-        grad_norm=update.grad_norm,
-        tokens_seen=update.tokens_seen,
-        throughput_tokens=rate,
-        step_time=seconds,
+    record = {
+        **{"update_step": done, "loss": update.loss, "lr": update.lr, "grad_norm": update.grad_norm},
+        **{"tokens_seen": update.tokens_seen, "throughput_tokens": rate, "step_time": seconds},
+        **run.utilisation.of(rate),
         **peak_memory(run.group.device),
         **({"skipped": True} if update.skipped else {}),
         **({"empty": True} if update.empty else {}),
@@ -71,9 +66,9 @@ def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
         **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
         **update.metrics,
         **(compilation.news() if (compilation := compilation_of(run.model)) else {}),
-    )
-    bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
-    bar.update()
+    }
+    run.tracker.record(**record)
+    screen.show(record)
     epoch = run.data.epoch_at(update.data_position)
     if epoch > run.data.epoch_at(update.data_position - update.samples):
         log.info("the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, done)
