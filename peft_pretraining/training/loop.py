@@ -28,7 +28,6 @@ from peft_pretraining.training.evaluate import evaluate
 from peft_pretraining.training.progress import Update, report
 from peft_pretraining.training.rewinding import go_back
 from peft_pretraining.training.run import Run
-from peft_pretraining.training.samples import show
 from peft_pretraining.training.screen import Screen
 from peft_pretraining.training.tracking import log
 
@@ -62,7 +61,7 @@ def train_on(run: Run, stop: StopRequest, watchdog: Watchdog, screen: Screen) ->
         if evaluation_is_due(run) and not evaluate_and_record(run, stop):
             return save_and_stop(run)
         if run.sampler.is_due(state.update_step, run.last_step):
-            show(state.update_step, run.sampler.sample(run.model))
+            run.tracker.texts(state.update_step, run.sampler.sample(run.model))
         if state.update_step >= run.last_step:
             run.checkpointer.save_last(state)
             return 0

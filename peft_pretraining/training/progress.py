@@ -65,6 +65,7 @@ def report(run: Run, update: Update, seconds: float, screen: Screen) -> None:
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
         **update.metrics,
+        **run.layer_log.of(update.step),
         **(compilation.news() if (compilation := compilation_of(run.model)) else {}),
     }
     run.tracker.record(**record)
@@ -103,6 +104,8 @@ def count_nonfinite(run: Run, update: Update) -> None:
     state.skipped_updates += 1
     state.nonfinite_in_a_row += 1
     log.warning("skipped update %d: loss %s, gradient norm %s", update.step, update.loss, update.grad_norm)
+    seen = f"update {update.step}: loss {update.loss}, gradient norm {update.grad_norm}"
+    run.tracker.alert("skipped update", f"{seen}; {state.skipped_updates} so far", update.step + 1)
     total = run.config.schedule.num_training_steps
     what = "had a non-finite loss or gradient"
     advice = f"lower --lr, or look at the data near update {update.step}"
@@ -120,6 +123,7 @@ def count_spikes(run: Run, update: Update) -> None:
     if update.spikes:
         done = "skipped" if update.skipped else "spike in"
         log.warning("%s update %d: %s", done, update.step, ", ".join(update.spikes))
+        run.tracker.alert("spike", f"{done} update {update.step}: {', '.join(update.spikes)}", update.step + 1)
     skipped = bool(update.spikes) and update.skipped
     state.skipped_spikes += skipped
     state.spikes_in_a_row = state.spikes_in_a_row + 1 if skipped else 0

@@ -17,6 +17,7 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import Batch
 from peft_pretraining.optim.state.gradient_owner import GradientOwner
 from peft_pretraining.training.late_values import LateValues
+from peft_pretraining.training.layer_log import LayerLog
 from peft_pretraining.training.profiling import Profiler
 from peft_pretraining.training.samples import Sampler
 from peft_pretraining.training.tracking import Tracker
@@ -45,6 +46,7 @@ class Run:
     profiler: Profiler
     sampler: Sampler
     utilisation: Utilisation
+    layer_log: LayerLog
 
     def __post_init__(self) -> None:
         self.late = LateValues(self.group.device)

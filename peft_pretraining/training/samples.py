@@ -20,7 +20,6 @@ from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.runtime.watchdog import FIRST_UPDATE_FACTOR, goes_on, watched
-from peft_pretraining.training.tracking import log
 
 NEW_TOKENS = 32
 
@@ -112,18 +111,3 @@ def continue_greedily(
         free_gathered_weights(model)
         model.train(was_training)
     return results
-
-
-def show(update_step: int, samples: list[tuple[str, str]]) -> None:
-    """One line each, whatever they hold."""
-    for prompt, continued in samples:
-        log.info("update %d: %s -> %s", update_step, quoted(prompt), quoted(continued))
-
-
-def quoted(text: str) -> str:
-    """In quotes, with line ends and control characters escaped.
-
-    >>> print(quoted("a\\tb é"))
-    "a\\tb é"
-    """
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'

@@ -33,8 +33,12 @@ class Screen:
             self._redirected = logging_redirect_tqdm([log])
             self._redirected.__enter__()
             self._bar = tqdm(
-                **{"total": self._total, "initial": self.done, "file": sys.stderr, "bar_format": _BAR},
-                **{"dynamic_ncols": True, "mininterval": 0.5},
+                total=self._total,
+                initial=self.done,
+                file=sys.stderr,
+                bar_format=_BAR,
+                dynamic_ncols=True,
+                mininterval=0.5,
             )
         self._began = self._said = time.monotonic()
         return self

@@ -31,7 +31,9 @@ def peak_flops(device: torch.device, config: Config) -> float | None:
     memory = torch.cuda.get_device_properties(device).total_memory / GIB
     sheet = device_of_driver(torch.cuda.get_device_name(device), memory)
     precision = config.resolved_precision(device.type)
-    return sheet and sheet.tflops(precision.compute_dtype, torch.get_float32_matmul_precision()) * 1e12
+    if sheet is None:
+        return None
+    return sheet.tflops(precision.compute_dtype, torch.get_float32_matmul_precision()) * 1e12
 
 
 class Utilisation:

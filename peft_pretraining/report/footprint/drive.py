@@ -126,6 +126,7 @@ class Simulation:
             profiler=cast(Any, None),
             sampler=cast(Any, None),
             utilisation=cast(Any, None),
+            layer_log=cast(Any, None),
         )
 
     def _say_what_is_held(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
