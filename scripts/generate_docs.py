@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from peft_pretraining.config import config_flags  # noqa: E402
-from peft_pretraining.config.method_help import permissions  # noqa: E402
+from peft_pretraining.config.method_help import meaning, permissions  # noqa: E402
 from peft_pretraining.flags import Flag, MethodSpec  # noqa: E402
 from peft_pretraining.flags.settings import shown_default  # noqa: E402
 from peft_pretraining.methods import METHODS  # noqa: E402
@@ -73,8 +73,7 @@ def page_head(spec: MethodSpec) -> str:
 def _setting_row(flag: Flag, spec: MethodSpec) -> str:
     default = spec.defaults.get(flag.name, flag.default)
     shown = "" if default in (None, ()) else f"`{shown_default(default)}`"
-    said = spec.meanings.get(flag.name, flag.help)
-    return f"| `--{flag.name}` | {shown} | {said.replace('|', '/')} |"
+    return f"| `--{flag.name}` | {shown} | {meaning(spec, flag).replace('|', '/')} |"
 
 
 def rules_table() -> str:

@@ -9,9 +9,9 @@
 
 The YAML file says which training script, methods, rates (`lrs`) and seeds; flags after `--` go to the training script,
 over the file's. It may say `extend: N` (so many further rates where the best is the smallest or the largest),
-`keep_models: False`, `start` (flags of a pre-training run from whose last checkpoint all others start) and, of a method,
-`warm_up` (flags of a run of its own before). With `eval_parts: 2` rates are chosen by one part of the validation set, and
-the table tells the other.
+`keep_models: False`, `baseline` (the method from which the table tells the differences, seed by seed), `start` (flags
+of a pre-training run from whose last checkpoint all others start) and, of a method, `warm_up` (flags of a run of its
+own before). With `eval_parts: 2` rates are chosen by one part of the validation set, and the table tells the other.
 
 Finished runs are not made again, interrupted ones go on, so that the command may be stopped and given again, also with
 methods, rates or seeds added; row after row is made. Writes OUT/table.md and OUT/results.json after each row, and
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from _study import folder, plots
-from _study.comparison import Study, compare, table
+from _study.comparison import Study, compare, so_far, table
 from _study.file import StudyFile, flags_of, read_study
 
 from peft_pretraining.flags import ConfigError, exit_with_problems
@@ -43,15 +43,12 @@ def main() -> int:
     arguments = parser().parse_args(words[:end])
     try:
         study = study_of(arguments, words[end + 1 :])
-        with folder.opened(study.out, study.in_common()):
-            study.divide_rows()
-            rows = compare(study)
-            if arguments.speeds is not None:
-                rows = with_speeds(rows, arguments.speeds)
-            folder.write_results(study.out, rows, table(study, rows))
-            program = study.file.program
-            plots.plot_rates(rows, program, study.out / "rates.png")
-            plots.plot_memory(rows, program, study.out / "memory.png")
+        if arguments.so_far:  # also while another process makes runs
+            rows = write(study, so_far(study), arguments.speeds)
+        else:
+            with folder.opened(study.out, study.in_common()):
+                study.divide_rows()
+                rows = write(study, compare(study), arguments.speeds)
     except ConfigError as error:
         return exit_with_problems(error)
     except subprocess.CalledProcessError as error:
@@ -62,6 +59,15 @@ def main() -> int:
         return 1
     print(table(study, rows))
     return 0
+
+
+def write(study: Study, rows: list[dict[str, Any]], speeds: Path | None) -> list[dict[str, Any]]:
+    """Write results, table and plots; returns the rows as they were written."""
+    rows, program = rows if speeds is None else with_speeds(rows, speeds), study.file.program
+    folder.write_results(study.out, rows, table(study, rows))
+    plots.plot_rates(rows, program, study.out / "rates.png")
+    plots.plot_memory(rows, program, study.out / "memory.png", study.file.baseline)
+    return rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--lrs", help="learning rates of every method, comma-separated (default: each method's own)")
     made.add_argument("--seeds", help="comma-separated (default: the file's); the rates are tried with the first")
     made.add_argument("--keep_models", action="store_true", help="keep every run's model, whatever the file says")
+    made.add_argument("--so_far", action="store_true", help="make no runs: write table and plots of what there is")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     made.add_argument("--nproc_per_node", type=int, default=0, help="start each run by torchrun, on so many GPUs")
     made.add_argument(

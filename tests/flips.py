@@ -40,6 +40,7 @@ OPERATIONAL = {
         "reduce_low_rank",
         "replicas",
         "reshard_after_forward",
+        "muon_shard_compute",
     ),
     "how many devices share the work; needs several processes": ("distributed_type",),
     "checks or traces the run beside it": ("step_timeout", "profile", "check_rank_sync"),
@@ -60,6 +61,7 @@ FLIPS: dict[str, str] = {
     **{"model_revision": "main", "attn_implementation": "eager", "dtype": "float64", "max_length": "8"},
     **{
         "eval_tokens": "16",
+        "eval_parts": "2",
         "max_document_mb": "1",
         "skip_batches": "1",
         "batch_size": "1",

@@ -10,7 +10,7 @@ from flips import DERIVED, FLIPS, METHODS, OPERATIONAL, Runner, another, flipped
 
 from peft_pretraining import methods
 from peft_pretraining.config import config_flags
-from peft_pretraining.config.sections import RoleConfig
+from peft_pretraining.config.role_config import RoleConfig
 from peft_pretraining.flags import (
     boolean,
     choice,

@@ -45,6 +45,10 @@ def test_no_name_has_two_meanings():
         ("--bf16", "unknown flag --bf16: weights and arithmetic are --precision (mixed, bf16, bf16_sr or fp32)"),
         ("--model gpt2", "unknown flag --model: a new model's shape is --model_config (a JSON file)"),
         ("--logging_dir x", "unknown flag --logging_dir: metrics.jsonl and the checkpoints are in --save_dir"),
+        (
+            "--dry_run",
+            "unknown flag --dry_run: scripts/pretrain.sh has it; python -m peft_pretraining.report.plan FLAGS",
+        ),
         ("--lora_schedule x", "unknown flag --lora_schedule"),
         ("--lr_schedule x", "unknown flag --lr_schedule (did you mean scheduler?)"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,17 +12,21 @@ from dataclasses import dataclass
 import helpers
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import write_blocks, write_model
 from launching import launch
 from safetensors.torch import load_file
 from test_masked_updates import Loop, assert_same, pattern
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from peft_pretraining.distributed.sharding import ShardInfo
+from peft_pretraining.distributed.sharding import ShardInfo, local
 from peft_pretraining.distributed.team import Team, deal_out
 from peft_pretraining.methods.muon.method import MuonRule
 from peft_pretraining.methods.soap.method import SoapRule
 from peft_pretraining.optim import SOAP, Muon, NorMuon, ParamUpdate
+from peft_pretraining.optim.rules.adamw import AdamW
 from peft_pretraining.optim.tensors.collectives import run
 
 DEVICES = 3
@@ -138,6 +144,44 @@ def test_owners_have_about_as_much_to_do():
             loads[owner] += cost
         assert max(loads) <= max(30.0, sum(costs) / size + 2.7)
     assert deal_out([3.0, 1.0], 2, [5.0, 0.0]) == [1, 1]
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_optimizers_of_a_team_can_be_copied(process_group):
+    """A process group itself cannot be."""
+    assert pickle.loads(pickle.dumps(Team.of_all())).group is process_group
+    mesh = init_device_mesh("cpu", (1,))
+    for sharded in (False, True):
+        start = torch.randn(6, 4)
+        weight = nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]) if sharded else start.clone())
+        optimizer = Muon([weight], lr=0.01, shares_work=True)
+        twin, copied = copy.deepcopy((weight, optimizer))
+        assert copied.shard_of(twin).team is optimizer.shard_of(weight).team
+        for param, its in ((weight, optimizer), (twin, copied)):
+            param.grad = torch.ones_like(param)
+            its.step()
+        assert torch.equal(local(twin), local(weight)) and not torch.equal(local(weight), start)
+
+
+def test_only_what_needs_an_owner_counts_when_matrices_are_dealt_out(monkeypatch):
+    """A device that has AdamW's embedding is not spared Muon's matrices for it."""
+    team = Team(2, 0)
+    monkeypatch.setattr(Team, "of_all", classmethod(lambda cls: team))
+    table, *matrices = (nn.Parameter(torch.ones(shape)) for shape in ((90, 8), *[(8, 8)] * 4))
+    groups = [{"params": [table], "rule": AdamWShared()}, {"params": matrices}]
+    optimizer = Muon(groups, shares_work=True)
+    assert sorted(optimizer._slots[matrix].owner for matrix in matrices) == [0, 0, 1, 1]
+
+
+class AdamWShared(AdamW):
+    name = "adamw of a team"
+    shares_work = True
 
 
 @pytest.mark.parametrize("seed", range(3))

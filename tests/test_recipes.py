@@ -283,8 +283,8 @@ def test_dry_run_from_another_folder_and_overrides_win(tmp_path):
     done = pretrain("60M", "galore", "--lr", "0.02", "--dry_run", "--nproc=2", "--with_tracking", cwd=tmp_path)
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
     assert done.stderr == (  # 8 x (4 (128·512 + 2·128·512) + 3 (128·512 + 2·128·1376))
-        "optimizer state of an m x n matrix, m <= n with AdamW: mr + 2nr, r = 128; of the 56 matrices of the decoder "
-        "16,318,464 elements, 65.3 MB in float32\n"
+        "optimizer state of an m x n matrix, m <= n, with AdamW: mr + 2nr, r = 128; of the 56 matrices of the decoder "
+        "16,318,464 elements, 65.3 MB in float32, without embedding, head and norms\n"
     )
     words = shlex.split(done.stdout)
     assert Path(words[0]).name == "torchrun"

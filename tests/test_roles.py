@@ -303,6 +303,7 @@ _RULES = {
     "apollo_mini": ("adamw in rank 1, lift scaled_gradient", "adamw"),
     "fira": ("adamw in rank 4, lift scaled_residual", "adamw"),
     "alice": ("alice in rank 4, lift compensated", "adamw"),
+    "ldadam": ("ldadam, lift moved_back", "adamw"),
     **{name: (name, name) for name in ("stable_spam", "adam_mini")},
 }
 """Method -> what is said of its matrices or factors, and of the rest, where that is not its name and AdamW."""

@@ -15,6 +15,7 @@ import pytest
 
 from peft_pretraining.config import Config, cli, config_flags
 from peft_pretraining.flags import ConfigError, MethodSettings, MethodSpec, number, setting, string
+from peft_pretraining.flags.settings import shown_default
 from peft_pretraining.methods import METHODS, load_method, registry
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.optim.rule_settings import RULES
@@ -136,6 +137,16 @@ def test_help_of_one_method(name, capsys):
     assert all(f"--{setting} " in shown for setting in spec.own)
     others = {item for other in METHODS.values() for item in other.own} - set(spec.own) - set(spec.defaults)
     assert not any(f" --{setting} [VALUE]" in shown for setting in others)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.defaults])
+def test_help_of_a_method_shows_its_own_defaults_alone(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.load(["--help", name])
+    shown = " ".join(capsys.readouterr().out.split())
+    for setting_name, value in METHODS[name].defaults.items():
+        entry = re.search(rf"--{setting_name} \[VALUE\](?:, --\w+ \[VALUE\])*(.*?)(?= --\w+ \[VALUE\]|$)", shown)
+        assert re.findall(r"\(default[^)]*\)", entry[1]) == [f"(default: {shown_default(value)})"], setting_name
 
 
 def test_help_shows_groups_and_defaults(capsys):

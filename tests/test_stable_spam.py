@@ -72,7 +72,7 @@ def test_betas_fall_over_the_run_and_no_further():
 def _at(step):
     from types import SimpleNamespace
 
-    return SimpleNamespace(step=step)
+    return SimpleNamespace(updates=[SimpleNamespace(step=step)])
 
 
 def test_vectors_and_scalars_are_trained_alike():

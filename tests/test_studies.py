@@ -85,9 +85,10 @@ def test_another_study_s_folder_is_refused(run_study, trainings, change, named):
         (STUDY + "script: [x]\nwarm_up: {}\n", ["script must be one of torchrun_main.py"]),
         (STUDY + "warm_up: {}\nevaluation_rows: 3\n", ["unknown key 'warm_up'", "unknown key 'evaluation_rows'"]),
         (STUDY + "extend: -1\n", ["extend must be a whole number, got -1"]),
+        (STUDY + "baseline: x\n", ["baseline must be one of the methods, got 'x'"]),
         (STUDY + "start: {lr: 0.1}\n", ["start: num_training_steps must be a positive number, got None"]),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_what_is_no_study_is_refused_in_lines(run_study, trainings, text, problems):
     code, captured = run_study(text)

@@ -13,6 +13,8 @@ import helpers
 import pytest
 from study_helpers import STUDY, plots, programs, sweep
 
+from peft_pretraining.checkpoint.folder_lock import FolderLock
+
 
 def test_rates_are_chosen_on_one_part_and_the_other_is_reported(run_study, trainings, tmp_path):
     trainings(part=lambda lr: 10 - lr)
@@ -91,6 +93,25 @@ def test_the_runs_of_all_rates_start_by_one_warm_up(run_study, trainings, tmp_pa
     assert len(others) == 3 and not any("--adam_lr" in c for c in others)  # null takes a flag out
 
 
+def test_what_there_is_of_a_study_is_told_without_a_run(run_study, trainings, tmp_path):
+    """Also beside a process that makes its runs; differences are those from the baseline at the same seeds."""
+    made = trainings(perplexity=lambda lr: 10 * lr)
+    text = STUDY + "  lora: {lrs: [1.0, 2.0], flags: {method: lora}}\nbaseline: galore\n"
+    assert run_study(text, "--methods", "galore")[0] == 0
+    assert run_study(text, "--methods", "lora", "--lrs", "4.0", "--seeds", "42")[0] == 0
+    count = len(made.commands)
+    with FolderLock(tmp_path / "out"):
+        code, captured = run_study(text, "--so_far")
+    assert (code, len(made.commands)) == (0, count)
+    head, alignment, *rows = captured.out.splitlines()
+    assert "| by galore | best rate |" in head and alignment == "| :-- | :-- | --: | --: | :-- | --: |"
+    assert rows == [
+        "| galore | 1.00 ± 0.00 (1.00, 1.00) | +0.00 ± 0.00 | 0.1 (end of the range) | 0.1: 1.00, 0.2: 2.00 | 0.00 |",
+        "| lora | 40.00 | +39.00 | 4 | 4: 40.00 | 0.00 |",
+    ]
+    assert [row["method"] for row in json.loads((tmp_path / "out" / "results.json").read_text())] == ["galore", "lora"]
+
+
 def test_all_runs_start_from_the_model_of_one_run(run_study, trainings, tmp_path, monkeypatch):
     made = trainings()
 
@@ -144,6 +165,7 @@ def test_the_plots_of_a_study(tmp_path):
     rows = [row | {"optimizer_state_bytes": size} for row, size in zip(rows, (8e6, 2e6, None), strict=True)]
     plots.plot_rates(rows, program, tmp_path / "rates.png")
     plots.plot_memory(rows, program, tmp_path / "memory.png")
+    plots.plot_memory(rows, program, tmp_path / "differences.png", "a")
     plots.plot_memory(rows[1:], program, tmp_path / "empty.png")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
 

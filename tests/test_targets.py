@@ -115,4 +115,8 @@ def test_gpt2s_layers_train_and_export_though_their_weights_are_stored_turned(me
     if low_rank_layers(model):
         assert len(low_rank_layers(model)) == 8
     else:
-        assert len(optimizer.subspaces) == 8
+        matrix = model.get_parameter("transformer.h.0.attn.c_attn.weight")
+        assert len(optimizer.group_of(matrix)["params"]) == 8
+        assert (matrix in optimizer.subspaces) == (
+            "update_proj_gap" in METHODS[method].own and "rank" in METHODS[method].own
+        )

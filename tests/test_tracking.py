@@ -101,7 +101,7 @@ def test_config_yaml(command, tmp_path):
     changes = {**GALORE, "tags": "one,two", "skip_batches": "15", "num_training_steps": 2}
     assert helpers.run(command(**changes)) == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert set(written) == {"settings", "identity", "versions", "run"}
+    assert set(written) == {"settings", "identity", "versions", "run", "parameter_groups"}
     assert len(written["run"]["id"]) == 16 and written["run"]["first_update"] == 0
     settings = written["settings"]
     assert set(settings) == set(Config.from_settings({"method": "galore"}).settings())

@@ -244,3 +244,18 @@ def test_bf16_and_float64_weights(name, proj_type, golore):
     linear = name.endswith("sgd")
     assert (half - end).norm() < (0.05 if linear else 0.2) * distance
     assert (double - end).norm() < (1e-5 if linear else 1e-3) * distance
+
+
+@pytest.mark.parametrize("svd_method", ["gram", "exact", "randomized", "subspace"])
+@pytest.mark.parametrize(("shape", "dim"), [((16, 40), 0), ((40, 16), 1)])
+def test_lion_leaves_alone_what_has_no_gradient(svd_method, shape, dim):
+    """Rounding errors of singular vectors have a sign as well."""
+    weight, dead = torch.nn.Parameter(torch.zeros(shape)), torch.tensor([0, 1, 5, 15])
+    group = {"params": [weight], "rank": 4, "update_proj_gap": 3}
+    optimizer = LowRankOptimizer([group], rule="lion", lr=1.0, svd_method=svd_method)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(7):
+        weight.grad = torch.randn(shape, generator=generator).index_fill_(dim, dead, 0.0)
+        optimizer.step()
+    moved = weight.detach().abs().amax(1 - dim)
+    assert not moved[dead].any() and (moved > 0).sum() == 12

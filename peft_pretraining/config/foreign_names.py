@@ -52,6 +52,7 @@ HINTS: dict[str, str] = {
     **dict.fromkeys(("model", "model_name", "model_path", "config_name"), _MODEL),
     **dict.fromkeys(("dataset", "dataset_name", "data_path", "train_file", "data_dir"), _DATA),
     **dict.fromkeys(("nproc_per_node", "nproc-per-node", "nnodes", "master_port", "standalone"), _LAUNCHER),
+    "dry_run": "scripts/pretrain.sh has it; python -m peft_pretraining.report.plan FLAGS says what a run needs",
     "warmup_ratio": "the warm-up is --warmup_steps (updates)",
     "optim": "the update rule is --optimizer (adamw, adamw8bit, adafactor, lion, sgd, ...)",
     "report_to": "give --tracker wandb,tensorboard; metrics.jsonl is always written",

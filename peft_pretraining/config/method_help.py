@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 
 from peft_pretraining.flags import Flag, MethodSpec
@@ -13,6 +14,9 @@ from peft_pretraining.optim.rule_settings import RULES
 
 NOTE = """Every flag is also a key of a --training_config file (YAML). `--help METHOD` shows the flags of one method,
 with its defaults; a flag that the chosen method does not read is named in a warning."""
+
+_OTHERS_DEFAULT = re.compile(r" \(default[^()]*\)")
+"""What a flag's help says where no default holds for all methods."""
 
 _PERMISSIONS = {
     "projected_gradient": "DDP that averages projected gradients",
@@ -39,7 +43,8 @@ def description(spec: MethodSpec) -> str:
         lines.append(f"Paper: arXiv {spec.paper} ({spec.year}).")
     lines.append(f"Update rules (--optimizer): {', '.join(spec.update_rules)}.")
     if spec.state:
-        lines.append(f"Optimizer state of an m x n matrix, m <= n, with AdamW: {spec.state} elements.")
+        with_adamw = ", with AdamW" if len(spec.update_rules) > 1 else ""
+        lines.append(f"Optimizer state of an m x n matrix, m <= n{with_adamw}: {spec.state} elements.")
     lines.append(f"Can be combined with: {', '.join(permissions(spec)) or 'nothing'}.")
     return "\n".join(lines)
 
@@ -47,6 +52,12 @@ def description(spec: MethodSpec) -> str:
 def permissions(spec: MethodSpec) -> list[str]:
     """What the method allows, in words."""
     return [text for name, text in _PERMISSIONS.items() if getattr(spec.allows, name)]
+
+
+def meaning(spec: MethodSpec, flag: Flag) -> str:
+    """What a flag is for this method; of a default of the method's own, it does not say what others have."""
+    said = spec.meanings.get(flag.name, flag.help)
+    return _OTHERS_DEFAULT.sub("", said) if flag.name in spec.defaults else said
 
 
 def _flags_of(spec: MethodSpec, flags: Sequence[Flag]) -> list[Flag]:
@@ -61,7 +72,7 @@ def _flags_of(spec: MethodSpec, flags: Sequence[Flag]) -> list[Flag]:
             flag,
             group=title,
             default=defaults.get(flag.name, flag.default),
-            help=spec.meanings.get(flag.name, flag.help),
+            help=meaning(spec, flag),
         )
         for title, names in shown
         for flag in flags

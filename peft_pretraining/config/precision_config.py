@@ -27,8 +27,8 @@ class PrecisionConfig:
         "auto",
         choice("auto", "float32", "weight", "published"),
         "optimizer states beside bfloat16 weights: float32; weight (first moments and bases bfloat16, second moments "
-        "float32); published (all bfloat16, as the papers' runs) (default: published with bf16 and 8-bit moments, else "
-        "float32)",
+        "float32); published (all bfloat16, as the papers' runs; not for methods that compute in float32) "
+        "(default: published with bf16 and 8-bit moments, else float32)",
     )
     matmul_precision: str | None = setting(
         None,

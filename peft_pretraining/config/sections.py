@@ -14,6 +14,7 @@ from typing import Any
 
 from peft_pretraining.config.distributed_config import DistributedConfig
 from peft_pretraining.config.precision_config import Precision, PrecisionConfig, resolve
+from peft_pretraining.config.role_config import RoleConfig
 from peft_pretraining.config.run_config import RunConfig
 from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.config.tracking_config import TrackingConfig
@@ -40,8 +41,6 @@ from peft_pretraining.flags import (
 from peft_pretraining.methods import METHODS, method_flags
 from peft_pretraining.optim.rule_settings import RULES, AdamSettings
 
-TABLE_OPTIMIZERS = ("auto", "adamw", "method")
-"""What updates a table: the embedding, or the head."""
 SCHEDULERS = ("linear", "cosine", "cosine_restarts", "constant", "cosine_with_min_lr", "wsd")
 
 
@@ -142,37 +141,6 @@ class OptimizerConfig:
         non_negative_float,
         "skip updates whose loss or gradient norm is so many standard deviations above its "
         "running mean; 0 only logs them, above 6",
-    )
-
-
-@dataclass(frozen=True)
-class RoleConfig:
-    """Update rules, rates and decays of what is no matrix of a layer; all rates share the schedule's multiplier."""
-
-    head_optimizer: str = setting(
-        "auto",
-        choice(*TABLE_OPTIMIZERS),
-        "what updates the head, a tied one too: adamw, method (as the matrices), auto (what the method's authors do)",
-    )
-    embed_optimizer: str = setting(
-        "auto", choice(*TABLE_OPTIMIZERS), "what updates the embedding: adamw, method, auto, as --head_optimizer"
-    )
-    adam_lr: float | None = setting(
-        None,
-        positive_float,
-        "peak rate of embedding, head, norms and what else is no matrix of a layer (default: --lr)",
-    )
-    head_lr: float | None = setting(None, positive_float, "peak rate of the head, tied ones too (default: --adam_lr)")
-    embed_lr: float | None = setting(None, positive_float, "peak rate of the embedding (default: --adam_lr)")
-    norm_lr: float | None = setting(None, positive_float, "peak rate of norms and biases (default: --adam_lr)")
-    head_weight_decay: float | None = setting(
-        None, non_negative_float, "decay of the head, tied ones too (default: --weight_decay)"
-    )
-    embed_weight_decay: float | None = setting(
-        None, non_negative_float, "decay of the embedding (default: --weight_decay)"
-    )
-    norm_weight_decay: float | None = setting(
-        None, non_negative_float, "decay of norms and biases (default: --weight_decay)"
     )
 
 

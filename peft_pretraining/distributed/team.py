@@ -23,6 +23,16 @@ class Team:
     group: Any = None
     """The process group, None for one device without others."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Team:
+        """Itself: copies of an optimizer are for the same devices, and process groups cannot be copied."""
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """For `pickle`: all devices of the run are those of the run that loads it. Other groups cannot be pickled."""
+        if self.group is not None and self.group is dist.group.WORLD:
+            return type(self).of_all, ()
+        return super().__reduce__()
+
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Team:
         """The devices of a process group that this one is part of."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from peft_pretraining.config import config_flags, legacy
-from peft_pretraining.config.sections import RoleConfig
+from peft_pretraining.config.role_config import RoleConfig
 from peft_pretraining.finetune.run_settings import RunSettings
 from peft_pretraining.finetune.training_flags import training_flags
 from peft_pretraining.flags import TRAINING_CONFIG, Flag, ParsedFlag, section_flags, unsupported

@@ -22,9 +22,9 @@ class MatrixOptimizer(OwnGroups):
     embedding, head and norms.
 
     `matrices` are settings of the groups of matrices, `settings` those of `LowRankOptimizer`; `adam_lr` is the rate of
-    what AdamW updates, by default that of the matrices. States and arithmetic are
-    in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`); `state_format="8bit"`
-    keeps AdamW's moments in 8 bits, those of the matrices' projections with them.
+    what AdamW updates, by default that of the matrices. States and arithmetic are in float32 at least, and the weight
+    is rounded once an update (`state_format`, `rounding`); `state_format="8bit"` keeps AdamW's moments in 8 bits,
+    those of the matrices' projections with them.
     """
 
     def __init__(

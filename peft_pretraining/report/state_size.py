@@ -45,8 +45,8 @@ def line(config: Config, shape: Mapping[str, Any]) -> str:
     found = list(matrices(shape))
     total = sum(of_matrix(config, *matrix) for matrix in found)
     rule = METHODS[config.method.method].update_rules
-    with_adamw = " with AdamW" if len(rule) > 1 else ""
+    with_adamw = ", with AdamW" if len(rule) > 1 else ""
     return (
         f"optimizer state of an m x n matrix, m <= n{with_adamw}: {formula(config)}; of the {len(found)} matrices of "
-        f"the decoder {total:,} elements, {4e-6 * total:,.1f} MB in float32"
+        f"the decoder {total:,} elements, {4e-6 * total:,.1f} MB in float32, without embedding, head and norms"
     )

@@ -15,6 +15,7 @@ from typing import Any
 from _study import folder
 from _study.file import StudyFile
 from _study.folder import RunFailed
+from _study.plots import differences
 from _study.programs import Program
 from _study.rows import Row, make_all
 from peft_pretraining.checkpoint import run_dir
@@ -118,20 +119,37 @@ def compare(study: Study) -> list[dict[str, Any]]:
 
     After each row's last run OUT/table.md and OUT/results.json have the rows that are complete.
     """
-    file = study.file
-    rows = [
-        Row(name, entry.lrs, file.seeds, file.extend, file.program.smaller_is_better)
-        for name, entry in file.methods.items()
-    ]
+    rows = _rows(study)
 
     def complete() -> list[dict[str, Any]]:
-        return [_in_results(file.program, row) for row in rows if row.is_complete]
+        return [_in_results(study.file.program, row) for row in rows if row.is_complete]
 
     def write() -> None:
         folder.write_results(study.out, found := complete(), table(study, found))
 
     make_all(rows, study.run, study.jobs, write)
     return complete()
+
+
+def so_far(study: Study) -> list[dict[str, Any]]:
+    """What there is of each row, of all rates that have been tried; no run is made, and none need be complete."""
+    rows = _rows(study)
+    for row in rows:
+        found, flags = {}, study.flags(0, None, study.file.methods[row.name].flags, study.more)
+        for path in sorted((study.out / row.name).glob("lr*/")):
+            lr, _, seed = path.name.removeprefix("lr").partition("_seed")
+            if (result := study.file.program.result(path, flags)) is not None:
+                found[float(lr), int(seed) if seed else None] = result
+        row.take(found)
+    return [_in_results(study.file.program, row) for row in rows if row.by_rate]
+
+
+def _rows(study: Study) -> list[Row]:
+    file = study.file
+    return [
+        Row(name, entry.lrs, file.seeds, file.extend, file.program.smaller_is_better)
+        for name, entry in file.methods.items()
+    ]
 
 
 def _in_results(program: Program, row: Row) -> dict[str, Any]:
@@ -146,13 +164,17 @@ def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: mean and standard deviation over the seeds, the search over rates, and the optimizer's state."""
     program = study.file.program
     columns = {key: head for key, head in program.columns.items() if any(row.get(key) is not None for row in rows)}
-    heads = ["method", f"{program.score}, mean ± std (seeds)", "best rate", "first seed at each rate"]
+    baseline = next((row[program.scores] for row in rows if row["method"] == study.file.baseline), None)
+    searched = "first seed at each rate"
+    heads = ["method", f"{program.score}, mean ± std (seeds)", "best rate", searched]
+    if baseline is not None:
+        heads.insert(2, f"by {study.file.baseline}")
     heads += [*columns.values(), "state MB"]
     lines = [
         f"| {' | '.join(heads)} |",
-        f"| {' | '.join([':--', ':--', '--:', ':--', *['--:'] * len(columns), '--:'])} |",
+        f"| {' | '.join(':--' if head in (heads[0], heads[1], searched) else '--:' for head in heads)} |",
     ]
-    worst_last = sorted(rows, key=lambda row: statistics.fmean(row[program.scores]))
+    worst_last = sorted(rows, key=lambda row: statistics.fmean(differences(row[program.scores], baseline)))
     for row in worst_last if program.smaller_is_better else reversed(worst_last):
         values, rates = row[program.scores], row["by_rate"]
         spread = f" ± {statistics.stdev(values):.{program.digits}f}" if _have_a_spread(values) else ""
@@ -167,6 +189,10 @@ def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
             *(_cell(row.get(key), program.column_format) for key in columns),
             "—" if state is None else f"{state / 1e6:.2f}",
         ]
+        if baseline is not None:
+            apart = differences(values, baseline)
+            spread = f" ± {statistics.stdev(apart):.{program.digits}f}" if _have_a_spread(apart) else ""
+            cells.insert(2, f"{statistics.fmean(apart):+.{program.digits}f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -40,6 +40,8 @@ class StudyFile:
     """So many rates at most are tried beyond a method's, where the best is the smallest or the largest."""
     start: Mapping[str, Any] | None = None
     """Flags of a run from whose last checkpoint all others start, instead of from `model_config`'s random weights."""
+    baseline: str | None = None
+    """The method from which the table tells every other's difference, seed by seed."""
     entries: Mapping[str, Any] = field(default_factory=dict)
     """The methods' entries as the file has them."""
 
@@ -68,12 +70,13 @@ def read_study(path: Path) -> StudyFile:
         found.get("keep_models", True),
         found.get("extend", 0),
         found.get("start"),
+        found.get("baseline"),
         found["methods"],
     )
 
 
 def _problems(found: Mapping[str, Any], program: Program) -> list[str]:
-    known = ("script", "seeds", "common", "methods", *program.keys)
+    known = ("script", "seeds", "common", "methods", "baseline", *program.keys)
     problems = [f"unknown key {key!r}" for key in found if key not in known or key == "warm_up"]
     seeds = found.get("seeds")
     if "seeds" in found and not _is_list(seeds, lambda seed: _is_whole(seed) and seed >= 0):
@@ -91,6 +94,8 @@ def _problems(found: Mapping[str, Any], program: Program) -> list[str]:
     methods = found.get("methods")
     if not isinstance(methods, dict) or not methods:
         return [*problems, f"methods must be a mapping of names to entries, got {methods!r}"]
+    if (baseline := found.get("baseline", next(iter(methods)))) not in methods:
+        problems.append(f"baseline must be one of the methods, got {baseline!r}")
     for name, entry in methods.items():
         problems += _entry_problems(name, entry, program)
     return problems

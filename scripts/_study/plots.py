@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 4
 _BLUE, _GREY = "#2a6fbb", "#c8c8c8"
-_HIGHEST = 1.6
+_HIGHEST = 1.15
 """Perplexities above so many times the median of the methods' best ones are cut off."""
 
 
@@ -46,27 +46,41 @@ def plot_rates(rows: Sequence[Mapping[str, Any]], program: Program, path: Path) 
     _save(figure, path)
 
 
-def plot_memory(rows: Sequence[Mapping[str, Any]], program: Program, path: Path) -> None:
-    """The mean score over the optimizer's state, with the standard deviation over the seeds, and the methods' names."""
-    rows = [row for row in rows if row["optimizer_state_bytes"] is not None]
-    rows = [row for row in rows if all(map(math.isfinite, row[program.scores]))]
+def plot_memory(rows: Sequence[Mapping[str, Any]], program: Program, path: Path, baseline: str | None = None) -> None:
+    """Over the optimizer's state the mean score, or difference from the baseline's at the same seeds, and its standard
+    deviation. Where some methods were tuned, the others are left out."""
+    base = next((row[program.scores] for row in rows if row["method"] == baseline), None)
+    tuned = [row for row in rows if len(row["by_rate"]) > 1] or rows
+    points, spreads = {}, []
+    for row in tuned:
+        values, state = differences(row[program.scores], base), row["optimizer_state_bytes"]
+        if state is not None and all(map(math.isfinite, values)):
+            points[row["method"]] = state / 1e6, statistics.fmean(values)
+            spreads.append(statistics.stdev(values) if len(values) > 1 else 0.0)
     figure, ((axes,),) = _figure(1, 1, (9, 6.5))
-    for row in rows:
-        values = row[program.scores]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        at = row["optimizer_state_bytes"] / 1e6, statistics.fmean(values)
+    for at, spread in zip(points.values(), spreads, strict=True):
         axes.errorbar(*at, yerr=spread, fmt="o", color=_BLUE, ecolor=_BLUE, markersize=4.5, elinewidth=1, capsize=2)
+    if base is not None:
+        axes.axhline(0, color=_GREY, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("optimizer state (MB)")
-    axes.set_ylabel(f"{program.score}, mean and standard deviation over seeds")
+    axes.set_ylabel(
+        f"{program.score}{'' if base is None else f', less that of {baseline}'}: mean and standard deviation"
+    )
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.08, y=0.08)
+    axes.margins(x=0.12, y=0.08)
     figure.tight_layout()
-    points = {
-        row["method"]: (row["optimizer_state_bytes"] / 1e6, statistics.fmean(row[program.scores])) for row in rows
-    }
     write_names(axes, points)
     _save(figure, path)
+
+
+def differences(values: Sequence[float], baseline: Sequence[float] | None) -> Sequence[float]:
+    """Seed by seed, of runs with the same data and initial weights; the values themselves without a baseline."""
+    return values if baseline is None else [value - other for value, other in zip(values, baseline, strict=False)]
 
 
 def _relative(row: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Condition
 from typing import Any
@@ -47,8 +47,13 @@ class Row:
         return (min if self._smaller else max)(scores, key=scores.__getitem__)
 
     def at_best(self) -> list[Result]:
-        """The results of all seeds at the best rate."""
-        return [self.results[self.best, seed] for seed in self._seeds]
+        """The results at the best rate, by seeds; of a row that is not complete those that there are."""
+        return [self.results[self.best, seed] for seed in self._seeds if (self.best, seed) in self.results]
+
+    def take(self, results: Mapping[Run, Result]) -> None:
+        """Results of runs that were made before, at whatever rates."""
+        self.results.update(results)
+        self._lrs = sorted({*self._lrs, *(lr for lr, _ in results)})
 
     def _wanted(self) -> list[Run]:
         """All runs that are known to be needed by now."""

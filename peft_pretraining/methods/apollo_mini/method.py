@@ -22,7 +22,8 @@ class ApolloMini(Apollo):
     >>> optimizer = ApolloMini([weight], lr=0.01)
     >>> weight.square().sum().backward()
     >>> optimizer.step()
-    >>> tuple(optimizer.state[weight]["exp_avg"].shape)
+    >>> state = optimizer.state[weight]
+    >>> tuple(state["exp_avg"].shape)
     (6, 1)
     """
 

@@ -157,6 +157,7 @@ class MovingSubspaceAdam(UpdateRule):
 class MovedBack(Lift):
     """W <- W - factor P D, P being the basis that the rule keeps."""
 
+    name = "moved_back"
     masks = True
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:

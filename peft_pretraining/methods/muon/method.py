@@ -81,6 +81,7 @@ class MuonRule(MomentumRule):
     (NorMuon)."""
 
     masks = True
+    has_owners = True
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class SoapRule(UpdateRule):
     betas = (0.95, 0.95)
     name = "soap"
     masks = True
+    has_owners = True
 
     def __init__(
         self,
@@ -233,7 +234,8 @@ class SOAP(MatrixOptimizer):
     >>> for _ in range(2):  # the first update fills the Gram matrices alone
     ...     weight.square().sum().backward()
     ...     optimizer.step()
-    >>> tuple(optimizer.state[weight]["vectors_1"].shape), bool((weight.diag() < 1).all())
+    >>> state = optimizer.state[weight]
+    >>> tuple(state["vectors_1"].shape), bool((weight.diag() < 1).all())
     ((6, 6), True)
 
     `first_vectors` are both sides' first eigenvectors: for tests.

@@ -208,7 +208,8 @@ class StableSPAM(OwnGroups):
     >>> optimizer = StableSPAM([weight], lr=0.01, gap=500)
     >>> weight.square().sum().backward()
     >>> optimizer.step()
-    >>> round(float(optimizer.state[weight]["running_max"]), 6)
+    >>> state = optimizer.state[weight]
+    >>> round(float(state["running_max"]), 6)
     0.002
     """
 

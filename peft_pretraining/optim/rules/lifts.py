@@ -12,7 +12,7 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.collectives import Phased
 from peft_pretraining.optim.tensors.moving_weights import Moving, moving_lots
 from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate
-from peft_pretraining.optim.tensors.projection import Projection
+from peft_pretraining.optim.tensors.projection import LEFT, Bases, Projection
 from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
 
@@ -97,7 +97,11 @@ class ProjectBack(Lift):
 
 
 class Sign(Lift):
-    """W <- W - factor sign(P D): Lion's step, which is a sign in full space whatever the scale (arXiv 2302.06675)."""
+    """W <- W - factor sign(P D): Lion's step, which is a sign in full space whatever the scale (arXiv 2302.06675).
+
+    Where a whole row (or column, from the right) of the gradient is zero, so is that of P D, but for rounding errors of
+    singular vectors, whose signs would be steps like any other: they count as zeros.
+    """
 
     name = "sign"
     masks = True
@@ -106,10 +110,20 @@ class Sign(Lift):
         for lot in moving_lots(updates):
             for factor, members in _by_factor(lot).items():
                 signs = [
-                    update.projection.project_back(update.bases, _direction(update)[0], rows).sign()
+                    update.projection.project_back(_without_rounding(update.bases), _direction(update)[0], rows).sign()
                     for update, rows, _ in members
                 ]
                 torch._foreach_add_([weight for _, _, weight in members], signs, alpha=-factor)
+
+
+def _without_rounding(bases: Bases) -> Bases:
+    """Bases with zeros in place of rows of P (m, r) and columns of Q (r, n) that are nothing but rounding errors."""
+    found: Bases = {}
+    for side, basis in bases.items():
+        shares = torch.linalg.vector_norm(basis, dim=1 if side == LEFT else 0, keepdim=True)  # √(r/m) on average
+        digits = torch.finfo(torch.float64 if basis.dtype == torch.float64 else torch.float32).eps
+        found[side] = torch.where(shares > 16 * digits, basis, basis.new_zeros(()))
+    return found
 
 
 def _direction(update: ParamUpdate) -> Direction:

@@ -49,6 +49,9 @@ class UpdateRule:
     shares_work = False
     """Whether the devices of a run that all have the same gradients each do the work of some matrices (the `owner` of
     each) and hand it on. Where devices divide the matrices, rules may do so in any case."""
+    has_owners = False
+    """Whether the rule leaves what needs a whole matrix to its `owner` where devices divide it: such matrices are dealt
+    out by what that costs."""
     betas: tuple[float, float] | None = None
     """What `betas` are where a group does not say."""
     first_moment = "exp_avg"

@@ -228,9 +228,10 @@ def choose_owners(slots: Collection[Slot], before: Collection[Slot]) -> None:
 
 
 def _cost(slot: Slot) -> float:
-    """p² q of a matrix (p, q), p <= q: what products of it and its Gram matrix take."""
+    """p² q of a matrix (p, q), p <= q: what products of it and its Gram matrix take. Nothing of one that needs no
+    owner: a device that had one of AdamW's embeddings would get less than its share of the others."""
     shape = slot.low_rank_shard.shape
-    return float(min(shape) ** 2 * max(shape)) if len(shape) == 2 else 0.0
+    return float(min(shape) ** 2 * max(shape)) if len(shape) == 2 and slot.objects.rule.has_owners else 0.0
 
 
 def as_saved(tensor: StateTensor, param: Tensor) -> Tensor:
