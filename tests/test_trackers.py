@@ -10,8 +10,9 @@ import pytest
 from helpers import GALORE, RESUME, poison, stop_after
 from test_tracking import complete_history, offline, wandb_records
 
+from peft_pretraining.config import Config
 from peft_pretraining.training import wandb_run
-from peft_pretraining.training.dashboard import named
+from peft_pretraining.training.dashboard import named, run_name
 from peft_pretraining.training.tensorboard_run import TensorBoardRun
 
 assert offline, "a fixture"
@@ -149,3 +150,8 @@ def test_a_table_that_cannot_be_sent_ends_nothing(monkeypatch):
     run = wandb_run.WandbRun(object())
     run.texts(1, [("a", "b")])
     assert run._target is None
+
+
+def test_a_run_is_named_by_what_is_special_about_it():
+    settings = {"method": "galore", "rank": 64, "lr": 0.01, "update_proj_gap": 50, "seed": 1}
+    assert run_name(Config.from_settings(settings)) == "galore lr=0.01 rank=64 seed=1 update_proj_gap=50"

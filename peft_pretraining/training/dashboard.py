@@ -97,11 +97,7 @@ def group_name(config: Config) -> str:
 
 
 def run_name(config: Config) -> str:
-    """The method and what is special about its run: rate, rank, seed, and each of its settings that was changed.
-
-    >>> run_name(Config.from_settings({"method": "galore", "rank": 64, "lr": 0.01, "update_proj_gap": 50, "seed": 1}))
-    'galore lr=0.01 rank=64 seed=1 update_proj_gap=50'
-    """
+    """The method and what is special about its run: rate, rank, seed, and each of its settings that was changed."""
     spec, method = METHODS[config.method.method], config.method
     usual = {item.name: item.default for item in dataclasses.fields(method)} | dict(spec.defaults)
     settings = config.settings()
