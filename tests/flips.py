@@ -46,7 +46,8 @@ OPERATIONAL = {
     "checks or traces the run beside it": ("step_timeout", "profile", "check_rank_sync"),
     "acts when something goes wrong, which nothing does here": ("skip_spikes", "rewind_on_nan"),
     "is written into checkpoints, which are not written here": ("tokenizer",),
-    "needs wandb; test_selection.py has its warnings": ("with_tracking", "wandb_project"),
+    "what is said of a run; test_screen.py": ("progress_every", "sample_every", "sample_prompts"),
+    "needs wandb or tensorboard; test_selection.py has their warnings": ("with_tracking", "wandb_project", "tracker"),
     "is the method, whose runs are compared elsewhere": ("method", "optimizer", "proj_type"),
     "says what is so anyway": (
         *("force_keep_original", "force_disable_candidates", "zero_switch_state", "zero_switch_step_state"),
@@ -74,7 +75,7 @@ FLIPS: dict[str, str] = {
     **{"adjust_step": "1", "rank": "2", "scale": "0.5", "update_proj_gap": "3", "rand_ratio": "0.5"},
     **{"svd_method": "randomized", "stagger_refresh": "True", "refresh_accumulation": "2", "per_layer": "True"},
     **{"target_modules": "mlp", "clip_norm": "full", "eval_every": "2", "allow_restart": "True", "seed": "1"},
-    **{"name": "n", "tags": "t", "comment": "c", "wandb_watch": "True"},
+    **{"name": "n", "tags": "t", "comment": "c", "wandb_watch": "True", "older_eval_names": "True", "log_layers": "2"},
     **{"relora": "3", "lora_alpha": "3", "lora_dropout": "0.5", "lora_plus_ratio": "3", "dense_lr_ratio": "0.3"},
     **{"init_lora_type": "switchlora", "zero_init_B": "True", "train_scaling": "True", "lora_only": "True"},
     **{"quantize": "8bit", "use_double_quant": "True", "reset_optimizer_on_relora": "False"},

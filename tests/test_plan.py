@@ -15,9 +15,9 @@ from test_communication import AGREED, DENSE, FLOAT, GRAM, LOW_RANK, PROJECTED, 
 
 from peft_pretraining.methods import load_method
 from peft_pretraining.report import plan
-from peft_pretraining.report.footprint.devices import DEVICES, GIB
 from peft_pretraining.report.footprint.drive import Simulation
 from peft_pretraining.report.footprint.planning import make_plan
+from peft_pretraining.runtime.devices import DEVICES, GIB
 from peft_pretraining.training.loop import state_bytes
 
 

@@ -19,6 +19,7 @@ from helpers import GALORE, METHODS, RESUME, stop_after
 
 from peft_pretraining.config import Config
 from peft_pretraining.training import build, profiling, tracking
+from peft_pretraining.training.dashboard import named
 
 UPDATE_FIELDS = {
     **{"update_step": int, "loss": float, "lr": float, "grad_norm": float, "tokens_seen": int},
@@ -186,20 +187,23 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_run(command, tmp_path, offlin
     stop_after(13, argv)
     run_id = json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"]
     (first,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert complete_history(first, len(helpers.records(tmp_path / "run"))) == helpers.records(tmp_path / "run")
+    records = [named(record, 20) for record in helpers.records(tmp_path / "run")]
+    assert complete_history(first, len(records)) == records
 
     time.sleep(1.1)  # wandb names its folders by the second in which a run begins
     assert helpers.run([*argv, *RESUME]) == 0
     (second,) = set((tmp_path / "run" / "wandb").glob("offline-run-*")) - {first}
-    before, records = list(wandb_history(first)), helpers.records(tmp_path / "run")
+    before, records = list(wandb_history(first)), [named(record, 20) for record in helpers.records(tmp_path / "run")]
     assert before + complete_history(second, len(records) - len(before)) == records
     assert json.loads((tmp_path / "run" / "wandb_run.json").read_text())["id"] == run_id
     for folder in (first, second):
         (run,) = [record.run for record in wandb_records(folder) if record.WhichOneof("record_type") == "run"][:1]
         assert (run.run_id, run.project, run.display_name, run.notes) == (run_id, "bases", "first", "a note")
-        assert list(run.tags) == ["galore", "small"]
+        assert (run.run_group, run.job_type, list(run.tags)) == ("llama-galore", "galore", ["galore", "small"])
         config = {item.key: json.loads(item.value_json) for item in run.config.update}
         assert (config["method"], config["rank"], config["num_training_steps"]) == ("galore", 4, 20)
+        assert (config["model"], config["model_shape"]["hidden_size"], config["device"]) == ("llama", 32, "cpu")
+        assert config["versions"]["torch"] == torch.__version__ and len(config["run_id"]) == 16
         regular, projected = config["parameter_groups"]
         assert regular == "embedding 4.1k, head 4.1k, norms 160: adamw, rate 0.01, weight decay 0"
         assert projected == "matrices 20.5k: adamw in rank 4, rate 0.01, weight decay 0"
@@ -214,7 +218,7 @@ def test_wandb_defaults(command, tmp_path, offline, monkeypatch):
     monkeypatch.setattr(wandb.Run, "watch", lambda self, model: watched.append(model))
     flags = ["--with_tracking", "--wandb_watch"]
     assert helpers.run([*command(num_training_steps=2), *flags]) == 0
-    assert (begun[0]["project"], begun[0]["name"]) == ("peft_pretraining", "run")  # the folder's name
+    assert (begun[0]["project"], begun[0]["name"]) == ("peft_pretraining", "full_rank lr=0.01 seed=42")
     assert len(watched) == 1 and sum(1 for _ in watched[0].parameters()) > 0
 
 

@@ -170,6 +170,7 @@ class Checkpointer:
 
     def _write(self, snapshot: Snapshot, step: int, consequence: str) -> None:
         """From here on nothing of the run is read but the snapshot: it may be training."""
+        began = time.perf_counter()
         try:
             self._writer.write(snapshot, self.save_dir / f"model_{step}")
         except NotSaved as error:
@@ -179,6 +180,7 @@ class Checkpointer:
             return
         self.saved_step, self.saved_in = step, self.save_dir / f"model_{step}"
         if self.group.is_main:
+            log.info("saved %s (%.1f s)", self.saved_in, time.perf_counter() - began)
             try:
                 self.retention.delete_old(step)
             except OSError as error:

@@ -15,9 +15,9 @@ from peft_pretraining.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
-    TrackingConfig,
     config_flags,
 )
+from peft_pretraining.config.tracking_config import TrackingConfig
 
 __all__ = [
     "SCHEDULERS",

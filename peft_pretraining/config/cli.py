@@ -21,6 +21,7 @@ from peft_pretraining.config import (
     recorded,
     recorded_precision,
     schedule_problems,
+    tracking_config,
     validate,
     validate_folders,
 )
@@ -94,6 +95,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
         check_precision.check(config, problems, warnings)
         check_sharding.check(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
+        tracking_config.check(config, problems)
         if here:
             validate.check_memory(config, facts, problems)
             validate_folders.check_resume_from(config, facts, problems, warnings)

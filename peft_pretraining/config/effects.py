@@ -22,7 +22,7 @@ _CYCLIC = ("cosine", "cosine_restarts")
 
 
 def _tracks(config: Config) -> bool:
-    return config.tracking.with_tracking or config.tracking.wandb_project is not None
+    return "wandb" in config.tracking.trackers
 
 
 def _restarts(config: Config) -> bool:
@@ -94,7 +94,9 @@ CONDITIONS = (
         lambda c: c.data.dataset_path is None or c.data.from_json_data,
         "with blocks that are tokenised already",
     ),
-    Condition(("name", "tags", "comment", "wandb_watch"), _tracks, "without --with_tracking"),
+    Condition(("name", "tags", "comment", "wandb_watch"), _tracks, "without --tracker wandb"),
+    Condition(("older_eval_names",), lambda c: bool(c.tracking.trackers), "without --tracker"),
+    Condition(("sample_prompts",), lambda c: c.tracking.sample_every > 0, "without --sample_every"),
     Condition(("allow_restart",), lambda c: c.run.autoresume, "without --autoresume True"),
     Condition(
         ("allow_redecay",),
@@ -145,7 +147,7 @@ def warn_without_effect_in_pretraining(given: Mapping[str, ParsedFlag], config: 
     _warn(CONDITIONS, asked_for, given, config, warnings)
     if "model_revision" in given and not config.model.model_name_or_path:
         warnings.append("--model_revision has no effect without --model_name_or_path")
-    if "with_tracking" in given and not given["with_tracking"].value and config.tracking.wandb_project:
+    if "with_tracking" in given and not given["with_tracking"].value and config.tracking.wandb_project is not None:
         warnings.append("without effect beside --wandb_project, which implies tracking: --with_tracking False")
 
 

@@ -55,7 +55,7 @@ HINTS: dict[str, str] = {
     "dry_run": "scripts/pretrain.sh has it; python -m peft_pretraining.report.plan FLAGS says what a run needs",
     "warmup_ratio": "the warm-up is --warmup_steps (updates)",
     "optim": "the update rule is --optimizer (adamw, adamw8bit, adafactor, lion, sgd, ...)",
-    "report_to": "wandb is --with_tracking True; metrics.jsonl is always written",
+    "report_to": "give --tracker wandb,tensorboard; metrics.jsonl is always written",
     "wandb": "wandb is --with_tracking True",
     "logging_dir": "metrics.jsonl and the checkpoints are in --save_dir",
     "log_dir": "metrics.jsonl and the checkpoints are in --save_dir",

@@ -17,6 +17,7 @@ from peft_pretraining.config.precision_config import Precision, PrecisionConfig,
 from peft_pretraining.config.role_config import RoleConfig
 from peft_pretraining.config.run_config import RunConfig
 from peft_pretraining.config.schedule import rate_multiplier
+from peft_pretraining.config.tracking_config import TrackingConfig
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.flags import (
     ConfigError,
@@ -35,7 +36,6 @@ from peft_pretraining.flags import (
     sequence_length,
     setting,
     string,
-    text,
     token_count,
 )
 from peft_pretraining.methods import METHODS, method_flags
@@ -173,16 +173,6 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    with_tracking: bool = setting(False, boolean, "log to wandb")
-    wandb_project: str | None = setting(None, string, "wandb project (default: peft_pretraining); implies tracking")
-    name: str | None = setting(None, text, "wandb run name (default: the folder's name)")
-    tags: tuple[str, ...] = setting((), comma_separated, "wandb tags, comma-separated")
-    comment: str | None = setting(None, text, "wandb notes")
-    wandb_watch: bool = setting(False, boolean, "let wandb record histograms of weights and gradients")
-
-
-@dataclass(frozen=True)
 class Config:
     """A complete, resolved configuration: no field that the run needs is left at None."""
 
@@ -255,7 +245,7 @@ _GROUPS = {
     ScheduleConfig: "learning-rate schedule",
     DistributedConfig: "several devices",
     RunConfig: "run and checkpoints",
-    TrackingConfig: "tracking",
+    TrackingConfig: "screen and tracking",
 }
 
 

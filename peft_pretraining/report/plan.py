@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    from peft_pretraining.report.footprint.devices import DEVICES, device_named
+    from peft_pretraining.runtime.devices import DEVICES, device_named
 
     own, flags, devices = split(argv)
     try:

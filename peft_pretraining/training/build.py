@@ -40,10 +40,13 @@ from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import describe_speed, distributed_model, reduced_model
 from peft_pretraining.training.device_settings import for_device, set_matmul_precision
+from peft_pretraining.training.layer_log import LayerLog
 from peft_pretraining.training.loop import Run, train
 from peft_pretraining.training.profiling import Profiler, describe_peak, reset_peak_memory
+from peft_pretraining.training.samples import Sampler
 from peft_pretraining.training.starting import begin_writing, restored_state, starting_point, take_folder
 from peft_pretraining.training.tracking import Tracker, log, start_logging
+from peft_pretraining.training.utilisation import Utilisation
 
 T = TypeVar("T")
 
@@ -122,6 +125,7 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     if resumed is None:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
+    sampler = Sampler(config, launch.facts, model.config.vocab_size, group)
     method.prepare(model, optimizer, group.averaging)
     gradients = gradient_owner(optimizer, model)
     parallel_model = reduced_model(config, group, model, gradients)
@@ -132,9 +136,11 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
         begin_writing(save_dir, record, versions(), groups)
     group.barrier()
     _describe(config, save_dir, model, groups, data, group)
-    tracker = Tracker(
-        save_dir, config, resumed, model, group.is_main, record.first_update, lock, list(map(str, groups))
-    )
+    more = {
+        **{"parameter_groups": list(map(str, groups)), "model_shape": model.config.to_dict(), "versions": versions()},
+        **{"run_id": record.id, "device": _device_name(group.device), "data": data.description},
+    }
+    tracker = Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock, more)
     reset_peak_memory(group.device)
     return Run(
         config=config,
@@ -150,6 +156,9 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
         checkpointer=parts.checkpointer,
         tracker=tracker,
         profiler=Profiler(config.run.profile, save_dir / "profile", group.rank),
+        sampler=sampler,
+        layer_log=LayerLog(config.tracking.log_layers, model, optimizer, state),
+        utilisation=Utilisation(config, model.config, group.device),
     )
 
 
@@ -225,6 +234,10 @@ def assemble(
     if group.is_main:
         adopt_saved(model, checkpointer.save_tokenizer, launch.facts.model)
     return Parts(model, method, optimizer, checkpointer)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _default_save_dir(config: Config) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch.optim import Optimizer
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_pretraining import rng
 from peft_pretraining.checkpoint.failures import NotFinite
@@ -31,6 +28,7 @@ from peft_pretraining.training.evaluate import evaluate
 from peft_pretraining.training.progress import Update, report
 from peft_pretraining.training.rewinding import go_back
 from peft_pretraining.training.run import Run
+from peft_pretraining.training.screen import Screen
 from peft_pretraining.training.tracking import log
 
 
@@ -41,27 +39,29 @@ def train(run: Run) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         watchdog = stack.enter_context(Watchdog(run.config.run.step_timeout, run.checkpointer.save_dir, run.group.rank))
-        stack.enter_context(logging_redirect_tqdm([log]))
-        bar = stack.enter_context(_progress_bar(run))
+        shown = run.state.update_step, run.group.is_main, run.config.tracking.progress_every
+        screen = stack.enter_context(Screen(run.last_step, *shown))
         while True:
             try:
-                return train_on(run, stop, watchdog, bar)
+                return train_on(run, stop, watchdog, screen)
             except NotFinite as error:
                 forget_what_is_under_way(run)
                 go_back(run, error)
-                bar.n = run.state.update_step
+                screen.go_back(run.state.update_step)
                 if stop.anywhere(run.group):
                     return save_and_stop(run)
 
 
-def train_on(run: Run, stop: StopRequest, watchdog: Watchdog, bar: tqdm) -> int:
+def train_on(run: Run, stop: StopRequest, watchdog: Watchdog, screen: Screen) -> int:
     """`train`, as long as everything is finite: raises `NotFinite` otherwise."""
     state = run.state
     while True:
-        if something_is_due(run) and catch_up(run, watchdog, bar):
+        if something_is_due(run) and catch_up(run, watchdog, screen):
             return save_and_stop(run)
         if evaluation_is_due(run) and not evaluate_and_record(run, stop):
             return save_and_stop(run)
+        if run.sampler.is_due(state.update_step, run.last_step):
+            run.tracker.texts(state.update_step, run.sampler.sample(run.model))
         if state.update_step >= run.last_step:
             run.checkpointer.save_last(state)
             return 0
@@ -71,27 +71,27 @@ def train_on(run: Run, stop: StopRequest, watchdog: Watchdog, bar: tqdm) -> int:
         run.late.begin()
         with watchdog.update(state.update_step):
             train_step(run, next_micro_batches(run), stop)
-        asked_to_stop = report_finished(run, bar)
+        asked_to_stop = report_finished(run, screen)
         run.profiler.step()
         if asked_to_stop:
-            catch_up(run, watchdog, bar)
+            catch_up(run, watchdog, screen)
             return save_and_stop(run)
 
 
-def catch_up(run: Run, watchdog: Watchdog, bar: tqdm) -> bool:
+def catch_up(run: Run, watchdog: Watchdog, screen: Screen) -> bool:
     """Know, and log, all that has been done before going on; returns whether some rank was asked to stop."""
     if run.late.waiting:
         with watchdog.watch(f"update {run.state.update_step - 1}", FIRST_UPDATE_FACTOR):
             settle(run)
     run.gradients.settle_all()
-    return report_finished(run, bar)
+    return report_finished(run, screen)
 
 
-def report_finished(run: Run, bar: tqdm) -> bool:
+def report_finished(run: Run, screen: Screen) -> bool:
     """Log the updates of which all is known by now; returns whether some rank was asked to stop in one of them."""
     finished = run.late.finished()
     for update, seconds in finished:
-        report(run, update, seconds, bar)
+        report(run, update, seconds, screen)
     return any(update.stop for update, _ in finished)
 
 
@@ -224,8 +224,10 @@ def save_and_stop(run: Run) -> int:
 
 
 def something_is_due(run: Run) -> bool:
-    """Whether the next update waits for an evaluation, a save or the end, which look at all that was done before."""
-    return evaluation_is_due(run) or save_is_due(run) or run.state.update_step >= run.last_step
+    """Whether the next update waits for an evaluation, a sample, a save or the end, which look at all that was done
+    before."""
+    step, last = run.state.update_step, run.last_step
+    return evaluation_is_due(run) or save_is_due(run) or step >= last or run.sampler.is_due(step, last)
 
 
 def save_is_due(run: Run) -> bool:
@@ -264,16 +266,4 @@ def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the optimizer's state on this device."""
     return sum(
         local(value).numel() * value.element_size() for state in optimizer.state.values() for value in state.values()
-    )
-
-
-def _progress_bar(run: Run) -> tqdm:
-    return tqdm(
-        total=run.last_step,
-        initial=run.state.update_step,
-        unit="update",
-        disable=not run.group.is_main,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        mininterval=0.5,
     )

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from peft_pretraining.checkpoint.failures import NotFinite, TrainingFailed
 from peft_pretraining.models.compiled import compilation_of
 from peft_pretraining.training import spikes
@@ -16,6 +14,7 @@ from peft_pretraining.training.tracking import log
 
 if TYPE_CHECKING:
     from peft_pretraining.training.run import Run
+    from peft_pretraining.training.screen import Screen
 
 MOST_IN_A_ROW = 10
 _LARGEST_SKIPPED_SHARE = 0.05
@@ -53,27 +52,24 @@ class Update:
     """What the optimizer says of it."""
 
 
-def report(run: Run, update: Update, seconds: float, bar: tqdm) -> None:
+def report(run: Run, update: Update, seconds: float, screen: Screen) -> None:
     """Log one update; raises `TrainingFailed` when too many were skipped. The run may be at a later one already."""
     done, rate = update.step + 1, update.tokens / seconds
-    run.tracker.record(
-        update_step=done,
-        loss=update.loss,
-        lr=update.lr,
-        grad_norm=update.grad_norm,
-        tokens_seen=update.tokens_seen,
-        throughput_tokens=rate,
-        step_time=seconds,
+    record = {
+        **{"update_step": done, "loss": update.loss, "lr": update.lr, "grad_norm": update.grad_norm},
+        **{"tokens_seen": update.tokens_seen, "throughput_tokens": rate, "step_time": seconds},
+        **run.utilisation.of(rate),
         **peak_memory(run.group.device),
         **({"skipped": True} if update.skipped else {}),
         **({"empty": True} if update.empty else {}),
         **({"spike": ", ".join(update.spikes)} if update.spikes else {}),
         **({"failed_saves": run.checkpointer.failed_saves} if run.checkpointer.failed_saves else {}),
         **update.metrics,
+        **run.layer_log.of(update.step),
         **(compilation.news() if (compilation := compilation_of(run.model)) else {}),
-    )
-    bar.set_postfix_str(f"loss {update.loss:.3f}, lr {update.lr:.2e}, {rate:,.0f} tokens/s", refresh=False)
-    bar.update()
+    }
+    run.tracker.record(**record)
+    screen.show(record)
     epoch = run.data.epoch_at(update.data_position)
     if epoch > run.data.epoch_at(update.data_position - update.samples):
         log.info("the training data has been read %d time(s); epoch %d begins at update %d", epoch, epoch, done)
@@ -108,6 +104,8 @@ def count_nonfinite(run: Run, update: Update) -> None:
     state.skipped_updates += 1
     state.nonfinite_in_a_row += 1
     log.warning("skipped update %d: loss %s, gradient norm %s", update.step, update.loss, update.grad_norm)
+    seen = f"update {update.step}: loss {update.loss}, gradient norm {update.grad_norm}"
+    run.tracker.alert("skipped update", f"{seen}; {state.skipped_updates} so far", update.step + 1)
     total = run.config.schedule.num_training_steps
     what = "had a non-finite loss or gradient"
     advice = f"lower --lr, or look at the data near update {update.step}"
@@ -125,6 +123,7 @@ def count_spikes(run: Run, update: Update) -> None:
     if update.spikes:
         done = "skipped" if update.skipped else "spike in"
         log.warning("%s update %d: %s", done, update.step, ", ".join(update.spikes))
+        run.tracker.alert("spike", f"{done} update {update.step}: {', '.join(update.spikes)}", update.step + 1)
     skipped = bool(update.spikes) and update.skipped
     state.skipped_spikes += skipped
     state.spikes_in_a_row = state.spikes_in_a_row + 1 if skipped else 0

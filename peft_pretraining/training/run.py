@@ -17,8 +17,11 @@ from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.loss import Batch
 from peft_pretraining.optim.state.gradient_owner import GradientOwner
 from peft_pretraining.training.late_values import LateValues
+from peft_pretraining.training.layer_log import LayerLog
 from peft_pretraining.training.profiling import Profiler
+from peft_pretraining.training.samples import Sampler
 from peft_pretraining.training.tracking import Tracker
+from peft_pretraining.training.utilisation import Utilisation
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Run:
     checkpointer: Checkpointer
     tracker: Tracker
     profiler: Profiler
+    sampler: Sampler
+    utilisation: Utilisation
+    layer_log: LayerLog
 
     def __post_init__(self) -> None:
         self.late = LateValues(self.group.device)

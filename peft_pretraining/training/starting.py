@@ -162,7 +162,6 @@ def restore_first(start: StartingPoint, checkpointer: Checkpointer, group: Proce
             return None
         if candidate.note:
             log.warning(candidate.note)
-        log.info("resuming from %s", candidate.folder)
         try:
             return checkpointer.restore(candidate.folder)
         except NotRestored as error:
@@ -188,6 +187,9 @@ def restored_state(
     if not start.from_checkpoint:
         return TrainState() if start.warm_start is None else _warm_start(config, start.warm_start)
     state = restore_first(start, checkpointer, group)
+    if state is not None:
+        last = config.schedule.num_training_steps + config.schedule.num_extra_training_steps
+        log.info("resuming from %s: updates %d to %d", checkpointer.saved_in, state.update_step, last)
     if state is None:
         fits_not = group.from_main(start.of_other_settings)
         if start.in_own_folder and config.run.allow_restart and not fits_not:

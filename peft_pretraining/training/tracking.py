@@ -1,14 +1,12 @@
-"""Where the numbers of a run go: `metrics.jsonl`, wandb, the log."""
+"""Where the numbers of a run go: `metrics.jsonl`, dashboards, the log."""
 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
-import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,11 @@ from torch import nn
 from peft_pretraining.checkpoint import resumed_metrics, run_dir
 from peft_pretraining.checkpoint.failures import FolderLost
 from peft_pretraining.checkpoint.folder_lock import FolderLock
-from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
-from peft_pretraining.training.wandb_run import WandbRun
+from peft_pretraining.training.dashboard import Dashboard, named
+from peft_pretraining.training.tensorboard_run import TensorBoardRun
+from peft_pretraining.training.wandb_run import start_wandb
 
 log = logging.getLogger("peft_pretraining")
 
@@ -35,8 +34,8 @@ def start_logging(is_main: bool) -> None:
 
 
 class Tracker:
-    """Writes one JSON object per record to `metrics.jsonl`, and the same to wandb. Only the main process has one that
-    writes; the others' does nothing."""
+    """Writes one JSON object per record to `metrics.jsonl`, and the same to dashboards. Only the main process has one
+    that writes; the others' does nothing."""
 
     def __init__(
         self,
@@ -47,13 +46,15 @@ class Tracker:
         enabled: bool,
         first_update: int | None = None,
         lock: FolderLock | None = None,
-        parameter_groups: Sequence[str] = (),
+        more: Mapping[str, Any] | None = None,
     ):
         """`resumed` is the state that the run goes on from; None begins `metrics.jsonl` anew, and `first_update` is
         the one at which it began (None: unknown). `lock` is watched: without it the folder is no longer this run's.
-        `parameter_groups` goes to wandb, beside the settings."""
+        `more` goes to dashboards, beside the settings."""
         self._file: io.FileIO | None = None
-        self._wandb: WandbRun | None = None
+        self._dashboards: list[Dashboard] = []
+        self._tracking = config.tracking
+        self._last_step = config.schedule.num_training_steps + config.schedule.num_extra_training_steps
         self._pending = b""
         """What could not be written yet."""
         if not enabled:
@@ -62,10 +63,15 @@ class Tracker:
         self._first_update, self._lock = first_update, lock
         resumed_metrics.forget_after(save_dir, resumed, first_update)
         self._open()
-        if config.tracking.with_tracking or config.tracking.wandb_project:
-            self._wandb = WandbRun(_start_wandb(save_dir, config, parameter_groups))
-            if config.tracking.wandb_watch:
-                self._wandb.watch(model)
+        if "wandb" in config.tracking.trackers:
+            self._dashboards.append(start_wandb(save_dir, config, more or {}))
+        if "tensorboard" in config.tracking.trackers:
+            board = TensorBoardRun(save_dir / "tensorboard", resumed)
+            board.config({**config.settings(), **(more or {})})
+            self._dashboards.append(board)
+        if config.tracking.wandb_watch:
+            for dashboard in self._dashboards:
+                dashboard.watch(model)
 
     def _open(self) -> io.FileIO:
         self._file = open(self._path, "ab", buffering=0)  # a crash loses no finished record
@@ -75,11 +81,25 @@ class Tracker:
         """One record; `update_step` is the number of updates done. Raises `FolderLost`."""
         if self._file is not None:
             self._write(self._checked(self._file), resumed_metrics.encode(values))
-        if self._wandb is not None:
-            self._wandb.log(values)
+        for dashboard in self._dashboards:
+            dashboard.log(named(values, self._last_step, self._tracking.older_eval_names))
+
+    def alert(self, title: str, text: str, update_step: int) -> None:
+        """Something that somebody should look at, for dashboards that can call."""
+        for dashboard in self._dashboards:
+            dashboard.alert(title, text, update_step)
+
+    def texts(self, update_step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Prompts and how the model continues them: on the log a line each, whatever they hold."""
+        for prompt, continued in samples:
+            log.info("update %d: %s -> %s", update_step, quoted(prompt), quoted(continued))
+        for dashboard in self._dashboards:
+            dashboard.texts(update_step, samples)
 
     def go_back(self, state: TrainState) -> None:
         """The run has gone back to `state`: later records are put aside, into `metrics.undone.jsonl`."""
+        for dashboard in self._dashboards:
+            dashboard.go_back(state)
         if self._file is not None:
             self._write(self._file, b"")
             self._file.close()
@@ -126,57 +146,14 @@ class Tracker:
             if self._pending:
                 log.error("%s: the last records are lost, %d bytes of them", self._file.name, len(self._pending))
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        for dashboard in self._dashboards:
+            dashboard.finish(exit_code)
 
 
-def _start_wandb(save_dir: Path, config: Config, parameter_groups: Sequence[str]) -> Any:
-    """Begin or continue the wandb run of this folder: its id is kept beside the metrics.
+def quoted(text: str) -> str:
+    """In quotes, with line ends and control characters escaped.
 
-    Without a key or a network it records offline, and says so; None where even that fails.
+    >>> print(quoted("a\\tb é"))
+    "a\\tb é"
     """
-    import wandb
-
-    run_id, tracking = _wandb_run_id(save_dir / run_dir.WANDB_RUN_FILE), config.tracking
-    settings: dict[str, Any] = {
-        "project": tracking.wandb_project or "peft_pretraining",
-        "name": tracking.name or save_dir.name,
-        "tags": list(tracking.tags) or None,
-        "notes": tracking.comment,
-        "id": run_id,
-        "resume": "allow",
-        "dir": str(save_dir),
-        "config": {**config.settings(), "parameter_groups": list(parameter_groups)},
-    }
-    try:
-        run = wandb.init(**settings)
-    except Exception as error:  # a missing key, a lost network, a refused project: the training needs none of them
-        log.warning("wandb cannot be reached (%s); it records offline", _first_line(error))
-        try:
-            run = wandb.init(**settings, mode="offline")
-        except Exception as second:
-            log.warning("wandb does not record: %s", _first_line(second))
-            return None
-    # Our own counter is the x axis: after a resume wandb's would go on from where a crash left it.
-    run.define_metric("update_step")
-    run.define_metric("*", step_metric="update_step")
-    return run
-
-
-def _wandb_run_id(path: Path) -> str:
-    """The one that is kept in a file, or a new one, which is written there."""
-    try:
-        kept = json.loads(regular(path).read_text())["id"]
-        if isinstance(kept, str) and kept:
-            return kept
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        log.warning("%s cannot be read (%s): wandb gets a new run", path, _first_line(error))
-    run_id = secrets.token_hex(4)
-    run_dir.write_atomically(path, json.dumps({"id": run_id}) + "\n")
-    return run_id
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'

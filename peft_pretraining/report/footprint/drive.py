@@ -124,6 +124,9 @@ class Simulation:
             checkpointer=Checkpointer(Path("."), group, model, optimizer, method, lambda folder: None),
             tracker=cast(Any, None),
             profiler=cast(Any, None),
+            sampler=cast(Any, None),
+            utilisation=cast(Any, None),
+            layer_log=cast(Any, None),
         )
 
     def _say_what_is_held(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from peft_pretraining.config import Config
 from peft_pretraining.methods import METHODS
-from peft_pretraining.report.footprint.devices import GIB, Device
 from peft_pretraining.report.footprint.drive import Measured, Simulation
 from peft_pretraining.report.footprint.roofline import Time, times
+from peft_pretraining.runtime.devices import GIB, Device
 
 CONTEXT = 0.6
 """GiB that a process takes of a device beside what PyTorch allocates: CUDA's context and kernels."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import log
 
 from peft_pretraining.report.footprint.counters import PHASES, Counts, Exchange, Kernel
-from peft_pretraining.report.footprint.devices import Device
 from peft_pretraining.report.footprint.stand_ins import PER_NODE
+from peft_pretraining.runtime.devices import Device
 
 EFFICIENCY = 0.5
 """Of the rate of products, for matrices with sides of a thousand and more."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from peft_pretraining.report.footprint import roofline
 from peft_pretraining.report.footprint.counters import PHASES
-from peft_pretraining.report.footprint.devices import GIB
 from peft_pretraining.report.footprint.planning import COMPONENTS, CONTEXT, FRAGMENTS, Plan, Update
+from peft_pretraining.runtime.devices import GIB
 
 
 def describe(plan: Plan) -> str:

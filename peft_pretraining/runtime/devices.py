@@ -59,3 +59,21 @@ def device_named(name: str) -> Device:
     """Raises `KeyError` for one that is not known."""
     name = name.lower()
     return DEVICES[ALIASES.get(name, name)]
+
+
+def device_of_driver(name: str, gib: float = 0.0) -> Device | None:
+    """The data sheet of a GPU by the name that its driver gives it, and its memory; None where there is none.
+
+    >>> device_of_driver("NVIDIA A100-SXM4-80GB", 79.3).name
+    'a100-80'
+    >>> device_of_driver("NVIDIA GeForce RTX 4090").name
+    'rtx4090'
+    >>> device_of_driver("NVIDIA RTX A6000").name
+    'a6000'
+    """
+    words = name.lower().replace("geforce ", "").replace("rtx ", "rtx").replace("rtxa6000", "a6000")
+    if "a100" in words:
+        return DEVICES["a100-80" if gib > 60 else "a100-40"]
+    return next(
+        (device for known, device in DEVICES.items() if known in words and f"{known} laptop" not in words), None
+    )
