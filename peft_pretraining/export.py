@@ -35,8 +35,11 @@ def merged_model(checkpoint: Path, dtype: torch.dtype | None) -> PreTrainedModel
 
 def export(checkpoint: Path, out: Path, dtype: str | None, as_adapter: bool = False, licence: str = "unknown") -> None:
     """`exporting.folder.export`."""
+    from transformers.utils.logging import disable_progress_bar
+
     from peft_pretraining.exporting import folder
 
+    disable_progress_bar()
     folder.export(checkpoint, out, dtype, as_adapter, licence)
 
 

@@ -94,7 +94,7 @@ def adapter_config(layers: dict[str, LowRankLinear], base: nn.Module) -> dict[st
 def _alpha(layer: LowRankLinear) -> float | int:
     """The number whose quotient by the rank is the layer's scale; a whole one as PEFT's own are."""
     scale = layer.current_scale()
-    alpha = float(scale) * layer.rank
+    alpha = (scale.item() if isinstance(scale, Tensor) else scale) * layer.rank
     return int(alpha) if alpha.is_integer() else alpha
 
 
