@@ -141,12 +141,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-if __name__ == "__main__":
+def script() -> int:
+    """The whole life of a process: `main`, and signals that leave nothing behind."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _end)
     try:
-        sys.exit(main())
+        return main()
     except KeyboardInterrupt:
         print("error: interrupted; nothing is left behind", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(script())
