@@ -19,13 +19,13 @@ from pathlib import Path
 from types import FrameType
 
 from peft_pretraining.data.pretokenize import CannotWrite, pretokenize
-from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
+from peft_pretraining.data.pretokenize_config import FOREIGN, PretokenizeConfig, result_path, slice_path
 from peft_pretraining.data.slices import merge, pretokenize_slice
 from peft_pretraining.data.sources import COMPRESSED, Source, find_source
 from peft_pretraining.data.tokenizer import SMALLEST_VOCABULARY
 from peft_pretraining.flags import ConfigError, exit_with_problems, parse_command_line, section_flags
 
-FLAGS = section_flags(PretokenizeConfig)
+FLAGS = [dataclasses.replace(flag, foreign=FOREIGN.get(flag.name, ())) for flag in section_flags(PretokenizeConfig)]
 
 
 def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_pretraining.checkpoint import run_dir
-from peft_pretraining.flags import ConfigError, exit_with_problems, one_line
+from peft_pretraining.flags import ConfigError, completion, exit_with_problems, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m peft_pretraining.export") -> int:
-    arguments = parser(prog).parse_args(argv)
+    command = parser(prog)
+    completion.offer(command)
+    arguments = command.parse_args(argv)
     try:
         checkpoint = checked(arguments.checkpoint, arguments.out)
         export(checkpoint, arguments.out, arguments.dtype, arguments.adapter, arguments.license)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_pretraining.flags import ConfigError, exit_with_problems, positive_float, positive_int
+from peft_pretraining.flags import ConfigError, completion, exit_with_problems, positive_float, positive_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +57,9 @@ def _share(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m peft_pretraining.generate") -> int:
-    arguments = parser(prog).parse_args(argv)
+    command = parser(prog)
+    completion.offer(command)
+    arguments = command.parse_args(argv)
     try:
         texts = arguments.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
         model, tokenizer = load(arguments.checkpoint, arguments.device)

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from peft_pretraining.config import cli
-from peft_pretraining.flags import ConfigError, exit_with_problems, non_negative_int, positive_int
+from peft_pretraining.flags import ConfigError, completion, exit_with_problems, non_negative_int, positive_int
 from peft_pretraining.launching import recipe
 from peft_pretraining.runtime.processes import set_death_signal
 from peft_pretraining.runtime.signals import EXIT_ABORTED, EXIT_REQUEUE, SIGNALS
@@ -37,7 +37,9 @@ SECONDS_TO_END = 5.0  # that torchrun may take to end by itself when all trainin
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "scripts/pretrain.sh") -> int:
-    arguments, overrides = _parser(prog).parse_known_args(argv)
+    parser = _parser(prog)
+    completion.offer(parser, {"size": recipe.known_sizes(), "method": recipe.known_methods()})
+    arguments, overrides = parser.parse_known_args(argv)
     size, method = arguments.size.lower(), arguments.method
     try:
         recipe.check_names(size, method)
