@@ -42,6 +42,15 @@ def test_the_extras_are_those_that_are_documented():
     assert {re.match(r"[\w-]+", item)[0] for item in extras["docs"]} == set(tried)
 
 
+def test_the_dockerfile_copies_what_the_package_is_made_of():
+    text = (helpers.PROJECT / "Dockerfile").read_text().replace("\\\n", " ")
+    copied = {word for line in text.splitlines() if line.startswith("COPY ") for word in line.split()[1:-1]}
+    needed = {"pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]}
+    needed |= {"requirements.txt", "configs", "peft_pretraining", *(f"{name}.py" for name in modules())}
+    assert copied == needed and all((helpers.PROJECT / name).exists() for name in copied)
+    assert {"ARG BASE=", "ARG TORCH_INDEX=", "ARG EXTRAS="} <= set(re.findall(r"^ARG \w+=", text, re.MULTILINE))
+
+
 @pytest.mark.parametrize("spelling", ["llama_60m", "llama_60m.json", "configs/llama_60m.json"])
 def test_a_shape_is_found_from_any_folder(spelling, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
