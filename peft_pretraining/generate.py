@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m peft_pretrain
     try:
         texts = arguments.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
         model, tokenizer = load(arguments.checkpoint, arguments.device)
-        sampling = {"do_sample": not arguments.greedy}
+        sampling: dict[str, Any] = {"do_sample": not arguments.greedy}
         if not arguments.greedy:
             sampling |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
         for text in texts:
@@ -101,7 +101,8 @@ def load(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTo
         tokenizer("a", add_special_tokens=False)
     except Exception as error:  # files can be broken in any way, each with an exception of its own
         raise ConfigError([f"{what} of {name} cannot be loaded: {' '.join(str(error).split())[:300]}"]) from error
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+    return model.eval(), tokenizer
 
 
 def generate(

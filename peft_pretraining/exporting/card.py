@@ -22,7 +22,7 @@ FILE = "README.md"
 UNKNOWN = "unknown"
 """The licence that nobody has named, as the hub calls it."""
 
-_PROJECT = "peft_pretraining"
+_PROJECT, _C4, _PEFT_TAG = "peft_pretraining", "allenai/c4", "peft"
 _NOT_SHOWN = frozenset({"save_dir", "resume_from", "warmed_up_model", "autoresume", "allow_restart", "profile"})
 """Settings that say where a run lay, not what it computed; those of tracking go as well."""
 _PATHS = frozenset({"model_config", "model_name_or_path", "dataset_path", "base_dir", "tokenizer"})
@@ -80,11 +80,11 @@ class About:
         known = perplexity is not None
         return ModelCardData(
             license=self.licence,
-            library_name="peft" if as_adapter else "transformers",
+            library_name=_PEFT_TAG if as_adapter else "transformers",
             pipeline_tag="text-generation",
             base_model=began if began and not os.path.exists(began) else None,
             datasets=[hub] if (hub := self._hub_dataset()) else None,
-            tags=[_PROJECT, "llama", self.config.method.method, *(["lora"] if as_adapter else [])],
+            tags=[_PROJECT, "llama", self.config.method.method, *([_PEFT_TAG] if as_adapter else [])],
             model_name=self.name if known else None,
             eval_results=[result] if known else None,
         )
@@ -106,13 +106,15 @@ class About:
 
     def _hub_dataset(self) -> str | None:
         """The dataset's name on the hub, if that is where it came from."""
-        if not (self.config.data.dataset_path or self.config.data.base_dir):
-            return "allenai/c4"
-        name = self.data.get("dataset")
-        if name == "c4":
-            return "allenai/c4"
-        is_hub = isinstance(name, str) and name.count("/") == 1 and not name.startswith(("/", ".", "~"))
-        return name if is_hub and not Path(name).suffix and not os.path.exists(name) else None
+        blocks, name = self.config.data.dataset_path, self.data.get("dataset")
+        if name in ("c4", _C4) or not (blocks or self.config.data.base_dir):
+            return _C4
+        if not (blocks and isinstance(name, str)) or os.path.exists(name):
+            return None
+        # `pretokenize.py` puts what it made of a hub's dataset into a folder of the owner's name.
+        owner, _, own = name.partition("/")
+        folder = Path(blocks).absolute()
+        return name if own and owner == folder.parent.name and folder.name.startswith(own) else None
 
     def _body(self, model: PreTrainedModel, as_adapter: bool) -> str:
         spec = METHODS[self.config.method.method]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_pretraining.checkpoint import resume, run_dir
@@ -27,7 +27,7 @@ class Trained:
 
     config: Config
     method: TrainingMethod
-    model: PreTrainedModel
+    model: nn.Module
     """The training model, factors and frozen weights included."""
     plain: PreTrainedModel
     """The plain LLaMA of the checkpoint's own folder, in the dtype that it was written in."""
@@ -41,14 +41,14 @@ class Trained:
         precision = config.resolved_precision()
         if precision.norm_dtype != precision.weight_dtype:  # transformers gives all weights one dtype
             cast_weights(model, plain.dtype, torch_dtype(precision.norm_dtype))
-        model = method.convert(model)
+        training = method.convert(model)
         with quietly():
             try:
-                tensors = without_unsaved_rests(model.state_dict(), describe(checkpoint))
+                tensors = without_unsaved_rests(training.state_dict(), describe(checkpoint))
                 load_tensors({"model": tensors}, checkpoint / run_dir.TENSORS_DIR, distributed=False)
             except (OSError, ValueError) as error:
                 raise ConfigError([f"{checkpoint} cannot be loaded: {error}"]) from error
-        return cls(config, method, model, plain)
+        return cls(config, method, training, plain)
 
     def widen(self, dtype: torch.dtype | None) -> torch.dtype:
         """Cast the model so that what is computed from it may be rounded to `dtype` once (None: that of training);
