@@ -3,9 +3,10 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/communication.py [--model_config FILE.json] [--rank R] [--gap N]
 
 Every method makes two updates on random tokens, the first of which refreshes bases where there are any. Bytes are those
-of the whole tensors that one rank hands to a collective (all-reduce, reduce-scatter) or gets from it (all-gather),
-whoever calls it: DDP's hook, FSDP2, DTensors, or the method; without a few scalars. The last column averages over
-`--gap` updates, one of them a refresh.
+of the whole tensors that one rank hands to a collective (all-reduce, reduce-scatter, all-to-all) or gets from it
+(all-gather, all-to-all), whoever calls it: DDP's hook, FSDP2, DTensors, or the method; without a few scalars. The
+average is over `--gap` updates, one of them a refresh. `calls` counts the collectives of the optimizer's step in an
+ordinary update, scalars' included: after the passes, the gradient norm and what belongs to them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ COLLECTIVES = {
     "all_reduce": ("allreduce_", "all_reduce", "all_reduce_"),
     "reduce_scatter": ("_reduce_scatter_base_", "reduce_scatter_tensor"),
     "all_gather": ("_allgather_base_", "all_gather_into_tensor"),
+    "all_to_all": ("alltoall_base_", "all_to_all_single"),
 }
 """What torch calls each of them, in its two libraries of collectives."""
 _NO_TRAFFIC = ("wait_tensor", "_wrap_tensor_autograd", "broadcast_", "barrier")
@@ -47,6 +49,10 @@ class Exchanged(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.calls, self.calls_before_step = 0, 0
+
+    def step_begins(self) -> None:
+        self.calls_before_step = self.calls
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -56,6 +62,7 @@ class Exchanged(TorchDispatchMode):
             if kind is None:
                 assert name in _NO_TRAFFIC, f"collective {name} is not counted"
             else:
+                self.calls += 1
                 sizes = [item.numel() * item.element_size() for item in _tensors((args, result))]
                 if max(sizes) > 8 * _LARGEST_SCALARS:
                     self.bytes[kind] += max(sizes)  # of the part and the whole, the whole
@@ -76,7 +83,7 @@ def measure(name: str, layout: str, shape: dict, arguments: argparse.Namespace, 
     exchanged = []
     for step in range(2):
         with Exchanged() as counter:
-            trainee.update(step)
+            trainee.update(step, counter.step_begins)
         exchanged.append(counter.bytes)
     refresh, ordinary = exchanged
     return {
@@ -88,6 +95,7 @@ def measure(name: str, layout: str, shape: dict, arguments: argparse.Namespace, 
         "bytes_ordinary_update": ordinary.total(),
         "bytes_refresh_update": refresh.total(),
         "bytes_per_update": ordinary.total() + (refresh.total() - ordinary.total()) / arguments.gap,
+        "calls": counter.calls - counter.calls_before_step,
     }
 
 
@@ -114,14 +122,13 @@ def main() -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Parameters in millions, everything else in MB."""
-    print(
-        "| method | layout | trained, M | state | all-reduce | reduce-scatter | all-gather | sum | refresh | average |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    """Parameters in millions, bytes in MB."""
+    kinds = " | ".join(kind.replace("_", "-") for kind in COLLECTIVES)
+    print(f"| method | layout | trained, M | state | {kinds} | sum | refresh | average | calls |")
+    print(f"|---|---|{'--:|' * (6 + len(COLLECTIVES))}")
     for row in rows:
-        name, layout, *numbers = row.values()
-        print(f"| {name} | {layout} | " + " | ".join(f"{value / 1e6:.2f}" for value in numbers) + " |")
+        name, layout, *numbers, calls = row.values()
+        print(f"| {name} | {layout} | " + " | ".join(f"{value / 1e6:.2f}" for value in numbers) + f" | {calls} |")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python benchmarks/precision.py quickstart/wiki_intros.jsonl --out DIR      # 16 runs; may be stopped and repeated
     python benchmarks/precision.py TEXT --out DIR --methods full_rank --seeds 0 --updates 2500
+    python benchmarks/precision.py TEXT --out DIR --precisions fp32 bf16/published bf16/weight bf16/float32
 
-A LLaMA of 0.5M weights learns the corpus byte by byte. Per run: the validation loss after the last update, how many of
-the norms' weights have moved from the 1.0 at which they began, tokens per second, and bytes of weights and of optimizer
+A LLaMA of 0.5M weights (or of other `--hidden`, `--layers`) learns the corpus byte by byte; what follows a slash is
+`--state_dtype`. Per run: the validation loss after the last update, how many of the norms' weights have moved from the
+1.0 at which they began, how large the second moments ended, tokens per second, and bytes of weights and of optimizer
 state. On the CPU, where products in bf16 are 30 to 100 times slower than in float32, they are emulated: factors that
 are bf16 numbers are multiplied in float32, and the result is rounded to bf16 once, which is what tensor cores do.
 Everything else (storage, rounding, states, norms, the loss) is the project's own, unchanged.
@@ -29,11 +31,9 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-LENGTH = 128
 SHAPE = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6},
-    **{"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4},
-    **{"vocab_size": 256, "max_position_embeddings": LENGTH, "initializer_range": 0.02},
+    **{"num_attention_heads": 4, "vocab_size": 256, "initializer_range": 0.02},
     **{"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": False},
 }
 METHODS = {
@@ -50,14 +50,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and results.json")
     parser.add_argument("--updates", type=int, default=2500)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), help="each PRECISION or PRECISION/STATES")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
+    parser.add_argument("--hidden", type=int, default=96, help="a multiple of 8")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--flags", default="", help="further flags of torchrun_main.py, for every run")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "model.json").write_text(json.dumps(SHAPE))
-    data = write_blocks(arguments.corpus, arguments.out / "data")
+    sizes = {"hidden_size": arguments.hidden, "intermediate_size": arguments.hidden * 8 // 3}
+    sizes |= {"num_hidden_layers": arguments.layers, "max_position_embeddings": arguments.length}
+    (arguments.out / "model.json").write_text(json.dumps({**SHAPE, **sizes}))
+    data = write_blocks(arguments.corpus, arguments.out / "data", arguments.length)
     runs = [(m, p, seed) for seed in arguments.seeds for m in arguments.methods for p in arguments.precisions]
     with ThreadPoolExecutor(arguments.processes) as pool:
         results = list(pool.map(lambda run: measured(*run, data, arguments), runs))
@@ -65,7 +70,7 @@ def main() -> None:
     print_table(results)
 
 
-def write_blocks(corpus: Path, folder: Path) -> Path:
+def write_blocks(corpus: Path, folder: Path, length: int) -> Path:
     """The corpus as blocks of bytes, every 50th of which is kept for validation."""
     from datasets import Dataset, DatasetDict, Features, List, Value
 
@@ -75,26 +80,34 @@ def write_blocks(corpus: Path, folder: Path) -> Path:
     if corpus.suffix == ".jsonl":
         text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
     found = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
-    blocks = found[: len(found) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    blocks = found[: len(found) // length * length].reshape(-1, length)
     chosen = np.arange(len(blocks)) % 50 == 0
-    features = Features({"input_ids": List(Value("int32"), length=LENGTH)})
+    features = Features({"input_ids": List(Value("int32"), length=length)})
     parts = {"train": blocks[~chosen], "validation": blocks[chosen]}
     made = {name: Dataset.from_dict({"input_ids": list(part)}, features=features) for name, part in parts.items()}
     DatasetDict(made).save_to_disk(str(folder))
     (folder / "tokenizer_config.json").write_text("{}")
-    described = {"sequence_length": LENGTH, "vocab_size": 256, "largest_token_id": 255}
+    described = {"sequence_length": length, "vocab_size": 256, "largest_token_id": 255}
     (folder / "args.json").write_text(json.dumps(described))
     return folder
 
 
 def measured(method: str, precision: str, seed: int, data: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One run, which goes on where it was, and its numbers."""
-    folder = arguments.out / f"{method}-{precision}-{seed}"
+    folder = arguments.out / f"{method}-{precision.replace('/', '-')}-{seed}"
+    name, _, states = precision.partition("/")
     flags = [
         *("--model_config", str(arguments.out / "model.json"), "--dataset_path", str(data), "--save_dir", str(folder)),
         *("--num_training_steps", str(arguments.updates), "--warmup_steps", str(max(1, arguments.updates // 25))),
         *("--eval_every", str(arguments.updates), "--save_every", str(arguments.updates), "--seed", str(seed)),
-        *(*COMMON.split(), *METHODS[method].split(), "--precision", precision, *arguments.flags.split()),
+        *(
+            *COMMON.split(),
+            *METHODS[method].split(),
+            "--precision",
+            name,
+            *(("--state_dtype", states) if states else ()),
+            *arguments.flags.split(),
+        ),
     ]
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -123,24 +136,41 @@ def numbers_of(folder: Path) -> dict[str, Any]:
         "loss": evaluations[-1]["final_eval_loss"],
         "norms_moved": moved / norms,
         "tokens_per_second": statistics.median(rates),
+        "root_of_second_moments": root_of_second_moments(newest),
         "weight_bytes": size,
         "state_bytes": evaluations[-1]["optimizer_state_bytes"],
     }
 
 
+def root_of_second_moments(checkpoint: Path) -> float:
+    """The mean of √v over the decoder's matrices: what AdamW divides by. `checkpoint` is a step's folder."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    folder = checkpoint / "training_state"
+    described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = [name for name in described if name.endswith(".exp_avg_sq") and "_proj." in name]
+    state = {name: torch.empty(described[name].size, dtype=described[name].properties.dtype) for name in names}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return float(torch.cat([value.flatten() for value in state.values()]).double().sqrt().mean())
+
+
 def print_table(results: list[dict[str, Any]]) -> None:
     """Means over the seeds, and each precision's distance from float32."""
     seeds = sorted({result["seed"] for result in results})
-    print("| method | precision | validation loss, by seed | against fp32, by seed | mean | norm weights moved |")
-    print("|---|---|---|---|---|---|")
+    print("| method | precision | validation loss, by seed | against fp32, by seed | mean | norms moved | mean √v |")
+    print("|---|---|---|---|---|---|---|")
     by_run = {(r["method"], r["precision"], r["seed"]): r for r in results}
     for method, precision in dict.fromkeys((r["method"], r["precision"]) for r in results):
         rows = [by_run[method, precision, seed] for seed in seeds]
         exact = [by_run.get((method, "fp32", seed), {}).get("loss", math.nan) for seed in seeds]
         apart = [row["loss"] - other for row, other in zip(rows, exact, strict=True)]
-        losses, by_seed = ", ".join(f"{row['loss']:.4f}" for row in rows), ", ".join(f"{value:+.4f}" for value in apart)
+        losses, by_seed = (
+            ", ".join(each) for each in ([f"{row['loss']:.4f}" for row in rows], [f"{a:+.4f}" for a in apart])
+        )
         moved = statistics.mean(row["norms_moved"] for row in rows)
-        print(f"| {method} | {precision} | {losses} | {by_seed} | {statistics.mean(apart):+.4f} | {moved:.0%} |")
+        root, mean = statistics.mean(row["root_of_second_moments"] for row in rows), statistics.mean(apart)
+        print(f"| {method} | {precision} | {losses} | {by_seed} | {mean:+.4f} | {moved:.0%} | {root:.2e} |")
     print()
     print("| method | precision | tokens/s | weights, MB | state, MB |")
     print("|---|---|---|---|---|")

@@ -37,8 +37,13 @@ def methods_table() -> str:
     rows = ["| `--method` | | optimizer state of an m × n layer, m ≤ n |", "|---|---|---|"]
     for spec in built_in():
         paper = f" ([paper]({paper_link(spec.paper)}))" if spec.paper else ""
-        rows.append(f"| [`{spec.name}`](docs/methods/{spec.name}.md) | {spec.summary}{paper} | {spec.state} |")
+        rows.append(f"| [`{spec.name}`](docs/methods/{spec.name}.md) | {spec.summary}{paper} | {state_of(spec)} |")
     return "\n".join(rows)
+
+
+def state_of(spec: MethodSpec) -> str:
+    """The formula of its memory, and what its letters are."""
+    return ", ".join([spec.state, *(f"{name} = {meant}" for name, (meant, _) in spec.state_letters.items())])
 
 
 def page_head(spec: MethodSpec) -> str:
@@ -51,7 +56,7 @@ def page_head(spec: MethodSpec) -> str:
         "| | |",
         "|---|---|",
         f"| update rules (`--optimizer`) | {', '.join(f'`{name}`' for name in spec.update_rules)} |",
-        f"| optimizer state of an m × n matrix, m ≤ n{with_adamw} | {spec.state} elements |",
+        f"| optimizer state of an m × n matrix, m ≤ n{with_adamw} | {state_of(spec)} elements |",
         f"| can be combined with | {', '.join(permissions(spec)) or 'nothing'} |",
     ]
     flags = {flag.name: flag for flag in config_flags()}

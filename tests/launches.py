@@ -30,6 +30,15 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
     "lora": ({"method": "lora"}, 60, 180),
     "switchlora": ({"method": "switchlora", "lora_alpha": 1.0, "init_lora_type": "switchlora"}, 300, 900),
     "golore_adapter": ({"method": "golore_adapter"}, 60, 180),
+    "muon": ({"method": "muon"}, 220, 660),
+    "normuon": ({"method": "normuon"}, 450, 1350),
+    "soap": ({"method": "soap"}, 1100, 3300),
+    "adam_mini": ({"method": "adam_mini"}, 300, 1150),
+    "foam": ({"method": "foam"}, 250, 1150),
+    "racs": ({"method": "racs"}, 560, 2400),
+    "rmnp": ({"method": "rmnp"}, 200, 950),
+    "scale": ({"method": "scale"}, 230, 1000),
+    "stable_spam": ({"method": "stable_spam"}, 540, 1900),
 }
 """Settings, and the most launches of gradient norm and step at 60M and 1B."""
 

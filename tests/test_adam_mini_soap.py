@@ -10,17 +10,6 @@ from peft_pretraining.methods.soap.method import first_bases
 from peft_pretraining.optim import SOAP, AdamMini
 
 
-def test_with_one_entry_for_each_block_it_is_adamw():
-    weight, other = parameter((7, 1)), parameter((7, 1))
-    ours = AdamMini([weight], lr=0.01, weight_decay=0.1)
-    reference = torch.optim.AdamW([other], lr=0.01, weight_decay=0.1)
-    for step in range(5):
-        for each, optimizer in ((weight, ours), (other, reference)):
-            set_gradients([each], step)
-            optimizer.step()
-        torch.testing.assert_close(weight, other, atol=1e-14, rtol=0)
-
-
 @pytest.mark.parametrize(("blocks", "heads", "rows"), [("heads", 2, 3), ("heads", 6, 1), ("rows", None, 1)])
 def test_a_block_has_one_second_moment(blocks, heads, rows):
     weight = parameter((6, 4))

@@ -96,6 +96,36 @@ def test_a_gradient_of_zeros_spoils_nothing():
     assert (weight.detach() - start).norm() > 1e-2
 
 
+def test_the_energy_outside_decays_as_the_first_moment():
+    """By the formulas, with a basis that is given and both decays apart."""
+    weight, basis = parameter((6, 8)), torch.linalg.qr(gradient((6, 6), seed=3))[0][:, :2]
+    optimizer = Alice([weight], lr=0.1, rank=2, scale=1.0, betas=(0.5, 0.99), norm_growth=1e9, bases=[basis])
+    first, second, energy, expected = 0.0, 0.0, 0.0, weight.detach().clone()
+    for step in range(4):
+        set_gradients([weight], step)
+        grad = weight.grad.clone()
+        inside = basis.T @ grad
+        first, second = 0.5 * first + 0.5 * inside, 0.99 * second + 0.01 * inside**2
+        energy = 0.5 * energy + 0.5 * (grad.square().sum(0) - inside.square().sum(0))
+        outside = 2 * (grad - basis @ inside) / energy.sqrt()  # √(m-r) = 2
+        expected -= 0.1 * (basis @ (first / (second.sqrt() + 1e-8)) + 0.4 * outside)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank_of_gradient", [1, 3])
+def test_rounding_outside_the_subspace_is_not_made_larger(rank_of_gradient, dtype):
+    """Gradients of few tokens have no part outside: what is computed of it must not move the weight."""
+    weight = parameter((8, 12), dtype=dtype)
+    start, left = weight.detach().clone(), gradient((8, rank_of_gradient)).to(dtype)
+    optimizer = Alice([weight], rank=3, leading=1)
+    for step in range(5):
+        weight.grad = 1e-2 * left @ gradient((rank_of_gradient, 12), seed=step).to(dtype)
+        optimizer.step()
+    assert 1e-3 < (weight.detach() - start).abs().max() < 0.2
+
+
 def test_square_matrices_are_projected_from_the_left():
     weight = nn.Parameter(torch.ones(5, 5))
     assert "left_basis" in Alice([weight], rank=2).state[weight]

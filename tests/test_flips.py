@@ -138,17 +138,22 @@ def settings_of(method: str) -> list[str]:
     return [name for name in dict.fromkeys((*spec.own, *spec.refused)) if name in OF_METHODS]
 
 
-_FAST = [
+_BY_METHOD = [
     *(
         (method, name)
         for method in ("galore", "relora", "switchlora", "golore_adapter")
         for name in settings_of(method)
     ),
     *((spec.name, name) for spec in methods.METHODS.values() for name in spec.own if name in DERIVED),
+]
+_FIRST_METHOD = {name: method for method, name in reversed(_BY_METHOD)}
+_FAST = [
+    *((method, name) for name, method in _FIRST_METHOD.items()),
     ("relora", "scale"),
     ("full_rank", "rank"),
     ("lora", "momentum"),
 ]
+"""Each setting of any method in one of those that have it."""
 
 
 @pytest.mark.parametrize(("method", "name"), _FAST)

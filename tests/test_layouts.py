@@ -118,6 +118,11 @@ EIGHT_BIT = {
         "model": "square.json",
     },
 }
+QUICK = (
+    *("full_rank adafactor", "galore per layer", "golore", *FACTORS, "switchlora, float32"),
+    *("galore 8-bit", "golore_adapter 8-bit", "galore, bf16_sr", "lora, mixed"),
+)
+"""What the fast tier compares; tests/conformance has float64 runs of other methods there, and `fsdp 2, all` all."""
 PARTS_OF_BLOCKS = {
     "switchlora 8-bit": {**FACTORS["switchlora"], "optimizer": "adamw8bit", "rank": 32, "model": "wide.json"},
 }
@@ -181,12 +186,22 @@ def one(folder: Path, name: str) -> Path:
     return made
 
 
+def runs_of(layout: str) -> dict[str, dict]:
+    """Settings of the runs that a layout begins with, in their order."""
+    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **PRECISIONS}
+    if layout == "fsdp 2":
+        return {name: flags for name, flags in runs.items() if name in QUICK or name in FLOAT32}
+    return {**runs, **VARIANTS, **FLOAT32_TOO}
+
+
 @pytest.fixture(scope="module")
 def layout(request, folder):
     processes, flags = LAYOUTS[request.param]
     quick = request.param == "fsdp 2"
-    runs = {**ALWAYS, **FLOAT32, **EIGHT_BIT, **PRECISIONS, **({} if quick else {**VARIANTS, **FLOAT32_TOO})}
-    runs = {name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **runs[name]) for name in runs}
+    runs = {
+        name: command(folder, f"{request.param} {name}", batch_size=2, **flags, **own)
+        for name, own in runs_of(request.param).items()
+    }
     cases = [{"argv": argv, "count": quick and name in FLOAT32} for name, argv in runs.items()]
     if quick:
         cases += [
@@ -203,6 +218,19 @@ def layout(request, folder):
 
 
 _LAYOUTS = [name if name == "fsdp 2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+
+
+def in_layouts(methods):
+    """Runs a test for each of some methods in every layout; the fast tier's has `QUICK` alone."""
+    params = [
+        pytest.param(layout, method, id=f"{method}-{layout}", marks=[pytest.mark.slow] * (layout != "fsdp 2"))
+        for method in methods
+        for layout in LAYOUTS
+        if layout != "fsdp 2" or method in QUICK
+    ]
+    return pytest.mark.parametrize(("layout", "method"), params, indirect=["layout"], scope="module")
+
+
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "fsdp 2"]
 everywhere = pytest.mark.parametrize("layout", _LAYOUTS, indirect=True, scope="module")
 in_slow_layouts = pytest.mark.parametrize("layout", _SLOW, indirect=True, scope="module")
@@ -234,8 +262,7 @@ def assert_same_losses(folder: Path, layout: str, method: str) -> None:
         assert row == pytest.approx(target, abs=1e-5)
 
 
-@everywhere
-@pytest.mark.parametrize("method", ALWAYS)
+@in_layouts(ALWAYS)
 def test_final_weights_are_those_of_one_process(folder, layout, method):
     assert_same_weights(folder, layout, method)
 
@@ -246,15 +273,13 @@ def test_final_weights_of_variants(folder, layout, method):
     assert_same_weights(folder, layout, method)
 
 
-@everywhere
-@pytest.mark.parametrize("method", EIGHT_BIT)
+@in_layouts(EIGHT_BIT)
 def test_8_bit_states_are_quantised_alike(folder, layout, method):
     """Blocks of 256 numbers lie on one device each. What differs by rounding may fall to the next of 256 values."""
     assert_same_weights(folder, layout, method)
 
 
-@everywhere
-@pytest.mark.parametrize("method", PRECISIONS)
+@in_layouts(PRECISIONS)
 def test_bfloat16_is_computed_alike(folder, layout, method):
     """With the same micro-batches products are the same, and gradients add up in float32 everywhere. Those of bfloat16
     weights are rounded once where several devices have averaged them; so are they here in the run by one process.
@@ -271,8 +296,7 @@ def test_bfloat16_is_computed_alike(folder, layout, method):
     assert [row[1] for row in losses] == pytest.approx([row[1] for row in alone], abs=1e-6)
 
 
-@everywhere
-@pytest.mark.parametrize("method", FLOAT32)
+@in_layouts(FLOAT32)
 def test_losses_in_float32_are_those_of_one_process(folder, layout, method):
     assert_same_losses(folder, layout, method)
 
@@ -339,7 +363,7 @@ def test_a_divided_run_is_exported_by_one_process(folder, layout, method):
 def test_what_devices_exchange_besides_what_fsdp2_does(folder, layout):
     """A merge gathers the 14 A, a switch the changed rows of all layers at once; a refresh averages 14 gradients, in
     each of two micro-batches, and twice as often where its basis is taken from two batches."""
-    reports = dict(zip({**ALWAYS, **FLOAT32}, reported(folder, layout, 0), strict=False))
+    reports = dict(zip(runs_of(layout), reported(folder, layout, 0), strict=False))
     ordinary, *others = reports["lora, float32"]["collectives"]
     assert all(each == ordinary for each in others) and len(others) == 11
 
@@ -372,7 +396,7 @@ def test_each_of_two_devices_has_half_of_weights_factors_and_pools(folder, layou
     halves = (".weight", ".lora_A", ".lora_B", ".candidates_A", ".candidates_B")
     replicated = ("selected_A", "selected_B", "pointers", "frozen_A", "frozen_B")
     for rank in range(2):
-        held = reported(folder, layout, rank)[list(ALWAYS).index("switchlora")]["local_bytes"]
+        held = reported(folder, layout, rank)[list(runs_of(layout)).index("switchlora")]["local_bytes"]
         assert held.keys() == whole.keys() and len(held) == 14 * (3 + 7) + 7  # 14 layers; norms, embedding and head
         for name, size in held.items():
             assert name.endswith((*halves, *replicated)), name

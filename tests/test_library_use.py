@@ -5,11 +5,15 @@ import itertools
 import logging
 import math
 import pickle
+import re
 
 import pytest
 import torch
+from helpers import PROJECT
 from projection_helpers import RULES, build, matrix, parameter, set_gradients, through_a_file, train
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_pretraining.methods import METHODS
 from peft_pretraining.optim import LowRankOptimizer
 from peft_pretraining.optim.basis.bases import PROJECTION_TYPES
 from peft_pretraining.optim.tensors.projection import RIGHT
@@ -37,6 +41,34 @@ def test_the_readmes_example():
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def test_the_librarys_page():
+    """Its examples are run as they stand, and name every method that brings an optimizer along."""
+    page = (PROJECT / "docs" / "library.md").read_text()
+    loop, constructors = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    names = {"model": tiny_llama(), "batches": [{"input_ids": tokens, "labels": tokens}] * 8}
+    losses = [names["model"](**names["batches"][0]).loss.item()]
+    exec(loop, names)
+    losses.append(names["model"](**names["batches"][0]).loss.item())
+    assert losses[1] < losses[0] - 0.005
+    exec(constructors, names)
+    assert {spec.name for spec in METHODS.values() if spec.library} | {"galore"} == set(names["optimizers"])
+    for name, optimizer in names["optimizers"].items():
+        optimizer.zero_grad()
+        names["model"](**names["batches"][0]).loss.backward()
+        before = [param.detach().clone() for param in names["model"].parameters()]
+        optimizer.step()
+        optimizer.step()  # SOAP's first update fills its Gram matrices alone
+        moved = zip(before, names["model"].parameters(), strict=True)
+        assert all(not torch.equal(*each) and bool(each[1].isfinite().all()) for each in moved), name
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=16, **shape))
 
 
 def plain(value):

@@ -49,19 +49,6 @@ def test_bfloat16_iterations_change_little():
     assert 1e-4 * other.norm() < (one - other).norm() < 0.03 * other.norm()
 
 
-@pytest.mark.parametrize("scale", ["match_rms", "spectral"])
-def test_normuon_without_memory_is_muon_with_rows_of_one_size(scale):
-    one, other = parameter((6, 4)), parameter((6, 4))
-    muon = steps(Muon([one], lr=0.01, scale="spectral", weight_decay=0), one)
-    even = steps(NorMuon([other], lr=0.01, scale=scale, neuron_beta2=0.0, weight_decay=0), other)
-    for plain, rows in zip(muon, even, strict=True):
-        torch.testing.assert_close(rows.norm(dim=1), rows.norm(dim=1).mean().expand(6), rtol=1e-6, atol=0)
-        cosine = nn.functional.cosine_similarity(plain, rows, dim=1)
-        torch.testing.assert_close(cosine, torch.ones(6, dtype=torch.float64))
-        size = plain.norm() if scale == "spectral" else 0.01 * 0.2 * 24**0.5
-        torch.testing.assert_close(rows.norm(), torch.as_tensor(size, dtype=torch.float64), rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("kind", [Muon, NorMuon])
 def test_a_gradient_of_zeros_moves_nothing_at_first(kind):
     weight = parameter((6, 4))

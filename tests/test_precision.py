@@ -103,6 +103,26 @@ def test_what_nearest_rounding_costs_is_said(words, tmp_path):
     assert not any("precision" in line for line in loaded(words, tmp_path, precision="mixed").warnings)
 
 
+@pytest.mark.parametrize("method", ["full_rank", "galore", "muon", "rmnp"])
+def test_decay_that_bfloat16_weights_ignore_is_said(words, tmp_path, method):
+    """Whose it is, and only where it is lost: muon's and rmnp's published 0.1 at 0.01 changes no bit."""
+
+    def said(precision="bf16", lr=0.01, **changes) -> list[str]:
+        changes = {**RUNS.get(method, {"method": method}), "precision": precision, "lr": lr, **changes}
+        return [line for line in loaded(words, tmp_path, **changes).warnings if "do not decay" in line]
+
+    (line,) = said(weight_decay=0.1)
+    assert line.startswith("--weight_decay 0.1 at --lr 0.01 is less than half a rounding step")
+    weight = torch.linspace(-3, 3, 99, dtype=torch.bfloat16)
+    assert torch.equal((weight.float() * (1 - 0.01 * 0.1)).bfloat16(), weight)
+    assert not said(weight_decay=0) and not said(weight_decay=0.2) and not said("bf16_sr", weight_decay=0.1)
+    assert not said("mixed", weight_decay=0.1)
+    (line,) = said(weight_decay=0.2, head_weight_decay=0.1)
+    assert line.startswith("--head_weight_decay 0.1 at --lr 0.01 ")
+    (line,) = said(weight_decay=0.2, adam_lr=0.001)
+    assert line.startswith("--weight_decay 0.2 at --adam_lr 0.001 ")
+
+
 @pytest.mark.parametrize("sums", ["weight", "int8"])
 def test_settings_without_effect_are_named(words, tmp_path, sums):
     given = {"state_dtype": "weight", "matmul_precision": "high", "basis_dtype": "int8", "gradient_sum_dtype": sums}

@@ -26,7 +26,8 @@ def test_table_and_plot(runs, tmp_path, capsys):
     plot, rows = tmp_path / "plots" / "comparison.png", tmp_path / "rows.json"
     arguments = [str(runs / "full_rank"), str(runs / "galore"), "--plot", str(plot), "--json", str(rows)]
     assert compare.main(arguments) == 0
-    header, ruler, *lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    header, ruler, *lines = printed.partition("\n\n")[0].splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == list(compare.COLUMNS)
     assert len({len(line) for line in (header, ruler, *lines)}) == 1
     assert [line.split("|")[1].strip() for line in lines] == ["full_rank", "galore"]
@@ -38,6 +39,16 @@ def test_table_and_plot(runs, tmp_path, capsys):
     weights = 2 * 128 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64) + 5 * 32
     assert full_rank["optimizer-state MB"] == pytest.approx((2 * weights * 4 + 4 * 21) / 1e6)
     assert galore["optimizer-state MB"] < 0.75 * full_rank["optimizer-state MB"]
+
+    tables = "embedding 4.1k, head 4.1k, norms 160"
+    assert printed.partition("\n\n")[2].splitlines() == [
+        "parameter groups, with peak rates:",
+        f"  full_rank: matrices 20.5k, {tables}: adamw, rate 0.01, weight decay 0",
+        f"  galore: {tables}: adamw, rate 0.01, weight decay 0",
+        "  galore: matrices 20.5k: adamw in rank 4, rate 0.01, weight decay 0",
+    ]
+    matrices = {"weights": {"matrices": 20480}, "rule": "adamw", "rank": 4, "lift": None}
+    assert galore["parameter groups"][1] == {**matrices, "rate": 0.01, "weight_decay": 0.0}
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
@@ -81,7 +92,9 @@ def test_metrics_of_any_content_are_compared(folder, tmp_path, capsys, content, 
     plot, rows = tmp_path / "plot.png", tmp_path / "rows.json"
     assert compare.main([folder(metrics(*content)), "--plot", str(plot), "--json", str(rows)]) == 0
     captured = capsys.readouterr()
-    assert [cell.strip() for cell in captured.out.splitlines()[-1].strip("| ").split("|")][1:] == cells.split("|")
+    assert [cell.strip() for cell in captured.out.partition("\n\n")[0].splitlines()[-1].strip("| ").split("|")][
+        1:
+    ] == cells.split("|")
     assert (said in captured.err and captured.err.count("\n") == 1) if said else captured.err == ""
     assert json.loads(rows.read_text(), parse_constant=pytest.fail) and plot.stat().st_size > 10_000
 
@@ -104,6 +117,12 @@ def test_an_unusable_configuration_is_refused_in_one_line(folder, capsys, config
     assert reason in line
 
 
+@pytest.mark.parametrize("groups", ["", "parameter_groups: 5\n", "parameter_groups: [{weights: {norms: 1}}]\n"])
+def test_groups_of_an_older_run_are_not_made_up(folder, capsys, groups):
+    assert compare.main([folder(metrics(UPDATE, EVALUATION), config=f"settings: {{method: galore}}\n{groups}")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  galore: not recorded"
+
+
 def test_all_unusable_folders_are_named(folder, tmp_path, capsys):
     good, unevaluated = folder(metrics(EVALUATION)), folder(metrics(UPDATE), "two")
     (tmp_path / "empty").mkdir()
@@ -117,7 +136,7 @@ def test_runs_of_one_method_are_told_apart(folder, capsys):
     one, two, again = (folder(metrics(EVALUATION), name) for name in ("one", "$two", "again"))
     other = folder(metrics(EVALUATION), "other", "settings: {method: lora}")
     assert compare.main([one, two, other, again, again]) == 0
-    first_cells = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    first_cells = [line.split("|")[1].strip() for line in capsys.readouterr().out.partition("\n\n")[0].splitlines()[2:]]
     expected = ["galore (one)", "galore ($two)", "lora", "galore (again) 1", "galore (again) 2"]
     assert first_cells == expected
 

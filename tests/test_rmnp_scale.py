@@ -1,7 +1,5 @@
 """RMNP and SCALE: limits and zeros. Golden numbers: test_golden_more_methods.py."""
 
-import math
-
 import pytest
 import torch
 from projection_helpers import parameter, set_gradients
@@ -15,18 +13,6 @@ def moved(optimizer, weight, step=0):
     set_gradients([weight], step)
     optimizer.step()
     return weight.detach() - before
-
-
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
-def test_without_momentum_they_differ_by_a_factor(shape):
-    one, other = parameter(shape), parameter(shape)
-    rmnp = RMNP([one], lr=0.01, momentum=0.0, weight_decay=0)
-    scale = Scale([other], lr=0.01)
-    m, n = shape
-    for step in range(3):
-        factor = math.sqrt(n) / math.sqrt(max(1, m / n))
-        torch.testing.assert_close(moved(scale, other, step), factor * moved(rmnp, one, step), rtol=1e-12, atol=1e-15)
-    assert rmnp.state[one].keys() == scale.state[other].keys() == {"step"}
 
 
 @pytest.mark.parametrize(("role", "dim"), [("hidden", 1), ("head", 1), ("embedding", 0)])

@@ -46,6 +46,22 @@ def test_nothing_outside_knows_a_method_by_name():
     ]
 
 
+def test_the_table_of_lines_outside_a_methods_folder_is_that_of_the_imports():
+    """And what is listed there is read by several methods: nothing outside is one method's own."""
+    page = (PACKAGE.parent / "docs" / "methods" / "index.md").read_text().partition("## Lines outside")[2]
+    rows = re.findall(r"^\| `([\w/.]+)` \| ([a-z_, ]+) \|", page, re.MULTILINE)
+    folders = {path.parent.name: path.parent for path in PACKAGE.glob("methods/[!_]*/settings.py")}
+    code = {name: "\n".join(path.read_text() for path in folder.glob("*.py")) for name, folder in folders.items()}
+    found = {}
+    for file, _ in rows:
+        assert (PACKAGE / file).exists(), file
+        module = re.escape(file.removesuffix(".py").replace("/", "."))
+        name = rf"\b{module}\b" + (r"|\bMatrixOptimizer\b" if file == "optim/matrix_optimizer.py" else "")
+        found[file] = sorted(method for method, text in code.items() if re.search(name, text))
+    assert {file: readers.split(", ") for file, readers in rows} == found
+    assert len(rows) == 6 and all(len(readers) > 1 for readers in found.values())
+
+
 def two_meanings(specs):
     """One line for each flag that means two things, of methods or update rules."""
     meanings, found = {}, []
@@ -224,6 +240,22 @@ def test_what_a_plugin_does_not_declare_is_refused(with_plugins, command, settin
     with_plugins(mine=text.replace("int = setting(3, positive_int", f"object = setting(None, {kind}"))
     with pytest.raises(cli.ConfigError, match=why):
         cli.load([*command(), "--method", "mine", f"--{setting}", value], environ={})
+
+
+WHOLE = [spec.name for spec in METHODS.values() if spec.family.startswith(("whole gradients", "matrices by"))]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    ("setting", "value", "instead"), [("reduce_low_rank", "True", "False"), ("projected_backward", "on", "off")]
+)
+def test_less_than_whole_gradients_is_refused_where_they_are_needed(command, name, setting, value, instead):
+    assert len(WHOLE) == 15
+    with pytest.raises(ConfigError) as error:
+        cli.load([*command(method=name), f"--{setting}", value], environ={})
+    (line,) = error.value.problems
+    assert line.startswith(f"--{setting} {value}: every update of {name} needs the whole gradient of every matrix")
+    cli.load([*command(method=name), f"--{setting}", instead], environ={})
 
 
 def test_a_plugin_cannot_take_the_place_of_a_method(with_plugins):

@@ -1,7 +1,8 @@
 """The folder of a run: its checkpoints, what makes one complete, and the settings the run was begun with.
 
     save_dir/
-      config.yaml          every setting, library versions, the identity that a resumed run must share, the run's id
+      config.yaml          every setting, library versions, the identity that a resumed run must share, the run's id,
+                           and what each parameter group got
       metrics.jsonl        one JSON object per update and per evaluation
       model_{update}/      a complete checkpoint (see checkpoint.py); model_{update}.tmp while it is being written
 
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_run_config(save_dir: str | Path) -> dict[str, Any] | None:
-    """Returns `config.yaml` of a run: `settings`, `identity`, `versions` and, unless it is old, `run`; None when there
-    is none, or it is empty.
+    """Returns `config.yaml` of a run: `settings`, `identity`, `versions` and, unless it is old, `run` and
+    `parameter_groups`; None when there is none, or it is empty.
 
     Raises `ValueError` with the reason when the file is no mapping, or cannot be read.
     """
@@ -212,13 +213,16 @@ def write_run_config(
     identity: dict[str, Any],
     versions: dict[str, str],
     run: dict[str, Any] | None = None,
+    parameter_groups: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """`run` says which run it is: see `resume.RunRecord`."""
+    """`run` says which run it is: see `resume.RunRecord`. `parameter_groups`: see `optim.group_record`."""
     import yaml
 
     content = {"settings": plain(settings), "identity": plain(identity), "versions": versions}
     if run is not None:
         content["run"] = run
+    if parameter_groups:
+        content["parameter_groups"] = list(parameter_groups)
     write_atomically(save_dir / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

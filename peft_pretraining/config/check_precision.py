@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peft_pretraining.config import Config
 from peft_pretraining.config.precision_config import OF_DTYPE
 from peft_pretraining.methods import METHODS
@@ -72,14 +74,30 @@ def costs(config: Config) -> list[str]:
 
 
 def decay_without_effect(config: Config) -> list[str]:
-    """Where every step's decay is rounded away from all weights, whatever the state's dtype.
+    """Where every step's decay is rounded away from all weights, whatever the state's dtype: of the matrices, and of
+    what has a rate or a decay of its own.
 
     A rule that adds decay and step up in float32 rounds the sum; the decay alone still is below half a step.
     """
-    decay, lr = config.optimizer.weight_decay, config.optimizer.lr
-    if not 0 < lr * decay < _HALF_A_STEP:
-        return []
+    decays = {
+        f"--{decay[0]} {decay[1]:g} at --{rate[0]} {rate[1]:g}": None
+        for rate, decay in _rates_and_decays(config)
+        if 0 < rate[1] * decay[1] < _HALF_A_STEP
+    }
     return [
-        f"--weight_decay {decay:g} at --lr {lr:g} is less than half a rounding step of a bfloat16 weight (1/512): "
-        "rounded to nearest, weights that get no other step do not decay at all"
+        f"{each} is less than half a rounding step of a bfloat16 weight (1/512): rounded to nearest, weights that get "
+        "no other step do not decay at all"
+        for each in decays
     ]
+
+
+def _rates_and_decays(config: Config) -> Iterator[tuple[tuple[str, float], tuple[str, float]]]:
+    """Highest rate and decay of the matrices, of the head, of the embedding and of the norms, with the names of the
+    settings that say so."""
+    base = ("lr", config.optimizer.lr), ("weight_decay", config.optimizer.weight_decay)
+    yield base
+    for role in ("head", "embed", "norm"):
+        rates = [(name, getattr(config.roles, name)) for name in (f"{role}_lr", "adam_lr")]
+        decay = f"{role}_weight_decay", getattr(config.roles, f"{role}_weight_decay")
+        rate = next((each for each in rates if each[1] is not None), base[0])
+        yield rate, decay if decay[1] is not None else base[1]

@@ -7,7 +7,7 @@ Optimizers do their arithmetic on local tensors. Where a sum over a sharded dime
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from peft_pretraining.distributed.team import ALONE, Team
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -46,6 +48,9 @@ class ShardInfo:
     """The largest over these devices, entry by entry, in place."""
     gather: Callable[[Tensor], Tensor] = field(default=_itself, compare=False)
     """The whole tensor, on every device, from the local part of one like it."""
+    team: Team = field(default=ALONE, compare=False)
+    """The devices that hold the other parts; of a tensor that is not divided those that have the same and share the
+    work on it, if there are any (`shared`)."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> ShardInfo:
@@ -73,7 +78,27 @@ class ShardInfo:
         def gather(part: Tensor) -> Tensor:
             return _like(part, tensor, dim, tensor.shape).full_tensor()
 
-        return cls(tensor.shape, dim, offsets[dim], shape[dim], dim, add_up, largest, gather)
+        return cls(tensor.shape, dim, offsets[dim], shape[dim], dim, add_up, largest, gather, Team.of(group))
+
+    def shared(self) -> ShardInfo:
+        """As it is, but of something that all devices of the run have, where each does a part of what is to be done."""
+        return self if self.dim is not None else replace(self, team=Team.of_all())
+
+    def of_shape(self, shape: Sequence[int]) -> ShardInfo:
+        """That of a tensor of another shape which the same devices divide by rows, as torch does, or have whole."""
+        if self.dim is None:
+            return replace(self, shape=torch.Size(shape))
+        other = replace(self, shape=torch.Size(shape), dim=0, along=0, gather=_itself)
+        offset, size = other.part_of(self.team.place)
+        return replace(other, offset=offset, size=size)
+
+    def part_of(self, place: int) -> tuple[int, int]:
+        """Offset and size of what the `place`-th device of the team holds of dimension `dim`."""
+        assert self.dim is not None
+        length = self.shape[self.dim]
+        most = -(-length // self.team.size)
+        offset = min(place * most, length)
+        return offset, min(most, length - offset)
 
     def part(self, whole: Tensor, dim: int) -> Tensor:
         """The entries of a whole tensor's dimension `dim` that belong to this device, as a view."""

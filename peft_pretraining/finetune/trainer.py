@@ -28,7 +28,7 @@ from peft_pretraining.finetune.stopping import StopOnRequest, shielded
 from peft_pretraining.finetune.targets import target_modules
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
-from peft_pretraining.optim.model_groups import describe_groups
+from peft_pretraining.optim.model_groups import record_groups
 from peft_pretraining.optim.state.gradient_owner import GradientOwner, gradient_owner
 from peft_pretraining.training.loop import state_bytes
 from peft_pretraining.training.tracking import log
@@ -192,8 +192,8 @@ class _AroundTheStep(TrainerCallback):
         trainer = self.trainer
         trainer.method.prepare(trainer.model, trainer.bare_optimizer, _reduce(args))
         trainer.gradients = gradient_owner(trainer.bare_optimizer, trainer.model)
-        for line in describe_groups(trainer.model, trainer.bare_optimizer, trainer.method_config.optimizer.optimizer):
-            log.info("%s", line)
+        for group in record_groups(trainer.model, trainer.bare_optimizer, trainer.method_config.optimizer.optimizer):
+            log.info("%s", group)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer.before_optimizer_step()

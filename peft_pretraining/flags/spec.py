@@ -127,6 +127,8 @@ class MethodSpec:
     """Values of `--optimizer`, the default first. A formula of its own names the rule whose settings it reads."""
     state: str = ""
     """Elements of optimizer state for an m x n matrix, m <= n, bases included, step counts not."""
+    state_letters: Mapping[str, tuple[str, Callable[[Any], float]]] = field(default_factory=dict)
+    """Letters in `state` beside m, n and the rank r -> what they are, and their value by the method's settings."""
     allows: Allows = Allows()
     tables: frozenset[str] = frozenset()
     """Of head and embedding, those that move as the matrices do where `--head_optimizer` and `--embed_optimizer` are

@@ -13,6 +13,7 @@ after a signal torchrun stands still until the training processes have ended, an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -28,12 +29,14 @@ from types import FrameType
 from peft_pretraining.config import cli
 from peft_pretraining.flags import ConfigError, completion, exit_with_problems, non_negative_int, positive_int
 from peft_pretraining.launching import recipe
+from peft_pretraining.report import state_size
 from peft_pretraining.runtime.processes import set_death_signal
 from peft_pretraining.runtime.signals import EXIT_ABORTED, EXIT_REQUEUE, SIGNALS
 
 GRACE_SECONDS = "120"  # torchrun's own 30 s are short for a checkpoint of several billion weights
 SECONDS_TO_START = 2.0  # that a request to stop waits for torchrun to have training processes
 SECONDS_TO_END = 5.0  # that torchrun may take to end by itself when all training processes have
+NOT_PUBLISHED = "no rates of {method} are published at {size}: configs/recipes/{method}.yaml says what is taken instead"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "scripts/pretrain.sh") -> int:
@@ -50,7 +53,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "scripts/pretrain.sh") -
         devices = recipe.Devices(processes, nodes, arguments.rdzv_endpoint, restarts)
         command = recipe.command(size, method, devices, overrides)
         print(shlex.join(command), flush=True)
+        if not recipe.is_published(size, method):
+            print(f"note: {NOT_PUBLISHED.format(method=method, size=size)}", file=sys.stderr)
         if arguments.dry_run:
+            say_state(command, devices)
             return 0
         check_flags(command, devices)
     except ConfigError as error:
@@ -63,6 +69,16 @@ def check_flags(command: Sequence[str], devices: recipe.Devices) -> None:
     cli.load(command[command.index(str(recipe.TRAINER)) + 1 :], {"WORLD_SIZE": str(devices.world_size)})
 
 
+def say_state(command: Sequence[str], devices: recipe.Devices) -> None:
+    """What the optimizer will keep, beside the command, which goes to standard output alone. Nothing where flags are
+    missing or wrong, which a run would say."""
+    with contextlib.suppress(ConfigError):
+        flags, environ = command[command.index(str(recipe.TRAINER)) + 1 :], {"WORLD_SIZE": str(devices.world_size)}
+        launch = cli.load(flags, environ, here=False)
+        if launch.facts.model is not None:
+            print(state_size.line(launch.config, launch.facts.model), file=sys.stderr)
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -72,7 +88,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("size", help=", ".join(recipe.known_sizes()))
     parser.add_argument("method", help=", ".join(recipe.known_methods()))
-    parser.add_argument("--dry_run", action="store_true", help="print the command only")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the command, and how large the optimizer's state is"
+    )
     parser.add_argument("--nproc", metavar="N", help="processes per node (default: the number of GPUs found, else 1)")
     parser.add_argument("--nnodes", metavar="N", default="1", help="nodes (default: 1)")
     parser.add_argument("--rdzv_endpoint", metavar="HOST:PORT", help="where the nodes meet; unused with one node")

@@ -72,6 +72,11 @@ def settings(size: str, method: str, world_size: int) -> dict[str, str]:
     return {name: str(value) for name, value in merged.items() if value is not None}
 
 
+def is_published(size: str, method: str) -> bool:
+    """Whether the recipe's rates at this size are those of its source; its file says what they are otherwise."""
+    return size in _read(method)["published"]
+
+
 def _files(method: str) -> Iterator[dict[str, Any]]:
     """The method's file, after the one that it is based on."""
     file = _read(method)

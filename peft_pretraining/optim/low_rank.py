@@ -237,6 +237,7 @@ class LowRankOptimizer(MaskedUpdates):
         update = ParamUpdate(
             name=slot.name,
             index=slot.index,
+            owner=slot.owner,
             weight=local(param.detach()),
             low_rank_grad=low_rank_grad,
             state=state,

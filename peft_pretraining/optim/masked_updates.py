@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from peft_pretraining.optim.projected_gradients import ProjectedGradients
+from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
+from peft_pretraining.optim.tensors.state_tensor import counts
 
 
 class MaskedUpdates(ProjectedGradients):
@@ -35,7 +37,14 @@ class MaskedUpdates(ProjectedGradients):
         reads = found_inf.device.type == "cpu" if self.reads_found_inf is None else self.reads_found_inf
         if reads or any(self.changes_basis(param, group) for param, group in moving):
             return None
-        return Mask(found_inf)
+        return None if self._must_know([param for param, _ in moving]) else Mask(found_inf)
+
+    def _must_know(self, params: Sequence[Tensor]) -> bool:
+        """Whether a rule does."""
+        rules = [self.objects(param).rule for param in params]
+        asked = [place for place, rule in enumerate(rules) if type(rule).must_know is not UpdateRule.must_know]
+        known = counts([self.state[params[place]]["step"] for place in asked])
+        return any(rules[place].must_know(count + 1) for place, count in zip(asked, known, strict=True))
 
     def changes_basis(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Whether this update stores a new basis, or would if its gradient were finite."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
-from peft_pretraining.optim.low_rank import LowRankOptimizer
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
+from peft_pretraining.optim.own_groups import OwnGroups, divided
 
 
-class MatrixOptimizer(LowRankOptimizer):
+class MatrixOptimizer(OwnGroups):
     """Updates matrices by the objects that a subclass gives, everything else by AdamW.
 
     `params` is what torch's optimizers take: parameters, named ones, or groups of these. Parameters with two dimensions
@@ -22,7 +23,8 @@ class MatrixOptimizer(LowRankOptimizer):
 
     `matrices` are settings of the groups of matrices, `settings` those of `LowRankOptimizer`; `adam_lr` is the rate of
     what AdamW updates, by default that of the matrices. States and arithmetic are
-    in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`).
+    in float32 at least, and the weight is rounded once an update (`state_format`, `rounding`); `state_format="8bit"`
+    keeps AdamW's moments in 8 bits, those of the matrices' projections with them.
     """
 
     def __init__(
@@ -35,12 +37,13 @@ class MatrixOptimizer(LowRankOptimizer):
         rounding: str = "nearest",
         **settings: Any,
     ):
-        formats = {"state_format": state_format, "rounding": rounding}
-        groups = [part for group in as_groups(params) for part in _split(group, matrices)]
+        formats, adamw = {"state_format": state_format, "rounding": rounding}, {"rule": "adamw"}
+        if state_format == "8bit" and "rule" not in matrices:  # which rules of their own refuse
+            formats["state_format"], adamw["rule"] = "float32", "adamw8bit"
+            settings = {"rule": "adamw8bit", **settings}
         own = {"lr": adam_lr, "betas": settings.get("betas")}  # a group that names its rule has not the optimizer's
-        own = {name: value for name, value in own.items() if value is not None}
-        groups = [{**own, **group} if group.get("rule") == "adamw" else group for group in groups]
-        super().__init__([{**formats, **group} for group in groups], **settings)
+        own = {**adamw, **{name: value for name, value in own.items() if value is not None}}
+        super().__init__(params, partial(_completed, dict(matrices), own, formats), **settings)
 
     @classmethod
     def from_model(cls, model: nn.Module, *, target_modules: Sequence[str] = TARGET_MODULES, **settings: Any) -> Self:
@@ -50,29 +53,17 @@ class MatrixOptimizer(LowRankOptimizer):
         return cls([*({**group, "rule": "adamw"} for group in others), matrices], **settings)
 
 
-def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """What an optimizer is given, as groups."""
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of parameters or groups, got a tensor")
-    given = list(params)
-    return given if given and isinstance(given[0], dict) else [{"params": given}]
-
-
-def _split(group: Mapping[str, Any], matrices: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A group as it is, or its matrices with their settings and the rest of it."""
+def _completed(
+    matrices: Mapping[str, Any], adamw: Mapping[str, Any], formats: Mapping[str, Any], group: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A group that names its rule, or its matrices with their settings and the rest of it."""
     if "rule" in group:
-        return [dict(group)]
-    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    of_method = [each for each in params if _tensor(each).ndim == 2]
-    rest = [each for each in params if _tensor(each).ndim != 2]
+        is_adamws = group["rule"] in ("adamw", adamw["rule"])
+        return [{**formats, **adamw, **group, "rule": adamw["rule"]} if is_adamws else {**formats, **group}]
+    of_method, rest = divided(group, lambda param: param.ndim == 2)
     parts = []
     if of_method or not rest:
-        parts.append({**matrices, **group, "params": of_method})
+        parts.append({**formats, **matrices, **group, "params": of_method})
     if rest:
-        parts.append({**group, "params": rest, "rule": "adamw"})
+        parts.append({**formats, **adamw, **group, "params": rest})
     return parts
-
-
-def _tensor(param: Any) -> Tensor:
-    found: Tensor = param[1] if isinstance(param, tuple) else param
-    return found

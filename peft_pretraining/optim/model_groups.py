@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_pretraining.models.targets import target_linears
+from peft_pretraining.optim.group_record import GroupRecord
 
 TARGET_MODULES = ("attn", "attention", "mlp")
 """Parts of the names of attention layers and MLPs, as pre-training has them."""
@@ -82,34 +84,35 @@ def _head(model: nn.Module) -> set[nn.Parameter]:
     return {param for param in model.parameters() if param.ndim > 1 and param not in inside}
 
 
-def describe_groups(model: nn.Module, optimizer: Optimizer, rule: str) -> list[str]:
-    """One line for all parameter groups with equal settings: how many weights of which role, over all devices, and
+_ORDINARY_LIFTS = (None, "identity", "project_back")
+
+
+def record_groups(model: nn.Module, optimizer: Optimizer, rule: str) -> list[GroupRecord]:
+    """One record for all parameter groups with equal settings: how many weights of which role, over all devices, and
     their rule, rank, peak rate and decay. `rule`: the name of that of groups that do not name another one."""
     roles = roles_of(model, matrices=())
     role_by_param = {param: roles[name].replace("others", "matrices") for name, param in model.named_parameters()}
-    numbers: dict[str, dict[str, int]] = {}
+    found: dict[GroupRecord, dict[str, int]] = {}
     for group in optimizer.param_groups:
-        own = group.get("rule")
-        named = rule if own == optimizer.defaults.get("rule") else getattr(own, "name", own)
-        rank = "" if group.get("rank") is None else f" in rank {group['rank']}"
-        rate, decay = float(group.get("initial_lr", group["lr"])), float(group["weight_decay"])
-        held = numbers.setdefault(f"{named}{rank}, rate {rate:g}, weight decay {decay:g}", {})
+        own, lift = group.get("rule"), group.get("lift")
+        settings = GroupRecord(
+            {},
+            rule=rule if own == optimizer.defaults.get("rule") else str(getattr(own, "name", own)),
+            rate=float(group.get("initial_lr", group["lr"])),
+            weight_decay=float(group["weight_decay"]),
+            rank=group.get("rank"),
+            lift=None if lift in _ORDINARY_LIFTS else str(lift),
+        )
+        held = found.setdefault(settings, {})
         for param in group["params"]:
             if param.requires_grad:
                 role = role_by_param.get(param, "matrices")
                 held[role] = held.get(role, 0) + param.numel()
     return [
-        f"{', '.join(f'{role} {_short(held[role])}' for role in ROLES if role in held)}: {settings}"
-        for settings, held in numbers.items()
+        dataclasses.replace(settings, weights={role: held[role] for role in ROLES if role in held})
+        for settings, held in found.items()
         if held
     ]
-
-
-def _short(count: int) -> str:
-    """A number of weights: 640, 12.3k, 4.56M."""
-    if count < 1000:
-        return str(count)
-    return f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:.2f}M"
 
 
 def role_settings(

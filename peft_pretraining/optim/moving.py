@@ -14,7 +14,7 @@ from peft_pretraining.optim.basis.subspace import Projected
 from peft_pretraining.optim.state.slots import Objects, Slot, keep_changes
 from peft_pretraining.optim.tensors.collectives import Phases, in_lots, phases, run, together
 from peft_pretraining.optim.tensors.mask import Mask, count
-from peft_pretraining.optim.tensors.param_update import ParamUpdate, by_mask
+from peft_pretraining.optim.tensors.param_update import ByRows, ParamUpdate, by_mask
 from peft_pretraining.optim.tensors.state_tensor import counts
 
 _NUMBERS_AT_ONCE = 2**26
@@ -82,11 +82,13 @@ def _move_group(
             subspace.apply(member.update.state, member.projected, member.update.step, objects.rule, metrics)
     directions = yield from phases(objects.rule.directions(updates, group))
     for member, direction in zip(members, directions, strict=True):
+        if isinstance(direction, ByRows) and not objects.lift.by_rows:
+            direction = direction.whole()
         member.update.direction = direction
-    _narrow(members, objects)
     for member in members:
         keep_changes(member.slot, member.param, member.update.state, member.state, group, member.update.mask)
     yield from phases(objects.lift.move([update for update in updates if update.direction is not None], group))
+    _narrow(members, objects)
     if objects.basis and not objects.basis.refreshes:
         yield from _advance(objects, members, group)
 

@@ -1,4 +1,4 @@
-"""Compare finished or running runs: a table on stdout, and a PNG of their losses over tokens.
+"""Compare finished or running runs: a table on stdout, what each parameter group got, and a PNG of losses over tokens.
 
 python -m peft_pretraining.report.compare RUN_DIR [RUN_DIR ...] --plot comparison.png
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 from peft_pretraining.checkpoint import metrics_file, run_dir
 from peft_pretraining.flags import ConfigError, exit_with_problems, one_line
+from peft_pretraining.optim.group_record import GroupRecord, read_groups
 
 COLUMNS = ("method", "validation perplexity", "optimizer-state MB", "tokens/s", "seconds")
 
@@ -48,6 +49,8 @@ class RunRecord:
     evaluations: list[dict[str, Any]]
     label: str
     """The method, and the folder's name where another run has the same method."""
+    groups: tuple[GroupRecord, ...] | None = None
+    """What each parameter group got; None of a run from before that was recorded."""
 
     @classmethod
     def read(cls, folder: Path, warnings: list[str]) -> RunRecord:
@@ -76,7 +79,8 @@ class RunRecord:
         evaluations = [record for record in records if "final_eval_loss" in record]
         if not evaluations:
             raise ConfigError([f"{folder} has not been evaluated yet"])
-        return cls(folder.resolve().name, settings, updates, evaluations, settings["method"])
+        groups = read_groups(config.get("parameter_groups"))
+        return cls(folder.resolve().name, settings, updates, evaluations, settings["method"], groups)
 
     @property
     def method(self) -> str:
@@ -90,7 +94,8 @@ class RunRecord:
         return _OF_DTYPE.get(str(self.settings.get("dtype")), "of its device")
 
     def row(self) -> dict[str, Any]:
-        """One line of the table: `COLUMNS`, and the perplexity before training. None is what the metrics do not say."""
+        """One line of the table: `COLUMNS`, the perplexity before training, and the parameter groups. None is what the
+        folder does not say."""
         last, state = self.evaluations[-1], _number(self.evaluations[-1], "optimizer_state_bytes")
         speeds = [speed for update in self.updates if (speed := _number(update, "throughput_tokens")) is not None]
         return {
@@ -100,6 +105,7 @@ class RunRecord:
             "optimizer-state MB": None if state is None else state / 1e6,
             "tokens/s": statistics.median(speeds) if speeds else 0.0,
             "seconds": sum(_number(update, "step_time") or 0.0 for update in self.updates),
+            "parameter groups": None if self.groups is None else [group.as_json() for group in self.groups],
         }
 
 
@@ -143,6 +149,17 @@ def precisions(runs: Sequence[RunRecord]) -> str:
     if len({run.precision for run in runs}) < 2:
         return ""
     return "precision: " + "; ".join(f"{run.label} {run.precision}" for run in runs)
+
+
+def parameter_groups(runs: Sequence[RunRecord]) -> str:
+    """Lines with rule, rate and decay of every group of every run: without them no table says what was compared."""
+    lines = ["parameter groups, with peak rates:"]
+    for run in runs:
+        if run.groups is None:
+            lines.append(f"  {run.label}: not recorded")
+        else:
+            lines += [f"  {run.label}: {one_line(str(group))}" for group in run.groups]
+    return "\n".join(lines)
 
 
 def _cell(value: Any, digits: int | None) -> str:
@@ -226,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     if line := precisions(runs):
         print(f"\n{line}")
+    print(f"\n{parameter_groups(runs)}")
     try:
         if arguments.plot:
             plot(runs, arguments.plot)

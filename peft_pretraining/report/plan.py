@@ -84,6 +84,7 @@ def _run(argv: Sequence[str]) -> int:
     except KeyError:
         raise ConfigError([f"--device must be one of {', '.join(sorted(DEVICES))}, got {own.device!r}"]) from None
     from peft_pretraining.config import cli
+    from peft_pretraining.report import state_size
 
     launch = cli.load(flags, {"WORLD_SIZE": str(devices)}, here=False)
     for warning in launch.warnings:
@@ -92,6 +93,7 @@ def _run(argv: Sequence[str]) -> int:
         raise ConfigError(["--model_config is needed: a model of the hub is not loaded for a plan"])
     plan = _simulated(launch.config, launch.facts.model, device, devices, own.search == "yes")
     print(plan[0])
+    print(f"\nBy formula, {state_size.line(launch.config, launch.facts.model)}.")
     if own.json:
         try:
             Path(own.json).write_text(json.dumps(plan[1], indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,8 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.token_ids import adopt
-from peft_pretraining.optim.model_groups import describe_groups
+from peft_pretraining.optim.group_record import GroupRecord
+from peft_pretraining.optim.model_groups import record_groups
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.training.build_data import open_data
 from peft_pretraining.training.build_model import describe_speed, distributed_model, reduced_model
@@ -121,12 +122,14 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
     parallel_model = reduced_model(config, group, model, gradients)
     if not exists:
         lock = _begin_folder(save_dir, group, stack)
+    groups = record_groups(model, optimizer, config.optimizer.optimizer)
     if group.is_main:
-        begin_writing(save_dir, record, versions())
+        begin_writing(save_dir, record, versions(), groups)
     group.barrier()
-    groups = describe_groups(model, optimizer, config.optimizer.optimizer)
     _describe(config, save_dir, model, groups, data, group)
-    tracker = Tracker(save_dir, config, resumed, model, group.is_main, record.first_update, lock, groups)
+    tracker = Tracker(
+        save_dir, config, resumed, model, group.is_main, record.first_update, lock, list(map(str, groups))
+    )
     reset_peak_memory(group.device)
     return Run(
         config=config,
@@ -239,7 +242,7 @@ def _describe(
     config: Config,
     save_dir: Path,
     model: torch.nn.Module,
-    groups: list[str],
+    groups: Sequence[GroupRecord],
     data: Data,
     group: ProcessGroup,
 ) -> None:

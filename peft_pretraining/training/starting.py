@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from peft_pretraining.config import Config, schedule_problems
 from peft_pretraining.config.schedule import decay_updates, has_begun_to_decay
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.optim.group_record import GroupRecord
 from peft_pretraining.training.tracking import log
 
 
@@ -219,7 +220,9 @@ def _warm_start(config: Config, folder: Path) -> TrainState:
     return state
 
 
-def begin_writing(save_dir: Path, record: RunRecord, versions: dict[str, str]) -> None:
-    """The first writing of a run, which holds its folder: leftovers go, its settings are written."""
+def begin_writing(save_dir: Path, record: RunRecord, versions: dict[str, str], groups: Sequence[GroupRecord]) -> None:
+    """The first writing of a run, which holds its folder: leftovers go, its settings are written, and what came of
+    them for each parameter group."""
     run_dir.remove_leftovers(save_dir)
-    run_dir.write_run_config(save_dir, record.settings, record.identity, versions, record.head)
+    recorded = [group.as_json() for group in groups]
+    run_dir.write_run_config(save_dir, record.settings, record.identity, versions, record.head, recorded)

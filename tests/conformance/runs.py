@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import write_blocks, write_model
 
+from peft_pretraining.flags import MethodSpec
 from peft_pretraining.flags.settings import shown_default
 from peft_pretraining.methods import METHODS
 from peft_pretraining.optim.rule_settings import RULES
@@ -49,15 +49,27 @@ class Case:
         """Whether it stands for its method in the fast tier."""
         return self.rule == self.spec.update_rules[0]
 
+    @property
+    def is_representative(self) -> bool:
+        """Whether its method stands for others in the fast tier: the first of its family to be published that declares
+        these permissions, and has the tables that it has."""
+        alike = (spec for spec in METHODS.values() if _kind(spec) == _kind(self.spec))
+        return self.spec is next(alike)
+
     def __str__(self) -> str:
         return self.method if self.is_first else f"{self.method}-{self.rule}"
+
+
+def _kind(spec: MethodSpec) -> tuple[Any, ...]:
+    return spec.family, spec.allows, spec.tables
 
 
 CASES = [Case(spec.name, rule) for spec in METHODS.values() for rule in spec.update_rules]
 
 
 def each_case(cases: Iterable[Case] = CASES):
-    """Runs a test for every case; all but the first of each method are slow."""
+    """Runs a test for every case; all but the first of each method are slow (and methods that are no representatives:
+    see conftest.py)."""
     return pytest.mark.parametrize(
         "case", [pytest.param(case, id=str(case), marks=() if case.is_first else pytest.mark.slow) for case in cases]
     )
@@ -189,17 +201,3 @@ def rounding(optimizer: torch.optim.Optimizer) -> float:
     state changes, where that is kept in less than float64."""
     kept = [value.dtype for state in optimizer.state.values() for value in state.values() if value.ndim]
     return 1e-9 if all(not dtype.is_floating_point or dtype == torch.float64 for dtype in kept) else 1e-6
-
-
-def elements(formula: str, m: int, n: int, r: int, outputs: int = 0, blocks: int = 0) -> int:
-    """The value of a spec's `state`: a sum of products such as 2mr, or of one over a number, such as mn/2. `outputs`
-    and `blocks`, where it is written so, are the matrix's rows, be they m or n, and its attention heads, or rows."""
-    sizes, total = {"m": m, "n": n, "r": r, "outputs": outputs, "blocks": blocks}, 0
-    for term in formula.replace(" ", "").split("+"):
-        parts = re.fullmatch(r"(\d*)(outputs|blocks|[mnr]*)(?:/(\d+))?", term)
-        assert parts and term, f"{formula!r} is no sum of products of m, n, r"
-        product = int(parts[1] or 1)
-        for letter in [parts[2]] if parts[2] in ("outputs", "blocks") else parts[2]:
-            product *= sizes[letter]
-        total += product // int(parts[3] or 1)
-    return total

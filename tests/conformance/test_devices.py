@@ -10,6 +10,7 @@ from typing import Any
 
 import helpers
 import pytest
+import torch
 from launching import launch
 
 from conformance.runs import (
@@ -38,6 +39,16 @@ class Layout:
     quick: bool = True
 
 
+DIVIDED = [case for case in allowing("fsdp") if case.is_first]
+FSDP, HSDP = {"distributed_type": "fsdp"}, {"distributed_type": "fsdp", "replicas": 2}
+MIXED, ROUNDED = ({"dtype": "auto", "precision": name} for name in ("mixed", "bf16_sr"))
+NARROW = {
+    "fsdp, mixed": Layout(DIVIDED, {**FSDP, **MIXED}, lambda case: MIXED, quick=False),
+    "fsdp, bf16_sr": Layout(DIVIDED, {**FSDP, **ROUNDED}, lambda case: ROUNDED, quick=False),
+    "hsdp, mixed": Layout(DIVIDED, {**HSDP, **MIXED}, lambda case: MIXED, quick=False),
+    "hsdp, bf16_sr": Layout(DIVIDED, {**HSDP, **ROUNDED}, lambda case: ROUNDED, quick=False),
+}
+"""Of which one process and two compute the same but for the rounding of activations to bfloat16."""
 LAYOUTS = {
     "ddp": Layout(CASES, {"distributed_type": "ddp"}),
     "fsdp": Layout(allowing("fsdp"), {"distributed_type": "fsdp", "save_every": HALF_WAY}),
@@ -60,7 +71,7 @@ def _launch(asked_for: list[tuple[str, Case]], runs: Runs) -> Callable[[str, Cas
     folder.mkdir()
     argvs = []
     for name, case in asked_for:
-        layout = LAYOUTS[name]
+        layout = (LAYOUTS | NARROW)[name]
         flags = {**layout.shared(case), **layout.flags, "batch_size": TOTAL_BATCH // 2}
         argvs.append(runs.command(case, folder / f"{name} {case}", **flags))
     launch(folder / "launch", 2, [{"argv": argv} for argv in argvs], timeout=900)
@@ -71,7 +82,7 @@ def each_layout(*names: str):
     """Runs a test for every case of these layouts. The first test waits for the runs of all."""
     params = [
         pytest.param(name, case, id=f"{name}-{case}", marks=[pytest.mark.slow] * (not (case.is_first and layout.quick)))
-        for name, layout in LAYOUTS.items()
+        for name, layout in (LAYOUTS | NARROW).items()
         if name in names
         for case in layout.cases
     ]
@@ -82,6 +93,15 @@ def each_layout(*names: str):
 def test_two_processes_are_one(runs, launched, layout, case):
     one = runs(case, **LAYOUTS[layout].shared(case))
     assert_same_weights(launched(layout, case) / one.checkpoint.name, one.checkpoint, rounding(one.optimizer))
+
+
+@each_layout(*NARROW)
+def test_two_processes_learn_as_one_does_in_bfloat16(runs, launched, layout, case):
+    one, folder = runs(case, **NARROW[layout].shared(case)), launched(layout, case)
+    (_, before), (_, after) = helpers.evaluations(folder)
+    assert after < before - 0.05 and [after, before] == pytest.approx(one.losses[::-1], abs=0.05)
+    dtypes = {value.dtype for name, value in helpers.tensors(folder / one.checkpoint.name).items() if "_proj.w" in name}
+    assert torch.float64 not in dtypes and (torch.bfloat16 in dtypes) == ("bf16_sr" in layout), dtypes
 
 
 @each_layout("fsdp")

@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conformance.runs import CASES, VOCABULARY, Case, Outcome, assert_resumes, each_case, elements
+from conformance.runs import CASES, SHAPE, VOCABULARY, Case, Outcome, assert_resumes, each_case
+from peft_pretraining.config import cli
 from peft_pretraining.export import merged_model
+from peft_pretraining.methods import METHODS
+from peft_pretraining.report import state_size
 
 LAYERS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 """Square, upright (2m x m) and flat (m x 2m)."""
@@ -31,23 +34,28 @@ def state_of(outcome: Outcome, layer: str) -> dict[str, torch.Tensor]:
 @each_case(FORMULAS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_bytes_of_the_state_are_those_of_the_formula(runs, case, layer):
+    """By the formula that `--dry_run`, the plan and the tables of the documentation show."""
     outcome = runs(case)
-    config = outcome.model.config
-    m, n = config.hidden_size, config.intermediate_size if "mlp" in layer else config.hidden_size
-    state = state_of(outcome, layer)
+    state, config = state_of(outcome, layer), cli.load(runs.command(case, runs.folder / "unused"), environ={}).config
     size = sum(value.numel() * value.element_size() for value in state.values())
-    outputs = outcome.model.get_submodule(f"model.layers.0.{layer}").weight.shape[0]
-    blocks = config.num_attention_heads if "q_proj" in layer else outputs
-    expected = elements(case.spec.state, m, n, case.settings.get("rank", 0), outputs, blocks) * torch.float64.itemsize
+    rows, columns = outcome.model.get_submodule(f"model.layers.0.{layer}").weight.shape
+    heads = outcome.model.config.num_attention_heads if "q_proj" in layer else rows
+    expected = state_size.of_matrix(config, rows, columns, heads) * torch.float64.itemsize
     assert size == expected, {name: tuple(value.shape) for name, value in state.items()}
+    assert bool(size) == (case.spec.state != "0")
 
 
-def test_formulas_are_read():
-    assert elements("mr + 2nr", 3, 5, 2) == 26 and elements("2mn + 1", 3, 5, 2) == 31
-    assert elements("2mn/4 + r", 4, 6, 2) == 14 and elements("mn + outputs", 2, 3, 0, 3) == 9
-    for wrong in ("2k", "", "m/r", "m + "):
-        with pytest.raises(AssertionError, match="is no sum"):
-            elements(wrong, 1, 1, 1)
+def test_every_method_has_a_formula():
+    assert {case.method for case in FORMULAS} == {*METHODS}
+
+
+def test_the_matrices_of_a_model_are_known_before_it_is_built(runs):
+    outcome, shape = runs(CASES[0]), {**SHAPE, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = type(outcome.model.config)(vocab_size=VOCABULARY, **shape)
+    with torch.device("meta"):
+        layers = type(outcome.model)(config).model.layers
+    built = [module.weight.shape for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert [(rows, columns) for rows, columns, _ in state_size.matrices(shape)] == list(map(tuple, built))
 
 
 @each_case(case for case in CASES if case.rule == "adamw8bit")

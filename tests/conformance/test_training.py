@@ -132,7 +132,8 @@ def test_per_layer_updates_are_ordinary_ones(runs, case):
     shared = inside_backward(case)
     ordinary = runs(case, **shared)
     for batch_size in (TOTAL_BATCH, TOTAL_BATCH // 2):
-        inside = runs(case, **shared, per_layer=True, batch_size=batch_size)
+        sizes = {"batch_size": batch_size, "gradient_accumulation": TOTAL_BATCH // batch_size}
+        inside = runs(case, **shared, per_layer=True, **sizes)
         assert_same_weights(inside.checkpoint, ordinary.checkpoint, rounding(ordinary.optimizer))
 
 

@@ -204,13 +204,24 @@ def check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], 
 def check_whole(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
     """What methods cannot do whose steps need the whole gradient, and are limited in growth."""
     check(config, given, problems, warnings)
-    check_float32_state(config, problems)
+    check_whole_gradient(config, given, problems)
     growth = getattr(config.method, "norm_growth", 1.0)
     if growth < 1:
         problems.append(f"--norm_growth {growth:g}: must be at least 1, or every step is shorter than the one before")
 
 
-def check_float32_state(config: Config, problems: list[str]) -> None:
+def check_whole_gradient(config: Config, given: Mapping[str, ParsedFlag], problems: list[str]) -> None:
+    """What is so for methods of steps or statistics of full rank: nothing less than G may be formed or reduced, and
+    they compute in float32."""
+    why = f"every update of {config.method.method} needs the whole gradient of every matrix"
+    if config.distributed.reduce_low_rank:
+        problems.append(f"--reduce_low_rank True: {why}, and projected gradients are less")
+    if "projected_backward" in given and given["projected_backward"].value == "on":
+        problems.append(f"--projected_backward on: {why}, which a projected backward pass never forms")
+    _check_float32_state(config, problems)
+
+
+def _check_float32_state(config: Config, problems: list[str]) -> None:
     """Second moments and running means in bfloat16 never fall; nothing asks for them here."""
     if config.precision.state_dtype == "published":
         problems.append(
@@ -262,6 +273,9 @@ FAMILY = MethodSpec(
     for_device=for_device,
 )
 """What is so for each of them, unless it says otherwise."""
+
+ADAMW = ("adamw", "adamw8bit")
+"""Update rules of methods that take nothing of AdamW but its direction, and so do not see how it keeps its moments."""
 
 WHOLE = replace(
     FAMILY,

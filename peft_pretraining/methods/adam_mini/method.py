@@ -11,7 +11,8 @@ hidden size / number of heads rows; here they are rows / number of heads, of key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,21 @@ from typing_extensions import Self
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.methods.groups import by_role
-from peft_pretraining.optim import Collective, Direction, LowRankOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
-from peft_pretraining.optim.matrix_optimizer import as_groups
+from peft_pretraining.optim import (
+    Batch,
+    Batches,
+    Collective,
+    Direction,
+    LowRankOptimizer,
+    ParamUpdate,
+    Phases,
+    StateTensor,
+    UpdateRule,
+)
+from peft_pretraining.optim.own_groups import OwnGroups, divided
+from peft_pretraining.optim.rules.batches import Maker, Part
+from peft_pretraining.optim.tensors.collectives import in_turn
+from peft_pretraining.optim.tensors.param_update import Quotient
 from peft_pretraining.optim.tensors.state_tensor import zeros
 
 BLOCKS = ("heads", "rows", "tensor")
@@ -71,6 +85,7 @@ class AdamMiniRule(UpdateRule):
     collective for all parameters of a group.
     """
 
+    masks = True
     decays_first = True
     betas = (0.9, 0.999)
     name = "adam_mini"
@@ -96,61 +111,63 @@ class AdamMiniRule(UpdateRule):
         return {"exp_avg": StateTensor.like_gradient(zeros(like), shard), "block_mean_sq": squares}
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
+        batches = Batches(updates)
+        made = yield from in_turn([self._made(batch, group) for batch in batches], [batch.shard for batch in batches])
+        for batch, direction in zip(batches, made, strict=True):
+            factor = batch.updates[0].rate / (1 - (group["betas"] or self.betas)[0] ** batch.k)
+            batches.answer(batch, direction, factor)
+        return batches.directions()
+
+    def _made(self, batch: Batch, group: dict[str, Any]) -> Phases[Maker]:
+        """M / (√(v / (1-β2^k)) + ε), rows at a time."""
         beta1, beta2 = group["betas"] or self.betas
-        sums = yield [
-            Collective(self._sums(update), WHOLE if self._is_local(update) else update.low_rank_shard)
-            for update in updates
-        ]
-        torch._foreach_lerp_(
-            [update.state["exp_avg"] for update in updates], [update.low_rank_grad for update in updates], 1 - beta1
-        )
-        found: list[Direction | None] = []
-        for update, total in zip(updates, sums, strict=True):
-            mean_square, k = update.state["block_mean_sq"], update.k
-            size = update.low_rank_shard.shape.numel() if update.low_rank_shard.shape else update.low_rank_grad.numel()
-            mean_square.lerp_(total / (size // self._count(update)), 1 - beta2)
-            root = (mean_square / (1 - beta2**k)).sqrt_().add_(group["eps"])
-            moment = update.state["exp_avg"]
-            found.append(Direction(moment / self._spread(root, update), update.rate / (1 - beta1**k)))
-        return found
+        shard = WHOLE if self._is_local(batch) else batch.shard
+        (total,) = yield [Collective(self._sums(batch), shard)]
+        mean_square = batch.state("block_mean_sq").lerp_(total / self._size(batch), 1 - beta2)
+        root = self._spread((mean_square / (1 - beta2**batch.k)).sqrt_().add_(group["eps"]), batch)
 
-    def _is_local(self, update: ParamUpdate) -> bool:
+        def of_rows(part: Part) -> Quotient:
+            return Quotient(part.state("exp_avg").lerp_(part.grad, 1 - beta1), part.of(root))
+
+        return of_rows
+
+    def _is_local(self, batch: Batch) -> bool:
         """Whether this device has all entries of its blocks."""
-        return update.low_rank_shard.dim is None or (self._blocks == "rows" and update.low_rank_shard.dim == 0)
+        return batch.shard.dim is None or (self._blocks == "rows" and batch.shard.dim == 0)
 
-    def _count(self, update: ParamUpdate) -> int:
-        """Blocks of the whole parameter."""
-        shape = update.low_rank_shard.shape or update.low_rank_grad.shape
-        return shape[0] if self._blocks == "rows" else self._heads
+    def _size(self, batch: Batch) -> int:
+        """Entries of a block."""
+        shape = batch.shard.shape or batch.shape
+        return shape.numel() // (shape[0] if self._blocks == "rows" else self._heads)
 
-    def _sums(self, update: ParamUpdate) -> Tensor:
-        """Sums of squares of this device's entries of each block."""
-        grad = update.low_rank_grad
+    def _sums(self, batch: Batch) -> Tensor:
+        """Sums of squares of this device's entries of each block, (..., blocks)."""
+        grad, axes = batch.grad, batch.axes
         if self._blocks == "tensor":
-            return grad.square().sum().reshape(1)
-        of_rows = grad.square().sum(tuple(range(1, grad.ndim)))
+            return (torch.linalg.vector_norm(grad, dim=axes) if axes else grad).square().unsqueeze(-1)
+        of_rows = (torch.linalg.vector_norm(grad, dim=axes[1:]) if axes[1:] else grad).square()
         if self._blocks == "rows":
             return of_rows
-        return of_rows.new_zeros(self._heads).index_add_(0, self._head_of_rows(update), of_rows)
+        sums = of_rows.new_zeros(*of_rows.shape[:-1], self._heads)
+        return sums.index_add_(-1, self._head_of_rows(batch), of_rows)
 
-    def _head_of_rows(self, update: ParamUpdate) -> Tensor:
+    def _head_of_rows(self, batch: Batch) -> Tensor:
         """The head of each row that this device has."""
-        shard, grad = update.low_rank_shard, update.low_rank_grad
+        shard, rows = batch.shard, batch.shape[0]
         first = shard.offset if shard.dim == 0 else 0
-        rows = torch.arange(first, first + len(grad), device=grad.device)
-        return rows // ((shard.shape or grad.shape)[0] // self._heads)
+        return torch.arange(first, first + rows, device=batch.grad.device) // (
+            (shard.shape or batch.shape)[0] // self._heads
+        )
 
-    def _spread(self, blocks: Tensor, update: ParamUpdate) -> Tensor:
-        """Each block's number for its rows, to divide (m, n) by."""
-        grad = update.low_rank_grad
-        if self._blocks == "tensor":
-            return blocks.reshape(())
+    def _spread(self, blocks: Tensor, batch: Batch) -> Tensor:
+        """Each block's number for its rows, to divide (..., m, n) by."""
         if self._blocks == "heads":
-            blocks = blocks[self._head_of_rows(update)]
-        return blocks.reshape(-1, *(1 for _ in range(grad.ndim - 1)))
+            blocks = blocks[..., self._head_of_rows(batch)]
+        of_rows = blocks.shape[-1:] if batch.axes else ()
+        return blocks.reshape((*blocks.shape[:-1], *of_rows, *(1 for _ in batch.axes[1:])))
 
 
-class AdamMini(LowRankOptimizer):
+class AdamMini(OwnGroups):
     """Adam-mini for other loops: `blocks` are those of matrices, each of `params` with rows; vectors are one block.
     `from_model` knows which layers have heads.
 
@@ -176,21 +193,11 @@ class AdamMini(LowRankOptimizer):
         rounding: str = "nearest",
         **settings: Any,
     ):
-        of_matrices, of_vectors = AdamMiniRule(blocks, heads), AdamMiniRule("tensor")
         formats = {"state_format": state_format, "rounding": rounding, "betas": betas}
-        groups: list[dict[str, Any]] = []
-        for group in as_groups(params):
-            if "rule" in group:
-                groups.append({**formats, **group})
-                continue
-            listed = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-            matrices = [each for each in listed if _tensor(each).ndim >= 2]
-            vectors = [each for each in listed if _tensor(each).ndim < 2]
-            if matrices or not vectors:
-                groups.append({**formats, **group, "params": matrices, "rule": of_matrices})
-            if vectors:
-                groups.append({**formats, "weight_decay": 0.0, **group, "params": vectors, "rule": of_vectors})
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, full_norm=True, **settings)
+        complete = partial(_completed, formats, AdamMiniRule(blocks, heads), AdamMiniRule("tensor"))
+        super().__init__(
+            params, complete, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, full_norm=True, **settings
+        )
 
     @classmethod
     def from_model(cls, model: nn.Module, **settings: Any) -> Self:
@@ -199,6 +206,16 @@ class AdamMini(LowRankOptimizer):
         return cls(by_blocks(model, {"params": trained}), **settings)
 
 
-def _tensor(param: Any) -> Tensor:
-    found: Tensor = param[1] if isinstance(param, tuple) else param
-    return found
+def _completed(
+    formats: Mapping[str, Any], of_matrices: AdamMiniRule, of_vectors: AdamMiniRule, group: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A group that names its rule, or its matrices and its vectors."""
+    if "rule" in group:
+        return [{**formats, **group}]
+    matrices, vectors = divided(group, lambda param: param.ndim >= 2)
+    parts = []
+    if matrices or not vectors:
+        parts.append({**formats, **group, "params": matrices, "rule": of_matrices})
+    if vectors:
+        parts.append({**formats, "weight_decay": 0.0, **group, "params": vectors, "rule": of_vectors})
+    return parts

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def _check(config: Config, given: Mapping[str, ParsedFlag], problems: list[str], warnings: list[str]) -> None:
-    projection.check_float32_state(config, problems)
+    projection.check_whole_gradient(config, given, problems)
 
 
 SPEC = MethodSpec(

@@ -5,7 +5,7 @@ For a weight W (m, n) with m <= n, at 0-based update t (for m > n everything is 
     if t % update_proj_gap == 0:  U, the basis (m, r)                                     methods/alice/subspace.py
     σ = Uᵀ G,  Q̃ = β3 Q̃ + (1-β3) σσᵀ                                           (r, n), (r, r)
     M = β1 M + (1-β1) σ,  V = β2 V + (1-β2) σ²,  ω = M / (√V + ε)               (r, n)
-    p = β2 p + (1-β2) (column sums of G² - column sums of σ²)                   (n)
+    p = β1 p + (1-β1) (column sums of G² - column sums of σ²)                   (n)
     C = √(m-r) (G - U σ) / √p by columns, its norm growing by 1% at most        (m, n)   optim/rules/limiter.py
     W <- W - lr α (U ω + α_c C)                                                 (m, n)
 
@@ -75,6 +75,8 @@ def objects(
 class TrackingAdam(UpdateRule):
     """ω = M / (√V + ε), and Q̃, the running mean of σσᵀ, which the next refresh reads."""
 
+    name = "alice"
+
     decays_first = True
     betas = (0.9, 0.9)
 
@@ -135,7 +137,7 @@ class Compensated(Lift):
             for update in updates
         ]
         factors = [
-            self._factors(update, energy, group["betas"][1]) for update, energy in zip(updates, energies, strict=True)
+            self._factors(update, energy, group["betas"][0]) for update, energy in zip(updates, energies, strict=True)
         ]
         left = [residual(update) for update in updates]
         squares = yield [
@@ -151,10 +153,13 @@ class Compensated(Lift):
                 update.projection.add_projected_back(weight, bases, direction, -rate * update.scale, rows)
                 weight.addcmul_(of_rows(part, rows), of_rows(signed, rows))
 
-    def _factors(self, update: ParamUpdate, energy: Tensor, beta2: float) -> Tensor:
+    def _factors(self, update: ParamUpdate, energy: Tensor, beta1: float) -> Tensor:
         """√(m-r) / √p for each column, (1, n) or (m, 1), with p moved on; `energy` is that of G's columns."""
         axis, kept = low_rank_axis(update), update.state[self.ENERGY]
-        kept.lerp_(energy - update.low_rank_grad.square().sum(axis), 1 - beta2)
+        outside = energy - update.low_rank_grad.square().sum(axis)
+        # Of a gradient inside the subspace, a difference of rounding errors: C would be others of them over its root.
+        rounding = energy * torch.finfo(energy.dtype).eps
+        kept.lerp_(torch.maximum(outside, rounding), 1 - beta1)
         beyond = update.shard.shape[axis] - update.projection.rank
         return (math.sqrt(beyond) / kept.clamp(min=_SMALLEST).sqrt()).unsqueeze(axis)
 

@@ -23,10 +23,10 @@ class AliceSettings(
     alice_compensation: float = setting(
         0.4, non_negative_float, "Alice: factor of what is outside the subspace, beside --scale"
     )
-    alice_beta1: float = setting(0.9, fraction_below_one, "Alice: decay of the first moment")
-    alice_beta2: float = setting(
-        0.9, fraction_below_one, "Alice: decay of the second moment, and of the energy outside the subspace"
+    alice_beta1: float = setting(
+        0.9, fraction_below_one, "Alice: decay of the first moment, and of the energy outside the subspace"
     )
+    alice_beta2: float = setting(0.9, fraction_below_one, "Alice: decay of the second moment")
     alice_beta3: float = setting(
         0.999,
         fraction_below_one,

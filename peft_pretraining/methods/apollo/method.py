@@ -75,6 +75,8 @@ class ScaledGradient(Lift):
     """W <- W - lr c_k √scale S, S = G times what the rule did to the length of R: of each channel, or (`granularity`
     tensor) of the whole; ‖S‖ grows by no more than a factor `norm_growth` an update."""
 
+    name = "scaled_gradient"
+
     reads_gradient = True
 
     def __init__(self, granularity: str = "channel", norm_growth: float = 1.01):

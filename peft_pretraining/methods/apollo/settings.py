@@ -29,6 +29,7 @@ SPEC = replace(
         "proj_type": "side that is projected: std (the shorter one), reverse_std, left, right; the other one has the "
         "channels",
     },
+    update_rules=projection.ADAMW,
     state="mr + 2nr + 1",
     library="Apollo",
     conditions=(Condition(("scale_front",), lambda c: False, "as the factor and the limit commute"),),

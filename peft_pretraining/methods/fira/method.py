@@ -46,6 +46,8 @@ class ScaledResidual(Lift):
     """W <- W - lr c_k (α back(N) + S), S = what is left of G, each channel times what the rule did to that of R; ‖S‖
     grows by no more than a factor `norm_growth` an update."""
 
+    name = "scaled_residual"
+
     reads_gradient = True
 
     def __init__(self, residual: str = "code", norm_growth: float = 1.01):

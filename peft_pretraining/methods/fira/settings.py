@@ -32,6 +32,7 @@ SPEC = replace(
         "proj_type": "side of the projection: std (the shorter one), reverse_std, left, right; the other one has the "
         "channels",
     },
+    update_rules=projection.ADAMW,
     state="mr + 2nr + 1",
     library="Fira",
     conditions=projection.CONDITIONS,

@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods._matrices.method import MatrixTraining, adam_arguments
 from peft_pretraining.methods.foam.settings import SECOND_MOMENTS
-from peft_pretraining.optim import Direction, MatrixOptimizer, ParamUpdate, StateTensor, UpdateRule
+from peft_pretraining.optim import Batches, Direction, MatrixOptimizer, ParamUpdate, StateTensor, UpdateRule
+from peft_pretraining.optim.rules.adamw import TorchStep
+from peft_pretraining.optim.rules.batches import Part
+from peft_pretraining.optim.rules.folding import means, repeat, without_repeated
+from peft_pretraining.optim.tensors.param_update import Step
 
 
 class FoamTraining(MatrixTraining):
@@ -36,6 +40,8 @@ class FoldedAdam(UpdateRule):
     """Adam with moments of blocks of 2^`level` entries of a row, and D beside them. Nothing crosses devices that divide
     a matrix by rows."""
 
+    name = "foam"
+    masks = True
     betas = (0.9, 0.999)
 
     def __init__(self, level: int = 2, scale: float = 1.0, second: str = SECOND_MOMENTS[0]):
@@ -57,30 +63,28 @@ class FoldedAdam(UpdateRule):
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> list[Direction | None]:
         beta1, beta2 = group["betas"]
-        found: list[Direction | None] = []
-        for update in updates:
-            correction = math.sqrt(1 - beta2**update.k) / (1 - beta1**update.k)
-            factor = update.rate * self._scale * correction
-            found.append(Direction(self._direction(update, beta1, beta2, group["eps"]), factor))
-        return found
+        batches = Batches(updates)
+        for batch in batches:
+            correction = math.sqrt(1 - beta2**batch.k) / (1 - beta1**batch.k)
+            factor = batch.updates[0].rate * self._scale * correction
+            batches.answer(batch, partial(self._step, beta1=beta1, beta2=beta2, eps=group["eps"]), factor)
+        return batches.directions()
 
-    def _direction(self, update: ParamUpdate, beta1: float, beta2: float, eps: float) -> Tensor:
-        """(U(M) + D) / (√(U(V) + D²) + ε), with both moments moved on."""
-        grad, first, second = update.low_rank_grad, update.state["exp_avg"], update.state["exp_avg_sq"]
-        rows, columns = grad.shape
-        blocks = functional.pad(grad, (0, -columns % self._block)).view(rows, -1, self._block)  # no copy if they fit
-        mean = self._means(blocks)
+    def _step(self, part: Part, beta1: float, beta2: float, eps: float) -> Step:
+        """(U(M) + D) / (√(U(V) + D²) + ε), with both moments moved on.
+
+        Which is a first update of AdamW with decays of 1/2 for D, where the moments before it are U(M) and U(V).
+        """
+        grad, first, second = part.grad, part.state("exp_avg"), part.state("exp_avg_sq")
+        columns = grad.shape[-1]
+        if columns % self._block:
+            grad = functional.pad(grad, (0, -columns % self._block))
+        mean = means(grad, self._block)
         first.lerp_(mean, 1 - beta1)
-        second.lerp_(self._means(blocks.square()) if self._of_squares else mean.square(), 1 - beta2)
-        detail = blocks - mean.unsqueeze(-1)
-        root = torch.addcmul(second.unsqueeze(-1), detail, detail).sqrt_().add_(eps)
-        whole = detail.add_(first.unsqueeze(-1)).div_(root)
-        return whole.view(rows, -1)[:, :columns]
-
-    def _means(self, blocks: Tensor) -> Tensor:
-        """Of each block (m, blocks, 2^l), as a product, which is several times as fast as a mean over few numbers."""
-        weights = blocks.new_full((self._block,), 1 / self._block)
-        return torch.mv(blocks.reshape(-1, self._block), weights).view(blocks.shape[:2])
+        second.lerp_(means(grad.square(), self._block) if self._of_squares else mean.square(), 1 - beta2)
+        wide = without_repeated(grad, mean, self._block), repeat(first, self._block), repeat(second, self._block)
+        detail, repeated_first, repeated_second = (each[..., :columns].contiguous() for each in wide)
+        return TorchStep(detail, repeated_first, repeated_second, k=1, betas=(0.5, 0.5), eps=eps)
 
 
 class Foam(MatrixOptimizer):

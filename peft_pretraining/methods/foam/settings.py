@@ -32,6 +32,7 @@ SPEC = replace(
     settings=FoamSettings,
     defaults={**matrices.FAMILY.defaults, "scale": 0.25},
     meanings={"scale": "factor of the matrices' steps"},
-    state="2mn/4",
+    state="2mn/b",
+    state_letters={"b": ("2^`--foam_level`", lambda settings: 2**settings.foam_level)},
     library="Foam",
 )

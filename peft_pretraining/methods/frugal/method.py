@@ -26,7 +26,7 @@ from peft_pretraining.methods._matrices.method import MatrixTraining, adam_argum
 from peft_pretraining.methods.frugal.settings import FREE_RULES, ORDERS, SPACES
 from peft_pretraining.optim import Collective, Direction, MatrixOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
 from peft_pretraining.optim.basis.svd import gram_eigenvectors, short_gram
-from peft_pretraining.optim.tensors.projection import Projection
+from peft_pretraining.optim.tensors.projection import LEFT, Projection
 from peft_pretraining.optim.tensors.state_tensor import counter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,6 +60,8 @@ class PartialAdam(UpdateRule):
     """Adam on the part that is chosen. `indices` are columns or rows to take instead of drawn ones, one set for each
     choice."""
 
+    name = "frugal"
+
     decays_first = True
     betas = (0.9, 0.999)
     BASIS = "basis"
@@ -84,6 +86,9 @@ class PartialAdam(UpdateRule):
         self._space, self._density, self._gap, self._order = space, density, gap, order
         self._free_rule, self._free_scale, self._indices, self._seed = free_rule, free_scale, indices, seed
         self.intermittent = frozenset(MOMENTS) if space == "blocks" else frozenset()
+
+    def first_moment_decay(self, group: dict[str, Any]) -> float:
+        return float((group["betas"] or self.betas)[0])
 
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         """`choice` is the number of the part in use, -1 before the first; `age` is k."""
@@ -187,7 +192,7 @@ class PartialAdam(UpdateRule):
             projection = replace(self._projection(update.shard), shard=update.shard)
             bases = {projection.sides[0]: update.state[self.BASIS]}
             low_rank = projection.project(bases, grad)
-            found = self._free(grad - projection.project_back(bases, low_rank))
+            found = self._free(_outside(grad, projection.project_back(bases, low_rank), projection))
             projection.add_projected_back(found, bases, adam(low_rank), 1.0)
             return found
         index, dim = self._index(update), 1 if self._space == "columns" else 0
@@ -208,6 +213,16 @@ class PartialAdam(UpdateRule):
         root = (second / (1 - beta2**k)).sqrt_().add_(group["eps"])
         found: Tensor = (first / (1 - beta1**k)).div_(root)
         return found
+
+
+def _outside(grad: Tensor, inside: Tensor, projection: Projection) -> Tensor:
+    """G - back(R), with zeros for what is rounding alone, whose sign would be a step like any other."""
+    if projection.rank == min(projection.shard.shape or grad.shape):
+        return torch.zeros_like(grad)  # all is inside
+    axis = 0 if projection.sides == (LEFT,) else 1
+    rounding = 4 * torch.finfo(grad.dtype).eps + 16 * torch.finfo(torch.float64).eps  # of products, and of the basis
+    left = grad - inside
+    return left.masked_fill_(left.abs() <= rounding * torch.linalg.vector_norm(grad, dim=axis, keepdim=True), 0.0)
 
 
 class Frugal(MatrixOptimizer):

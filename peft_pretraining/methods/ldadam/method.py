@@ -48,6 +48,8 @@ class MovingSubspaceAdam(UpdateRule):
     """Devices may divide the longer side of a matrix, and its moments with it: the basis (short, r), which all of them
     have, is made of one sum of its size in each update."""
 
+    name = "ldadam"
+
     decays_first = True
     betas = (0.908, 0.99)
     BASIS, ERROR = "basis", "error"

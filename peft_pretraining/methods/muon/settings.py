@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from peft_pretraining.flags import choice, setting
+from peft_pretraining.flags import boolean, choice, setting
 from peft_pretraining.methods._matrices import settings as matrices
 
 SCALES = ("match_rms", "spectral")
@@ -21,6 +21,12 @@ class MuonSettings(matrices.NesterovSettings):
         "auto",
         choice(*NS_DTYPES),
         "Muon: what the Newton-Schulz iterations are computed in; auto: bfloat16 on CUDA, else float32",
+    )
+    muon_shard_compute: bool = setting(
+        False,
+        boolean,
+        "Muon: with DDP, each process iterates for its share of the matrices and hands them on, 2 bytes per number "
+        "where the iteration is in bfloat16, else those of the weight; FSDP2 divides the work in any case",
     )
 
 

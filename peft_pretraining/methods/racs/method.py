@@ -20,11 +20,27 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods._matrices.method import MatrixTraining
-from peft_pretraining.optim import Collective, Direction, MatrixOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
+from peft_pretraining.optim import (
+    Batch,
+    Batches,
+    Collective,
+    Direction,
+    MatrixOptimizer,
+    ParamUpdate,
+    Phases,
+    StateTensor,
+    UpdateRule,
+)
+from peft_pretraining.optim.rules.batches import Maker, Part
+from peft_pretraining.optim.rules.lengths import largest_magnitude, product
 from peft_pretraining.optim.rules.limiter import NormGrowthLimiter
+from peft_pretraining.optim.tensors.collectives import in_turn
+from peft_pretraining.optim.tensors.param_update import Quotient
 
 _SMALLEST = 1e-30
-"""Of scales that divide."""
+"""Of scales, and squares of them, that divide."""
+_AT_ONCE = 2**20
+"""Numbers of a block of squares."""
 
 
 class RacsTraining(MatrixTraining):
@@ -38,6 +54,8 @@ class RowsAndColumns(UpdateRule):
     """S, the gradient scaled by rows and columns. Devices may divide either: sums of the side that is divided are added
     up in each iteration, those of all matrices together."""
 
+    name = "racs"
+    masks = True
     decays_first = True
     ROWS, COLUMNS = "row_scale", "column_scale"
 
@@ -57,71 +75,79 @@ class RowsAndColumns(UpdateRule):
         }
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
-        grads = [update.low_rank_grad for update in updates]
+        batches = Batches(updates)
+        made = yield from in_turn([self._made(batch) for batch in batches], [batch.shard for batch in batches])
+        for batch, direction in zip(batches, made, strict=True):
+            batches.answer(batch, direction, batch.updates[0].rate * self._scale)
+        return batches.directions()
+
+    def _made(self, batch: Batch) -> Phases[Maker]:
+        """S, limited, rows at a time."""
+        (most,) = yield [Collective(largest_magnitude(batch), batch.shard, "max")]
         # Squares of squares underflow in float32 for small gradients: those of G / max|G| do not.
-        largest = yield [
-            Collective(_largest(grad), update.shard, "max") for grad, update in zip(grads, updates, strict=True)
-        ]
-        squares = [
-            (grad / torch.where(most > 0, most, 1.0)).square_() for grad, most in zip(grads, largest, strict=True)
-        ]
-        yield from self._track_scales(updates, squares, largest)
-        del squares
-        scaled = [self._scaled(update) for update in updates]
-        norms = yield [
-            Collective(torch.linalg.vector_norm(step).square(), update.shard)
-            for step, update in zip(scaled, updates, strict=True)
-        ]
-        divisors = self._limiter.divisors(updates, [norm.sqrt() for norm in norms])
-        return [
-            Direction(step.div_(divisor), update.rate * self._scale)
-            for step, divisor, update in zip(scaled, divisors, updates, strict=True)
-        ]
+        inverse = batch.across(torch.where(most > 0, most, 1.0).reciprocal())
+        squares = [(part.grad * inverse).square_() for part in batch.parts(_AT_ONCE)]
+        yield from self._track_scales(batch, squares, most)
+        rows, columns = (batch.state(key).clamp(min=_SMALLEST) for key in (self.ROWS, self.COLUMNS))
+        # ‖S‖² / max|G|², of the squares that are there.
+        by_row = _by_columns(squares, columns.reciprocal())
+        (square,) = yield [Collective((by_row / rows).sum(-1), batch.shard)]
+        divisor = self._limiter.divisor(batch.state(self._limiter.KEY), most * square.sqrt())
+        of_row, of_column = (rows.sqrt() * divisor.unsqueeze(-1)).unsqueeze(-1), columns.sqrt().unsqueeze(-2)
 
-    def _track_scales(
-        self, updates: Sequence[ParamUpdate], squares: Sequence[Tensor], largest: Sequence[Tensor]
-    ) -> Phases[None]:
+        def of_rows(part: Part) -> Quotient:
+            return Quotient(part.grad / part.of(of_row), of_column)
+
+        return of_rows
+
+    def _track_scales(self, batch: Batch, squares: Sequence[Tensor], most: Tensor) -> Phases[None]:
         """The fixed-point iteration, and its running means."""
-        rows = [square.new_ones(len(square)) for square in squares]
-        columns = list(rows)
-        for _ in range(self._iterations):
-            found = yield [
-                _contraction(square.T, q, update.shard, 0)
-                for square, q, update in zip(squares, rows, updates, strict=True)
-            ]
-            columns = [_quotient(answer) for answer in found]
-            found = yield [
-                _contraction(square, s, update.shard, 1)
-                for square, s, update in zip(squares, columns, updates, strict=True)
-            ]
-            rows = [_quotient(answer) for answer in found]
-        for update, q, s, most in zip(updates, rows, columns, largest, strict=True):
-            weight = (most > 0).to(q.dtype) * (1 - self._beta)
-            update.state[self.ROWS].lerp_(q, weight)
-            update.state[self.COLUMNS].lerp_(s * most.square(), weight)
-
-    def _scaled(self, update: ParamUpdate) -> Tensor:
-        """S before the limiter, this device's part of (m, n)."""
-        rows, columns = (update.state[key].clamp(min=_SMALLEST).rsqrt() for key in (self.ROWS, self.COLUMNS))
-        scaled: Tensor = (update.low_rank_grad * rows.unsqueeze(1)).mul_(columns)
-        return scaled
+        q = torch.ones_like(batch.state(self.ROWS))
+        contracted = _by_rows(batch, squares, q)
+        for remaining in reversed(range(self._iterations)):
+            s = yield from _quotient(batch, contracted, q, 0)
+            if batch.shard.dim == 1:
+                q = yield from _quotient(batch, _by_columns(squares, s), s, 1)
+                contracted = _by_rows(batch, squares, q)
+            else:
+                q, contracted = _there_and_back(
+                    squares, s / s.square().sum(-1, keepdim=True).clamp(min=_SMALLEST), bool(remaining)
+                )
+        weight = ((most > 0).to(q.dtype) * (1 - self._beta)).unsqueeze(-1)
+        batch.state(self.ROWS).lerp_(q, weight)
+        batch.state(self.COLUMNS).lerp_(s * most.square().unsqueeze(-1), weight)
 
 
-def _largest(grad: Tensor) -> Tensor:
-    """max|G|, 0 of no rows at all."""
-    return grad.abs().amax() if grad.numel() else grad.new_zeros(())
+def _by_rows(batch: Batch, squares: Sequence[Tensor], q: Tensor) -> Tensor:
+    """Hᵀ q, (..., n), of H in blocks of rows."""
+    found = [product(block.mT, part.of(q)) for part, block in zip(batch.parts(_AT_ONCE), squares, strict=True)]
+    return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
 
-def _contraction(matrix: Tensor, vector: Tensor, shard: ShardInfo, dim: int) -> Collective:
-    """matrix @ vector and, behind it, ‖vector‖²: sums over the devices that divide this dimension of G."""
-    both = torch.cat([matrix @ vector, vector.square().sum().unsqueeze(0)])
-    return Collective(both, shard if shard.dim == dim else WHOLE)
+def _by_columns(squares: Sequence[Tensor], s: Tensor) -> Tensor:
+    """H s, (..., m), of H in blocks of rows."""
+    found = [product(block, s) for block in squares]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def _quotient(answer: Tensor) -> Tensor:
-    """What was contracted, over the square; zeros of zeros."""
-    square = answer[-1]
-    return answer[:-1] / torch.where(square > 0, square, 1.0)
+def _there_and_back(squares: Sequence[Tensor], s: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """H s and, of each block while it is in the cache, Hᵀ H s."""
+    rows, columns = [], []
+    for block in squares:
+        rows.append(product(block, s))
+        if back:
+            columns.append(product(block.mT, rows[-1]))
+    return torch.cat(rows, -1), torch.stack(columns).sum(0) if back else s
+
+
+def _quotient(batch: Batch, contracted: Tensor, vector: Tensor, dim: int) -> Phases[Tensor]:
+    """What was contracted with a vector along dimension `dim` over that vector's square: sums over the devices that
+    divide the dimension. Zeros of zeros."""
+    square = vector.square().sum(-1, keepdim=True)
+    if batch.shard.dim == dim:
+        (both,) = yield [Collective(torch.cat([contracted, square], -1), batch.shard)]
+        contracted, square = both[..., :-1], both[..., -1:]
+    return contracted / square.clamp(min=_SMALLEST)
 
 
 class Racs(MatrixOptimizer):

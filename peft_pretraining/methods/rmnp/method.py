@@ -15,10 +15,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from peft_pretraining.methods._matrices.method import MatrixTraining
-from peft_pretraining.optim import Direction, MatrixOptimizer, ParamUpdate, Phases
-from peft_pretraining.optim.rules.lengths import norms_along
+from peft_pretraining.optim import Batches, Direction, MatrixOptimizer, ParamUpdate, Phases
+from peft_pretraining.optim.rules.lengths import over_lengths
 from peft_pretraining.optim.rules.momentum import MomentumRule
+from peft_pretraining.optim.tensors.collectives import together
 
 
 class RmnpTraining(MatrixTraining):
@@ -30,20 +33,22 @@ class RmnpRule(MomentumRule):
     """The momentum, each row divided by its length. Nothing crosses devices that divide matrices by rows."""
 
     name = "rmnp"
+    masks = True
 
     def __init__(self, momentum: float = 0.95, nesterov: bool = True, row_eps: float = 1e-12):
         super().__init__(momentum, nesterov)
         self._row_eps = row_eps
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
-        followed, shards = self.follow(updates), [update.low_rank_shard for update in updates]
-        norms = yield from norms_along(followed, shards, axis=1)
-        found: list[Direction | None] = []
-        for each, norm, update in zip(followed, norms, updates, strict=True):
-            m, n = update.low_rank_shard.shape
-            factor = update.rate * math.sqrt(max(1.0, m / n))
-            found.append(Direction(each / norm.clamp(min=self._row_eps), factor))
-        return found
+        batches = Batches(updates)
+        made = yield from together([over_lengths(each, 1, self.followed, self._divisor) for each in batches])
+        for batch, direction in zip(batches, made, strict=True):
+            m, n = batch.shard.shape
+            batches.answer(batch, direction, batch.updates[0].rate * math.sqrt(max(1.0, m / n)))
+        return batches.directions()
+
+    def _divisor(self, norms: Tensor) -> Tensor:
+        return norms.clamp(min=self._row_eps)
 
 
 class RMNP(MatrixOptimizer):

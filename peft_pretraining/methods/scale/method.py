@@ -14,17 +14,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from peft_pretraining.methods._matrices.method import MatrixTraining
 from peft_pretraining.methods.scale.settings import NORMS
-from peft_pretraining.optim import Direction, LowRankOptimizer, MatrixOptimizer, ParamUpdate, Phases, roles_of
+from peft_pretraining.optim import Batches, Direction, LowRankOptimizer, MatrixOptimizer, ParamUpdate, Phases, roles_of
 from peft_pretraining.optim.model_groups import TARGET_MODULES, model_groups
-from peft_pretraining.optim.rules.lengths import norms_along
+from peft_pretraining.optim.rules.lengths import over_lengths
 from peft_pretraining.optim.rules.momentum import MomentumRule
+from peft_pretraining.optim.tensors.collectives import together
 
 log = logging.getLogger("peft_pretraining")
 
@@ -59,6 +61,7 @@ class ScaleRule(MomentumRule):
     """The gradient, or its mean with `momentum`, each row (`axis` 1) or column (`axis` 0) divided by its size."""
 
     name = "scale"
+    masks = True
 
     def __init__(self, momentum: float = 0.0, axis: int = 1, norm: str = "rms", norm_eps: float = 1e-8):
         super().__init__(momentum, nesterov=False)
@@ -67,14 +70,20 @@ class ScaleRule(MomentumRule):
         self._axis, self._of_mean, self._eps = axis, norm == "rms", norm_eps
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
-        followed, shards = self.follow(updates), [update.low_rank_shard for update in updates]
-        sizes = yield from norms_along(followed, shards, self._axis)
-        found: list[Direction | None] = []
-        for each, size, update in zip(followed, sizes, updates, strict=True):
-            if self._of_mean:
-                size = size / math.sqrt(update.low_rank_shard.shape[self._axis])
-            found.append(Direction(each / size.clamp(min=self._eps), update.rate))
-        return found
+        batches = Batches(updates)
+        made = yield from together(
+            [
+                over_lengths(batch, self._axis, self.followed, partial(self._size, batch.shard.shape[self._axis]))
+                for batch in batches
+            ]
+        )
+        for batch, direction in zip(batches, made, strict=True):
+            batches.answer(batch, direction, batch.updates[0].rate)
+        return batches.directions()
+
+    def _size(self, count: int, norms: Tensor) -> Tensor:
+        """Of rows or columns of `count` numbers with these norms."""
+        return (norms / math.sqrt(count) if self._of_mean else norms).clamp(min=self._eps)
 
 
 class Scale(MatrixOptimizer):

@@ -24,73 +24,151 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods._matrices.method import MatrixTraining
 from peft_pretraining.optim import Collective, Direction, MatrixOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
+from peft_pretraining.optim.tensors.collectives import together
 from peft_pretraining.optim.tensors.full_precision import full_float32_products
+from peft_pretraining.optim.tensors.param_update import guarded
+from peft_pretraining.optim.tensors.state_tensor import zeros
 
 _SIDES = (0, 1)
+_LIKE_GRADIENT = ("grad", "exp_avg", "exp_avg_sq")
 
 
 class SoapTraining(MatrixTraining):
     def matrices(self) -> dict[str, Any]:
         method = self.config.method
-        rule = SoapRule(method.update_proj_gap, method.soap_max_side)
+        rule = SoapRule(method.update_proj_gap, method.soap_max_side, shares_work=True)
         return {"rule": rule, "betas": (method.matrix_momentum, method.soap_beta2)}
 
 
 class SoapRule(UpdateRule):
-    """Devices that divide a matrix put its gradient together, and all keep the whole state.
+    """Of a matrix that devices divide, each keeps its rows of the state, and the owner gets all of it, moves it on and
+    hands it back.
 
-    `first`: the first eigenvectors of both sides, where they are given.
+    `first`: the first eigenvectors of both sides, where they are given. `shares_work`: where all devices have the whole
+    matrices, these come from the owner as well.
     """
 
     betas = (0.95, 0.95)
     name = "soap"
+    masks = True
 
-    def __init__(self, gap: int = 10, max_side: int = 10_000, first: Sequence[Tensor] | None = None):
+    def __init__(
+        self,
+        gap: int = 10,
+        max_side: int = 10_000,
+        first: Sequence[Tensor] | None = None,
+        shares_work: bool = False,
+    ):
         if gap < 0:
             raise ValueError(f"gap must be at least 0, got {gap}")
-        self._gap, self._max_side, self._first = gap, max_side, first
+        self._gap, self._max_side, self._first, self.shares_work = gap, max_side, first, shares_work
 
     def first_moment_decay(self, group: dict[str, Any]) -> float:
         return float(group["betas"][0])
+
+    def must_know(self, k: int) -> bool:
+        return k == 1 or self._turns(k - 1)  # decompositions
 
     def declare_state(self, like: Tensor, group: dict[str, Any], shard: ShardInfo = WHOLE) -> dict[str, StateTensor]:
         if like.ndim != 2:
             raise ValueError(f"soap is for matrices, got a parameter of shape {tuple(like.shape)}")
         shape = shard.shape or like.shape
-        shapes = {"exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
+        declared = {key: StateTensor.like_gradient(zeros(like), shard) for key in ("exp_avg", "exp_avg_sq")}
         for side in self._sides(shape):
-            shapes |= {f"gram_{side}": (shape[side],) * 2, f"vectors_{side}": (shape[side],) * 2}
-        return {key: StateTensor(like.new_zeros(size)) for key, size in shapes.items()}
+            square = shard.of_shape((shape[side],) * 2)
+            rows = shape[side] if square.dim is None else square.size
+            for key in (f"gram_{side}", f"vectors_{side}"):
+                declared[key] = StateTensor.like_gradient(like.new_zeros(rows, shape[side]), square)
+        return declared
 
     def _sides(self, shape: Sequence[int]) -> list[int]:
         """Those that have a basis."""
         return [side for side in _SIDES if shape[side] <= self._max_side]
 
-    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
-        grads = yield [Collective(update.low_rank_grad, update.low_rank_shard, "whole") for update in updates]
-        with full_float32_products():
-            return [self._direction(*each, group) for each in zip(updates, grads, strict=True)]
+    def _turns(self, k: int) -> bool:
+        """Whether the k-th update after the first one ends with a step of the bases."""
+        return k > 0 and self._gap > 0 and k % self._gap == 0
 
-    def _direction(self, update: ParamUpdate, grad: Tensor, group: dict[str, Any]) -> Direction | None:
-        """This device's part of D; then the bases and their Gram matrices move on."""
-        (beta1, beta2), state, k = group["betas"], update.state, update.k - 1
-        sides = self._sides(grad.shape)
-        direction = None
+    def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
+        (beta1, beta2), later = group["betas"], [update for update in updates if update.k > 1]
+        with guarded(updates, "exp_avg", "exp_avg_sq", "gram_0", "gram_1"):
+            moments = [update.state["exp_avg"] for update in later]
+            if later:
+                torch._foreach_lerp_(moments, [update.low_rank_grad for update in later], 1 - beta1)
+            wholes = yield from together([self._at_the_owner(update) for update in updates])
+            with full_float32_products():
+                found = [self._move_on(*each, group) for each in zip(updates, wholes, strict=True)]
+            parts = yield from together([self._handed_back(*each) for each in zip(updates, wholes, found, strict=True)])
+        return [
+            None if part is None else Direction(part, update.rate * _correction(update, beta1, beta2))
+            for part, update in zip(parts, updates, strict=True)
+        ]
+
+    def _shard_of(self, update: ParamUpdate, key: str) -> ShardInfo:
+        """How a tensor of the state is divided."""
+        shard = update.low_rank_shard
+        return shard if key in _LIKE_GRADIENT else shard.of_shape((shard.shape[int(key[-1])],) * 2)
+
+    def _at_the_owner(self, update: ParamUpdate) -> Phases[dict[str, Tensor]]:
+        """The state, and G as `grad`: whole where this device does the work, else empty tensors."""
+        state = {**update.state, "grad": update.low_rank_grad}
+        if update.low_rank_shard.dim is None:
+            return state
+        keys = [key for key in state if key in _LIKE_GRADIENT or key.startswith(("gram", "vectors"))]
+        if update.k == 1:
+            keys = ["grad"]
+        wholes = yield [Collective(state[key], self._shard_of(update, key), "to_owner", update.owner) for key in keys]
+        state |= dict(zip(keys, wholes, strict=True))
+        if update.k == 1:
+            for side in self._sides(update.low_rank_shard.shape) if update.is_owner else ():
+                size = (update.low_rank_shard.shape[side],) * 2
+                state |= {key: state["grad"].new_zeros(size) for key in (f"gram_{side}", f"vectors_{side}")}
+        return state
+
+    def _handed_back(
+        self, update: ParamUpdate, whole: dict[str, Tensor], found: Tensor | None
+    ) -> Phases[Tensor | None]:
+        """This device's part of D, after its part of the state has been put in place."""
+        sides, shard = self._sides(update.low_rank_shard.shape), update.low_rank_shard
+        keys = [f"vectors_{side}" for side in sides] if update.k == 1 or self._turns(update.k - 1) else []
+        if shard.dim is None:
+            keys = keys if update.k == 1 else []
+        else:
+            keys += [f"gram_{side}" for side in sides] + (["exp_avg_sq"] if update.k > 1 else [])
+        nothing = update.low_rank_grad.new_empty(0)
+        moved = [(whole[key] if update.is_owner else nothing, self._shard_of(update, key)) for key in keys]
+        if update.k > 1 and shard.dim is not None:
+            moved.append((nothing if found is None else found, shard))
+        if not moved:
+            return found
+        parts = yield [Collective(*each, "from_owner", update.owner) for each in moved]
+        for key, part in zip(keys, parts, strict=False):  # D comes last
+            update.state[key].copy_(part)
+        return parts[-1] if len(parts) > len(keys) else found
+
+    def _move_on(self, update: ParamUpdate, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor | None:
+        """D (m, n), after M has moved on; then the second moment, the Gram matrices and the bases move on as well.
+        `state` is of whole matrices."""
+        beta2, k, shard = group["betas"][1], update.k - 1, update.low_rank_shard
+        if shard.dim is not None and not update.is_owner:
+            return None
+        sides, grad, direction = self._sides(shard.shape), state["grad"], None
         if k > 0:
-            state["exp_avg"].lerp_(grad, 1 - beta1)
-            state["exp_avg_sq"].lerp_(self._into_bases(state, grad, sides).square_(), 1 - beta2)
+            turned = self._into_bases(state, grad, sides)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
             moment = self._into_bases(state, state["exp_avg"], sides)
-            found = self._out_of_bases(state, moment / (state["exp_avg_sq"].sqrt() + group["eps"]), sides)
-            correction = math.sqrt(1 - beta2**k) / (1 - beta1**k)
-            shard = update.low_rank_shard
-            direction = Direction(shard.part(found, shard.dim or 0), update.rate * correction)
+            moment.div_(state["exp_avg_sq"].sqrt().add_(group["eps"]))
+            direction = self._out_of_bases(state, moment, sides)
+            if update.mask is not None:
+                update.mask.zero_(direction)
         for side in sides:
-            state[f"gram_{side}"].lerp_(grad @ grad.mT if side == 0 else grad.mT @ grad, 1 - beta2)
-        if k == 0:
+            both = (grad, grad.mT) if side == 0 else (grad.mT, grad)
+            state[f"gram_{side}"].addmm_(*both, beta=beta2, alpha=1 - beta2)
+        if k == 0 and update.is_owner:
             first = self._first or first_bases(grad)
             for side in sides:
                 state[f"vectors_{side}"].copy_(first[side])
-        elif self._gap and k % self._gap == 0:
+        if self._turns(k):
             for side in sides:
                 _turn(state, side)
         return direction
@@ -108,13 +186,22 @@ class SoapRule(UpdateRule):
         return result @ state["vectors_1"].mT if 1 in sides else result
 
 
+def _correction(update: ParamUpdate, beta1: float, beta2: float) -> float:
+    """c_k."""
+    k = update.k - 1
+    return math.sqrt(1 - beta2**k) / (1 - beta1**k) if k else 0.0
+
+
 def first_bases(grad: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors (m, m) of G Gᵀ and (n, n) of Gᵀ G, by falling eigenvalues, in float64 on the CPU.
 
     What belongs to eigenvalues that are nothing but rounding completes the others as Householder's reflections do:
-    it changes as little as they do, so that devices that add in another order agree.
+    it changes as little as they do, so that devices that add in another order agree. Of a gradient that is not finite:
+    those of zeros.
     """
     wide = grad.double().cpu()
+    if not bool(wide.isfinite().all()):  # LAPACK may never return
+        wide = torch.zeros_like(wide)
     u, sizes, vt = torch.linalg.svd(wide, full_matrices=False)
     noise = sizes.max() * max(grad.shape) * torch.finfo(grad.dtype).eps
     rank = int((sizes > noise).sum())
@@ -141,12 +228,12 @@ def _turn(state: dict[str, Tensor], side: int) -> None:
 class SOAP(MatrixOptimizer):
     """SOAP for other loops: matrices as above, everything else by AdamW (`adam_betas`).
 
-    >>> weight = torch.nn.Parameter(torch.ones(4, 6))
+    >>> weight = torch.nn.Parameter(torch.eye(4, 6))
     >>> optimizer = SOAP([weight], lr=3e-3)
     >>> for _ in range(2):  # the first update fills the Gram matrices alone
     ...     weight.square().sum().backward()
     ...     optimizer.step()
-    >>> tuple(optimizer.state[weight]["vectors_1"].shape), bool((weight < 1).all())
+    >>> tuple(optimizer.state[weight]["vectors_1"].shape), bool((weight.diag() < 1).all())
     ((6, 6), True)
 
     `first_vectors` are both sides' first eigenvectors: for tests.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,46 @@ class AdamW(UpdateRule):
     def epsilon(self, eps: float, beta2: float, k: int) -> float:
         """torch's ε for the one that was set."""
         return eps if self._torch_epsilon else eps / math.sqrt(1 - beta2**k)
+
+
+class TorchStep(NamedTuple):
+    """The direction of torch's AdamW for a contiguous gradient, at the `k`-th update of its moments, which move on."""
+
+    grad: Tensor
+    first: Tensor
+    second: Tensor
+    k: int
+    betas: tuple[float, float]
+    eps: float
+
+    def add_to(self, weight: Tensor, factor: float) -> None:
+        if weight.dtype == self.grad.dtype and weight.is_contiguous():
+            self._move(weight, -factor)
+        else:
+            weight.add_(self.whole(), alpha=factor)
+
+    def whole(self) -> Tensor:
+        minus_d = zeros(self.grad)
+        self._move(minus_d, 1.0)
+        return minus_d.neg_()
+
+    def _move(self, weight: Tensor, rate: float) -> None:
+        k = torch.full((), self.k, dtype=torch.float32, device=weight.device)
+        torch._fused_adamw_(
+            [weight],
+            [self.grad],
+            [self.first],
+            [self.second],
+            [],
+            [k],
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=rate,
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+        )
 
 
 def _alike(updates: Sequence[ParamUpdate], grads: Sequence[Tensor]) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,7 +11,39 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
-from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate, Step
+from peft_pretraining.optim.tensors.rounding import rows_in_cache
+
+
+class Part:
+    """Some rows of a batch's gradients, or all of them, and of what belongs to them."""
+
+    def __init__(self, batch: Batch, rows: slice | None):
+        self._batch, self.rows = batch, rows
+
+    @property
+    def start(self) -> int | None:
+        """The first of the rows; None: they are all."""
+        return None if self.rows is None else int(self.rows.start)
+
+    @property
+    def grad(self) -> Tensor:
+        """R, which stays as it is."""
+        return self.of(self._batch.grad)
+
+    def state(self, key: str) -> Tensor:
+        """A tensor of the state, to be changed in place: its rows, if it has as many as R."""
+        return self.of(self._batch.state(key))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of what has as many as R, as (m, n) or (m, 1): the whole of (1, n) and of scalars."""
+        if self.rows is None or tensor.ndim == 0 or tensor.shape[0] == 1:
+            return tensor
+        return tensor[self.rows]
+
+
+Maker: TypeAlias = Callable[[Part], Tensor | Step]
+"""Makes the rows of D of a part, and moves on its state."""
 
 
 class Batch:
@@ -33,6 +66,9 @@ class Batch:
         self.dtype: torch.dtype = first.low_rank_grad.dtype
         self.grad: Tensor = self._together([update.low_rank_grad for update in updates])
         """R, which stays as it is."""
+        self.by_rows: bool = not stacked and self.mask is None and not launches_cost(self.grad.device)
+        """Whether a direction is made while the weight moves, on the CPU, where numbers may be read: not of what is
+        masked, and not where launches cost."""
         self._state: dict[str, Tensor] = {}
         self._new: dict[str, Tensor] = {}
 
@@ -43,6 +79,24 @@ class Batch:
 
     def _together(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self._stacked else tensors[0]
+
+    def part(self, rows: slice | None = None) -> Part:
+        """These rows (of a single matrix), or everything."""
+        return Part(self, rows)
+
+    def parts(self, at_once: int | None = None) -> Iterator[Part]:
+        """Blocks of rows that a CPU keeps in its caches; elsewhere everything at once. The default ones are those that
+        directions are made by."""
+        if not self.by_rows or not self.shape or not self.shape[0]:
+            yield self.part()
+            return
+        count = rows_in_cache(self.grad, at_once)
+        for start in range(0, self.shape[0], count):
+            yield self.part(slice(start, min(start + count, self.shape[0])))
+
+    def across(self, scalars: Tensor) -> Tensor:
+        """One number for each gradient, () or (L), to multiply them with."""
+        return scalars.view((*scalars.shape, *(1 for _ in self.axes)))
 
     def has(self, key: str) -> bool:
         """Whether there is such a tensor in the state (of all, as they are alike)."""
@@ -76,8 +130,13 @@ class Batch:
     def _parts(self, together: Tensor) -> list[Tensor]:
         return list(together.unbind()) if self._stacked else [together]
 
-    def directions(self, together: Tensor, factor: float, bias_correction: float = 1.0) -> list[Direction]:
+    def directions(self, made: Tensor | Maker, factor: float, bias_correction: float = 1.0) -> list[Direction]:
         """The directions of the updates, for `Batches.answer`."""
+        if callable(made) and self.by_rows:
+            make = made
+            return [ByRows.of(lambda rows: make(self.part(rows)), self.grad, factor, bias_correction)]
+        answer = made(self.part()) if callable(made) else made
+        together = answer if isinstance(answer, Tensor) else answer.whole()
         self._keep()
         if self.mask is not None:
             together = self.mask.choose(together.new_zeros(()), together)
@@ -108,14 +167,15 @@ class Batches:
     [0.98, 0.98, 0.98]
     """
 
-    def __init__(self, updates: Sequence[ParamUpdate]):
+    def __init__(self, updates: Sequence[ParamUpdate], apart: Callable[[ParamUpdate], object] = lambda update: None):
+        """`apart`: what must be equal in a batch beside shapes and k."""
         self._answers: list[Direction | None] = [None] * len(updates)
         alike: dict[object, list[int]] = {}
         for place, update in enumerate(updates):
             grad = update.low_rank_grad
             stacks = launches_cost(grad.device) or update.mask is not None
             tensors = (grad.shape, grad.dtype, grad.device, *update.state)
-            kind = (*tensors, update.k, update.low_rank_shard, id(update.mask))
+            kind = (*tensors, update.k, update.low_rank_shard, id(update.mask), apart(update))
             alike.setdefault(kind if stacks else place, []).append(place)
         self._batches = [
             Batch([updates[place] for place in places], places, stacked=len(places) > 1) for places in alike.values()
@@ -124,8 +184,9 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
 
-    def answer(self, batch: Batch, direction: Tensor, factor: float, bias_correction: float = 1.0) -> None:
-        """D of a batch; its state is put in place."""
+    def answer(self, batch: Batch, direction: Tensor | Maker, factor: float, bias_correction: float = 1.0) -> None:
+        """D of a batch; its state is put in place. What makes D row by row, and moves on the rows' state, is called on
+        the CPU while the weight moves, some rows at a time: then they are still in the cache."""
         answers = batch.directions(direction, factor, bias_correction)
         for place, answer in zip(batch.places, answers, strict=True):
             self._answers[place] = answer

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.collectives import Phased
 from peft_pretraining.optim.tensors.moving_weights import Moving, moving_lots
-from peft_pretraining.optim.tensors.param_update import Direction, ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate
 from peft_pretraining.optim.tensors.projection import Projection
 from peft_pretraining.optim.tensors.state_tensor import StateTensor
 
@@ -39,6 +39,8 @@ class Lift:
     """Whether `move` leaves weight and state as they are where D is zeros, but for the decay that `update.moving()`
     takes care of: all that are linear in D do. A lift that says nothing is asked only for updates that take place: the
     optimizer then waits for the device to know."""
+    by_rows = False
+    """Whether `move` takes directions that are made by rows; they are made as a whole for others."""
     reads_gradient = False
     """Whether `move` needs G beside R. Then gradients are reduced as a whole, clipped by G's norm, and added up as a
     whole by per-layer updates."""
@@ -66,14 +68,17 @@ class Identity(Lift):
 
     name = "identity"
     masks = True
+    by_rows = True
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
         for lot in moving_lots(updates):
             for factor, members in _by_factor(lot).items():
-                directions = [_direction(update)[0] for update, _, _ in members]
+                if isinstance(direction := _direction(members[0].update), ByRows):
+                    _add_rows(members, direction)
+                    continue
                 parts = [
-                    direction if rows is None else direction[rows]
-                    for direction, (_, rows, _) in zip(directions, members, strict=True)
+                    _direction(update).tensor if rows is None else _direction(update).tensor[rows]
+                    for update, rows, _ in members
                 ]
                 torch._foreach_add_([weight for _, _, weight in members], parts, alpha=-factor)
 
@@ -110,6 +115,16 @@ class Sign(Lift):
 def _direction(update: ParamUpdate) -> Direction:
     assert update.direction is not None
     return update.direction
+
+
+def _add_rows(members: Sequence[Moving], direction: ByRows) -> None:
+    """Rows that are made now: those of one weight."""
+    ((_, rows, weight),) = members
+    made = direction.make(rows)
+    if isinstance(made, Tensor):
+        weight.add_(made, alpha=-direction.factor)
+    else:
+        made.add_to(weight, -direction.factor)
 
 
 def _by_factor(lot: Sequence[Moving]) -> dict[float, list[Moving]]:

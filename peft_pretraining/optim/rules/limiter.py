@@ -44,10 +44,14 @@ class NormGrowthLimiter:
         kept = [update.state[self.KEY] for update in updates]
         if not kept:
             return []
-        before, now = torch.stack(kept), torch.stack([norm.to(kept[0].dtype) for norm in norms])
-        growth = torch.where(before > 0, now / (before + self.epsilon), 1.0)
+        limited = torch.stack(kept)
+        divisors = self.divisor(limited, torch.stack([norm.to(kept[0].dtype) for norm in norms]))
+        torch._foreach_copy_(kept, list(limited.unbind()))
+        return list(divisors.unbind())
+
+    def divisor(self, limited: Tensor, now: Tensor) -> Tensor:
+        """What steps with norms `now` are to be divided by; φ of each, `limited`, follows in its place."""
+        growth = torch.where(limited > 0, now / (limited + self.epsilon), 1.0)
         divisors = growth.clamp(min=self.growth) / self.growth
-        after = torch.where(now > 0, now / divisors, before)
-        torch._foreach_copy_(kept, list(after.unbind()))
-        # A step of zero may be divided by anything.
-        return list(torch.where(now > 0, divisors, 1.0).unbind())
+        limited.copy_(torch.where(now > 0, now / divisors, limited))
+        return torch.where(now > 0, divisors, 1.0)  # a step of zero may be divided by anything

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
+from peft_pretraining.optim.rules.batches import Part
 from peft_pretraining.optim.rules.update_rule import UpdateRule
-from peft_pretraining.optim.tensors.param_update import ParamUpdate
+from peft_pretraining.optim.tensors.param_update import ParamUpdate, guarded
 from peft_pretraining.optim.tensors.state_tensor import StateTensor, zeros
 
 
@@ -35,13 +36,22 @@ class MomentumRule(UpdateRule):
             raise ValueError(f"{self.name} is for matrices, got a parameter of shape {tuple(like.shape)}")
         return {self.first_moment: StateTensor.like_gradient(zeros(like), shard)} if self.momentum else {}
 
+    def followed(self, part: Part) -> Tensor:
+        """U of these rows, after M has moved on. It may be the moment, or the gradient, itself."""
+        grad = part.grad
+        if not self.momentum:
+            return grad
+        moment = part.state(self.first_moment).lerp_(grad, 1 - self.momentum)
+        return torch.lerp(grad, moment, self.momentum) if self.nesterov else moment
+
     def follow(self, updates: Sequence[ParamUpdate]) -> list[Tensor]:
         """U of each, after M has moved on. These may be the moments, or the gradients, themselves."""
         grads = [update.low_rank_grad for update in updates]
         if not self.momentum:
             return grads
         moments = [update.state[self.first_moment] for update in updates]
-        torch._foreach_lerp_(moments, grads, 1 - self.momentum)
+        with guarded(updates, self.first_moment):
+            torch._foreach_lerp_(moments, grads, 1 - self.momentum)
         if not self.nesterov:
             return moments
         looked_ahead: list[Tensor] = list(torch._foreach_lerp(grads, moments, self.momentum))

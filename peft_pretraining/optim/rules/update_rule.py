@@ -46,6 +46,9 @@ class UpdateRule:
     """Whether `directions` heeds `update.mask`: of an update that turns out to be one to leave out the state stays as
     it was, and D is zeros. `batches` does that for what is written with it. A rule that says nothing is asked only for
     updates that take place: the optimizer then waits for the device to know."""
+    shares_work = False
+    """Whether the devices of a run that all have the same gradients each do the work of some matrices (the `owner` of
+    each) and hand it on. Where devices divide the matrices, rules may do so in any case."""
     betas: tuple[float, float] | None = None
     """What `betas` are where a group does not say."""
     first_moment = "exp_avg"
@@ -102,6 +105,11 @@ class UpdateRule:
         """Moves the weights, decay included, where the rule `moves_weights`. `found_inf` and `grad_scale`: as torch's
         fused optimizers take them, an update to be left out and what the gradients are to be divided by."""
         raise NotImplementedError
+
+    def must_know(self, k: int) -> bool:
+        """Whether a rule that masks needs somebody to know whether its update takes place, of parameters with `k`
+        updates, this one included: then the optimizer waits for the device."""
+        return False
 
     def rotate_momentum(
         self, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], shard: ShardInfo = WHOLE

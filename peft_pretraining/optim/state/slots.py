@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo, distribute_like, local
+from peft_pretraining.distributed.team import deal_out
 from peft_pretraining.optim.basis.bases import basis_rule, check_names
 from peft_pretraining.optim.basis.basis_rule import BasisRule
 from peft_pretraining.optim.basis.subspace import Subspace
@@ -125,6 +127,10 @@ class Slot:
         """Of R, D, bases and moments, whatever the parameter becomes after construction."""
         self.low_rank_shard = subspace.projection.low_rank_shard if subspace else self.shard
         """How the gradients that the update rule sees are divided."""
+        if objects.rule.shares_work:
+            self.low_rank_shard = self.low_rank_shard.shared()
+        self.owner = 0
+        """The place, among the devices of `low_rank_shard`'s team, of the one that does what needs the whole."""
         self.numbers = self.low_rank_shard.shape.numel()
         """Of these, over all devices."""
 
@@ -208,6 +214,25 @@ def new_slots(group: dict[str, Any], objects: Objects, place: int, peers: list[S
     return slots
 
 
+def choose_owners(slots: Collection[Slot], before: Collection[Slot]) -> None:
+    """Deal matrices out to the devices of their team, which have those of other groups besides."""
+    matrices = [slot for slot in slots if len(slot.low_rank_shard.shape) == 2]
+    for size in {slot.low_rank_shard.team.size for slot in matrices} - {1}:
+        alike = [slot for slot in matrices if slot.low_rank_shard.team.size == size]
+        loads = [0.0] * size
+        for slot in before:
+            if slot.low_rank_shard.team.size == size:
+                loads[slot.owner] += _cost(slot)
+        for slot, owner in zip(alike, deal_out([_cost(slot) for slot in alike], size, loads), strict=True):
+            slot.owner = owner
+
+
+def _cost(slot: Slot) -> float:
+    """p² q of a matrix (p, q), p <= q: what products of it and its Gram matrix take."""
+    shape = slot.low_rank_shard.shape
+    return float(min(shape) ** 2 * max(shape)) if len(shape) == 2 else 0.0
+
+
 def as_saved(tensor: StateTensor, param: Tensor) -> Tensor:
     """A tensor of the state as a checkpoint must see it: a DTensor over the parameter's devices if it is divided."""
     return distribute_like(tensor.value, param, tensor.dim, tensor.length)
@@ -232,7 +257,8 @@ def keep_changes(
         declared = slot.declared(param, group)
         for key in added:
             example = declared[key]
-            state[key] = as_saved(StateTensor(found[key], example.dim, example.length), param)
+            kept = found[key].to(example.value.dtype)  # of a first moment, perhaps the weight's
+            state[key] = as_saved(StateTensor(kept, example.dim, example.length), param)
 
 
 def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:

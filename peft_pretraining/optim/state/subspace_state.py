@@ -17,7 +17,7 @@ from peft_pretraining.optim.rules.update_rule import UpdateRule
 from peft_pretraining.optim.state.base import InPlaceOptimizer
 from peft_pretraining.optim.state.saved_state import other_state
 from peft_pretraining.optim.state.settings import check_keys, check_numbers, check_projection
-from peft_pretraining.optim.state.slots import Objects, Slot, as_saved, new_slots, objects_of
+from peft_pretraining.optim.state.slots import Objects, Slot, as_saved, choose_owners, new_slots, objects_of
 
 _ATTRIBUTES = (
     "rule",
@@ -174,6 +174,7 @@ class SubspaceOptimizer(InPlaceOptimizer):
         except Exception:
             del self._peers[known:]
             raise
+        choose_owners(slots.values(), self._slots.values())
         self._slots.update(slots)
         self.subspaces.update({param: slot.subspace for param, slot in slots.items() if slot.subspace})
         return states

@@ -14,21 +14,26 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from peft_pretraining.distributed.owners import from_owners, put_together, to_owners
 from peft_pretraining.distributed.sharding import ShardInfo
 
 T = TypeVar("T")
+Operation: TypeAlias = Literal["sum", "max", "whole", "to_owner", "from_owner"]
 
 
 class Collective(NamedTuple):
     """A tensor of this device, and what becomes of it over the devices among which `shard` is divided.
 
-    `sum` and `max` are taken entry by entry; `whole` puts the parts of a divided tensor together. Where `shard` is not
-    divided the tensor itself is the answer.
+    `sum` and `max` are taken entry by entry; `whole` puts the parts of a divided tensor together. `to_owner` does so on
+    the `owner`-th of the devices alone, the others get an empty tensor; `from_owner` gives each its part of what the
+    owner has, where the others hand in an empty tensor of its dtype. Where `shard` is not divided the tensor itself is
+    the answer; but if its team shares the work, `to_owner` is the owner's alone and `from_owner` everybody's.
     """
 
     part: Tensor
     shard: ShardInfo
-    op: Literal["sum", "max", "whole"] = "sum"
+    op: Operation = "sum"
+    owner: int = 0
 
 
 Phases: TypeAlias = Generator[list[Collective], list[Tensor], T]
@@ -76,6 +81,14 @@ def together(jobs: Sequence[Phases[T]]) -> Phases[list[T]]:
     return [results[place] for place in range(len(jobs))]
 
 
+def in_turn(jobs: Sequence[Phases[T]], shards: Sequence[ShardInfo]) -> Phases[list[T]]:
+    """`together`, where devices divide any of the `shards`; else one job after the other, each while its numbers are
+    in the cache."""
+    if any(shard.dim is not None for shard in shards):
+        return (yield from together(jobs))
+    return [run(job) for job in jobs]
+
+
 def in_lots(items: Iterable[T], numbers: Callable[[T], int], limit: int) -> Iterator[list[T]]:
     """Consecutive items whose `numbers` add up to `limit`, or just beyond: what memory has room for at a time.
 
@@ -111,19 +124,30 @@ def run(job: Phases[T]) -> T:
 def _answers(asked: list[Collective]) -> list[Tensor]:
     """One call for each operation, dtype and device: parts are joined, and the result is taken apart again."""
     answers = [each.part for each in asked]
-    joined: dict[tuple[str, torch.dtype, torch.device], list[int]] = {}
-    for place, (part, shard, op) in enumerate(asked):
-        if shard.dim is None:
+    joined: dict[tuple[str, torch.dtype, torch.device, int], list[int]] = {}
+    for place, (part, shard, op, _) in enumerate(asked):
+        if shard.dim is None and not (op.endswith("owner") and shard.team.size > 1):
             continue
-        if op == "whole":
-            answers[place] = shard.gather(part)
-        else:
-            joined.setdefault((op, part.dtype, part.device), []).append(place)
-    for (operation, _, _), places in joined.items():
-        shard = asked[places[0]].shard
-        flat = torch.cat([answers[place].reshape(-1) for place in places])
-        flat = shard.sum(flat) if operation == "sum" else shard.max(flat)
-        pieces = torch.split(flat, [answers[place].numel() for place in places])
-        for place, piece in zip(places, pieces, strict=True):
-            answers[place] = piece.view(answers[place].shape)
+        joined.setdefault((op, part.dtype, part.device, id(shard.team.group)), []).append(place)
+    for (operation, *_), places in joined.items():
+        found = _JOINTLY[operation]([asked[place] for place in places])
+        for place, answer in zip(places, found, strict=True):
+            answers[place] = answer
     return answers
+
+
+def _reduced(asked: Sequence[Collective]) -> list[Tensor]:
+    """`sum` or `max` of tensors of any shapes."""
+    flat = torch.cat([each.part.reshape(-1) for each in asked])
+    flat = asked[0].shard.sum(flat) if asked[0].op == "sum" else asked[0].shard.max(flat)
+    pieces = torch.split(flat, [each.part.numel() for each in asked])
+    return [piece.view(each.part.shape) for piece, each in zip(pieces, asked, strict=True)]
+
+
+_JOINTLY: dict[str, Callable[[Sequence[Collective]], list[Tensor]]] = {
+    "sum": _reduced,
+    "max": _reduced,
+    "whole": lambda asked: put_together([(each.part, each.shard) for each in asked]),
+    "to_owner": lambda asked: to_owners([(each.part, each.shard, each.owner) for each in asked]),
+    "from_owner": lambda asked: from_owners([(each.part, each.shard, each.owner) for each in asked]),
+}

@@ -105,3 +105,14 @@ def count(counters: Sequence[Tensor], mask: Mask | None) -> None:
     torch._foreach_add_(list(counters), 1)
     if mask is not None:
         mask.undo(lambda: torch._foreach_sub_(list(counters), 1))
+
+
+def set_counters(counters: Sequence[Tensor], value: int, mask: Mask | None) -> None:
+    """Gives all of them, which are equal and on the host, a value: for good, or until the mask is settled."""
+    if not counters:
+        return
+    if mask is not None:
+        before = int(counters[0])
+        mask.undo(lambda: [each.fill_(before) for each in counters])
+    for each in counters:
+        each.fill_(value)

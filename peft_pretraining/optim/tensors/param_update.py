@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.projection import Bases, Projection
-from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically, rows_at_once
+from peft_pretraining.optim.tensors.rounding import Noise, round_stochastically, rows_at_once, rows_in_cache
 
 
 class Direction(NamedTuple):
@@ -25,6 +25,51 @@ class Direction(NamedTuple):
     """With the learning rate in it."""
     bias_correction: float = 1.0
     """What D contains to make up for moments that began at zero: APOLLO and Fira measure D without it."""
+
+
+class Step(Protocol):
+    """Some rows of a direction, of which no copy need exist for the weight to move by it."""
+
+    def add_to(self, weight: Tensor, factor: float) -> None:
+        """weight <- weight + factor D, in place."""
+
+    def whole(self) -> Tensor:
+        """D, a new tensor. The one or the other is asked for, once."""
+
+
+class Quotient(NamedTuple):
+    """The step `above` / `below`."""
+
+    above: Tensor
+    below: Tensor
+    """(m, n), or (m, 1)."""
+
+    def add_to(self, weight: Tensor, factor: float) -> None:
+        weight.addcdiv_(self.above, self.below, value=factor)
+
+    def whole(self) -> Tensor:
+        return self.above / self.below
+
+
+class ByRows(Direction):
+    """A direction of which some rows are made at a time, while those of the weight and of the state are in the cache:
+    a copy of all of it never exists. `tensor` is empty, and has D's dtype alone."""
+
+    make: Callable[[slice | None], Tensor | Step]
+    """These rows of D (None: all of them). Each row is asked for once, in order."""
+
+    @classmethod
+    def of(
+        cls, make: Callable[[slice | None], Tensor | Step], like: Tensor, factor: float, bias_correction: float
+    ) -> ByRows:
+        direction = cls(like.new_empty(0), factor, bias_correction)
+        direction.make = make
+        return direction
+
+    def whole(self) -> Direction:
+        """The same as one tensor."""
+        made = self.make(None)
+        return Direction(made if isinstance(made, Tensor) else made.whole(), self.factor, self.bias_correction)
 
 
 @dataclass
@@ -49,6 +94,8 @@ class ParamUpdate:
     """How W and G are divided."""
     low_rank_shard: ShardInfo = WHOLE
     """How R, and what has its shape, is divided."""
+    owner: int = 0
+    """The place, among the devices of `low_rank_shard`'s team, of the one that does what needs the whole matrix."""
     projection: Projection = field(default_factory=Projection)
     scale: float = 1.0
     """The group's, of projected parameters."""
@@ -73,6 +120,11 @@ class ParamUpdate:
     def k(self) -> int:
         """Updates of this parameter, this one included."""
         return int(self.state["step"]) if self.count is None else self.count
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether that is this device."""
+        return self.owner == self.low_rank_shard.team.place
 
     @property
     def bases(self) -> Bases:
@@ -106,9 +158,10 @@ class ParamUpdate:
             yield weight
 
     def moving_rows(self) -> Iterator[tuple[slice | None, Tensor]]:
-        """As `moving`, a block of rows after the other where the weight is widened: a copy of all of it never exists.
-        Each comes with the rows that it is; None: all of them."""
-        if self.widened is None:
+        """As `moving`, a block of rows after the other where the weight is widened, so that a copy of all of it never
+        exists, or the direction is made by rows. Each comes with the rows that it is; None: all of them."""
+        by_rows = isinstance(self.direction, ByRows)
+        if self.widened is None and not by_rows:
             self.decay_([self.weight], before=True)
             yield None, self.weight
             self.decay_([self.weight], before=False)
@@ -117,7 +170,7 @@ class ParamUpdate:
             with self.moving() as weight:
                 yield None, weight
             return
-        at_once = rows_at_once(self.weight)
+        at_once = rows_in_cache(self.weight) if by_rows else rows_at_once(self.weight)
         for start in range(0, self.weight.shape[0], at_once):
             rows = slice(start, min(start + at_once, self.weight.shape[0]))
             with self._moving(self.weight[rows], rows) as weight:
@@ -144,3 +197,14 @@ def by_mask(updates: Sequence[ParamUpdate]) -> Iterator[tuple[Mask | None, list[
         alike.setdefault(id(update.mask), []).append(update)
     for members in alike.values():
         yield members[0].mask, members
+
+
+@contextmanager
+def guarded(updates: Sequence[ParamUpdate], *keys: str) -> Iterator[None]:
+    """Tensors of the state that change in place inside this context change back where an update's mask says so."""
+    with ExitStack() as stack:
+        for mask, masked in by_mask(updates):
+            if mask is not None:
+                kept = [update.state[key] for update in masked for key in keys if key in update.state]
+                stack.enter_context(mask.guarding(kept))
+        yield

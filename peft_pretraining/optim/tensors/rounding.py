@@ -20,6 +20,10 @@ from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 NUMBERS_AT_ONCE = 2**22
 """Of a weight that is widened by rows: its float32 copy and the noise are 16 MB each."""
 
+NUMBERS_IN_CACHE = 2**18
+"""Of a block of rows that stays in a CPU's caches, with what is computed of it: 1 MB each. Shorter blocks cost more
+calls, longer ones memory that is asked for anew."""
+
 # Odd multipliers with well-spread bits, as signed 32-bit numbers.
 _MULTIPLIERS = (0x2C1B3C6D, 0x297A2D39)
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -120,3 +124,8 @@ def round_stack_(wide: Tensor, noises: Sequence[Noise], rows: slice) -> Tensor:
 def rows_at_once(matrix: Tensor) -> int:
     """Rows of a weight that are widened at a time."""
     return max(1, NUMBERS_AT_ONCE // max(1, matrix.shape[1:].numel()))
+
+
+def rows_in_cache(matrix: Tensor, at_once: int | None = None) -> int:
+    """Rows of a weight that are moved at a time where what moves them is made on the way."""
+    return max(1, (at_once or NUMBERS_IN_CACHE) // max(1, matrix.shape[1:].numel()))
