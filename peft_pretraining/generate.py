@@ -8,6 +8,7 @@ the end of the document or --max_new_tokens.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,8 @@ def load(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTo
         if found is None:
             raise ConfigError(skipped)
         name = str(found)
+        if (found / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
+            raise ConfigError([f"{name} is an adapter, and peft is not installed: pip install peft"])
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

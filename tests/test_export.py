@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -236,6 +237,17 @@ def test_what_cannot_be_generated_is_one_line(argv, line, capsys):
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2 and line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_adapter_goes_on_with_a_text_where_peft_is_installed(trained, tmp_path, monkeypatch, capsys):
+    run = trained(**FACTORS["switchlora"])
+    assert export.main([str(run), str(tmp_path / "out"), "--adapter"]) == 0
+    argv = ("the cat", "--greedy", "--max_new_tokens", "4")
+    if importlib.util.find_spec("peft") is not None:
+        assert said(str(tmp_path / "out"), *argv) == said(str(run), *argv)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert said(str(tmp_path / "out"), *argv)[0] == 2
+    assert "is an adapter, and peft is not installed: pip install peft" in capsys.readouterr().err
 
 
 def test_the_exports_tokenizer_is_the_prompts(trained, tmp_path):

@@ -108,12 +108,13 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
 
     data = open_data(launch, group)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
-    parts = assemble(launch, group, save_dir, record, weights_from)
+    tokenizer = _saved_tokenizer(config, launch.facts) if group.is_main else SavedTokenizer()
+    parts = assemble(launch, group, save_dir, record, weights_from, tokenizer)
     state = restored_state(config, start, parts.checkpointer, group)
     resumed = state if start.in_own_folder else None
     if state is None:
         record = replace(record, id=group.from_main(RunRecord.begin().id))
-        parts, state = assemble(launch, group, save_dir, record, weights_from), TrainState()
+        parts, state = assemble(launch, group, save_dir, record, weights_from, tokenizer), TrainState()
     if resumed is None:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
@@ -199,16 +200,20 @@ class Parts:
 
 
 def assemble(
-    launch: ParsedArgs, group: ProcessGroup, save_dir: Path, record: RunRecord, weights_from: str | None
+    launch: ParsedArgs,
+    group: ProcessGroup,
+    save_dir: Path,
+    record: RunRecord,
+    weights_from: str | None,
+    tokenizer: SavedTokenizer,
 ) -> Parts:
     """The parts of a run as they are before its first update."""
     config = launch.config
     method = load_method(config.method.method)(config)
     model = distributed_model(config, launch.facts.model or {}, method, group, weights_from)
     optimizer = method.build_optimizer(model)
-    saved = _saved_tokenizer(config, launch.facts) if group.is_main else SavedTokenizer()
-    if saved.tokenizer is not None:
-        for line in adopt(model, saved.tokenizer, launch.facts.model or {}):
+    if tokenizer.tokenizer is not None:
+        for line in adopt(model, tokenizer.tokenizer, launch.facts.model or {}):
             log.warning(line)
     checkpointer = Checkpointer(
         save_dir,
@@ -216,7 +221,7 @@ def assemble(
         model,
         optimizer,
         method,
-        saved.write,
+        tokenizer.write,
         record,
         config.run.keep_checkpoints,
         config.distributed.async_save,
