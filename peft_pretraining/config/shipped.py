@@ -6,8 +6,11 @@ from pathlib import Path
 
 from peft_pretraining.flags import string
 
-CONFIGS = (Path(__file__).resolve().parents[1] / "configs").resolve()
-"""`configs/` of the project: in a checkout the package has a link to it, in an installation a copy."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+CONFIGS = next(folder.resolve() for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+"""`configs/` of the project: in a checkout the package has a link to it (where links are kept), in an installation a
+copy."""
 
 
 def shape(text: str) -> str:
