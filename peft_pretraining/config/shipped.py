@@ -8,7 +8,9 @@ from peft_pretraining.flags import string
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
-CONFIGS = next(folder.resolve() for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+_PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+CONFIGS = next((folder.resolve() for folder in _PLACES if folder.is_dir()), _PLACES[0])
 """`configs/` of the project: in a checkout the package has a link to it (where links are kept), in an installation a
 copy."""
 
