@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -119,7 +118,8 @@ def test_it_runs_in_a_fresh_environment_outside_the_project(wheel, tmp_path):
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     # The dependencies of this environment, without its own installation of the project.
     folder = next((fresh / "lib").glob("python*/site-packages"))
-    (folder / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    found = [path for path in sys.path if path.endswith("site-packages")]
+    (folder / "dependencies.pth").write_text("\n".join(found) + "\n")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     work = tmp_path / "work"
     work.mkdir()
