@@ -110,6 +110,7 @@ def test_the_wheel_has_code_shapes_and_recipes(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_it_runs_in_a_fresh_environment_outside_the_project(wheel, tmp_path):
     """A corpus to tokens, a short run, a report, an export, a text: with what the wheel has, and its dependencies."""
     fresh = tmp_path / "fresh"
