@@ -135,6 +135,8 @@ def test_it_runs_in_a_fresh_environment_outside_the_project(wheel, tmp_path):
         "python", "-c", "import peft_pretraining, torchrun_main as t; print(peft_pretraining.__file__, t.__file__)"
     )
     assert all(path.startswith(str(folder)) for path in where.stdout.split())
+    for command, description in (("peft-pretrain", "Pre-train a LLaMA"), ("peft-pretokenize", "Tokenise a corpus")):
+        assert (told := call(command, "--help").stdout).startswith(f"usage: {command} ") and description in told
     words = "the old town lies on the left bank of the river and its church was built long ago".split()
     (work / "corpus.txt").write_text(
         "\n\n".join(" ".join(words[start:] + words) for start in range(len(words)) for _ in "abc")

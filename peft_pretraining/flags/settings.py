@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -131,7 +132,12 @@ def parse_command_line(
 
 
 def build_parser(flags: Sequence[Flag], prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser whose `--help` shows flags in their groups, in the order in which the groups first appear."""
+    """The parser whose `--help` shows flags in their groups, in the order in which the groups first appear.
+
+    `prog` is the script's name; of an installed command it is the command's own.
+    """
+    called = os.path.basename(sys.argv[0])
+    prog = called if called.startswith("peft-") else prog
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [--FLAG VALUE] ...",
