@@ -27,6 +27,11 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
     "golore": ({"method": "golore"}, 150, 450),
     "galore per layer": ({"method": "galore", "per_layer": True}, 400, 1200),
     "osd": (OSD, 300, 900),
+    "apollo": ({"method": "apollo"}, 500, 1500),
+    "apollo_mini": ({"method": "apollo_mini"}, 450, 1350),
+    "fira": ({"method": "fira"}, 600, 1800),
+    "alice": ({"method": "alice"}, 800, 2400),
+    "ldadam": ({"method": "ldadam"}, 350, 1050),
     "lora": ({"method": "lora"}, 60, 180),
     "switchlora": ({"method": "switchlora", "lora_alpha": 1.0, "init_lora_type": "switchlora"}, 300, 900),
     "golore_adapter": ({"method": "golore_adapter"}, 60, 180),
@@ -45,11 +50,12 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int]] = {
 
 def counted(model: str, settings: dict[str, Any]) -> tuple[dict[str, int], int]:
     """Launches by phase, and waits, of an ordinary update."""
+    from peft_pretraining.methods import METHODS
     from peft_pretraining.report.footprint.drive import Simulation
 
     shape = json.loads((CONFIGS / f"llama_{model}.json").read_text())
     own = {"precision": "bf16", **settings}
-    if settings["method"] not in ("full_rank", "lora", "switchlora"):
+    if "update_proj_gap" in METHODS[settings["method"]].own:
         own["update_proj_gap"] = 1000
     with Simulation(config_of(**own), shape) as simulation:
         for step in range(2):

@@ -28,7 +28,7 @@ from peft_pretraining.methods.apollo import method as apollo
 from peft_pretraining.methods.fira.method import ScaledResidual
 from peft_pretraining.methods.foam.method import FoldedAdam
 from peft_pretraining.methods.frugal.method import PartialAdam
-from peft_pretraining.methods.ldadam.method import MovingSubspaceAdam
+from peft_pretraining.methods.ldadam import method as ldadam
 from peft_pretraining.methods.racs.method import RowsAndColumns
 from peft_pretraining.optim import LowRankOptimizer
 
@@ -56,7 +56,7 @@ CASES = {
     "racs": lambda: {"rule": RowsAndColumns()},
     "racs, divided by rows": lambda: {"rule": RowsAndColumns(), "rows": True},
     "alice": lambda: {**LOW_RANK, **alice.objects(1, 0.4, 0.9, 1.01)},
-    "ldadam, built in": lambda: {"rule": MovingSubspaceAdam(rank=3)},
+    "ldadam, built in": lambda: ldadam.objects(rank=3),
     "frugal, built in": lambda: {"rule": PartialAdam(density=0.34, gap=2)},
     "adafactor": lambda: {**LOW_RANK, "rule": "adafactor"},
     "adafactor, both sides": lambda: {**LOW_RANK, "rule": "adafactor", "proj_type": "full"},

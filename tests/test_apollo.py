@@ -5,7 +5,7 @@ import torch
 from projection_helpers import parameter
 from torch import nn
 
-from peft_pretraining.optim import Apollo, ApolloMini
+from peft_pretraining.optim import Apollo, ApolloMini, LowRankOptimizer
 
 
 def gradients(shape, count=6):
@@ -67,3 +67,19 @@ def test_what_is_no_matrix_is_trained_by_adamw():
     assert {group["state_format"] for group in lists.param_groups} == {"float32"}
     with pytest.raises(ValueError, match="granularity must be channel or tensor, got 'row'"):
         Apollo([*model.parameters()], granularity="row")
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_the_projection_may_be_galores(shape):
+    """With SVD bases, R and its moments are those of GaLore."""
+    weight, other = parameter(shape), parameter(shape)
+    apollo = Apollo([weight], lr=0.01, rank=2, projection="svd")
+    galore = LowRankOptimizer([{"params": [other], "rank": 2}], lr=0.01)
+    for grad in gradients(shape, 3):
+        weight.grad, other.grad = grad.clone(), grad.clone()
+        apollo.step()
+        galore.step()
+    for key in ("exp_avg", "exp_avg_sq", "right_basis" if shape[0] > shape[1] else "left_basis"):
+        torch.testing.assert_close(apollo.state[weight][key], galore.state[other][key], rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="projection must be one of random, svd, got 'gaussian'"):
+        Apollo([weight], projection="gaussian")

@@ -9,6 +9,8 @@ For a weight W (m, n) with m <= n, at 0-based update t (for m > n everything is 
     C = √(m-r) (G - U σ) / √p by columns, its norm growing by 1% at most        (m, n)   optim/rules/limiter.py
     W <- W - lr α (U ω + α_c C)                                                 (m, n)
 
+C is added as (c ∘ G) - U (c ∘ σ), c its factors of columns, so that one product takes ω and σ back.
+
 with α = scale and α_c = alice_compensation. Nothing is bias-corrected, and moments stay as they are at a refresh.
 """
 
@@ -34,7 +36,16 @@ from peft_pretraining.optim import (
     StateTensor,
     UpdateRule,
 )
-from peft_pretraining.optim.rules.channels import low_rank_axis, of_rows, residual, squared_norm_of_scaled
+from peft_pretraining.optim.rules.batches import Batch, Batches
+from peft_pretraining.optim.rules.channels import (
+    add_scaled_gradients,
+    channel_lengths,
+    directions_of,
+    limit,
+    low_rank_axis,
+    norms_of_scaled,
+    of_channels,
+)
 from peft_pretraining.optim.rules.limiter import NormGrowthLimiter
 from peft_pretraining.optim.tensors.projection import LEFT, Projection
 
@@ -76,7 +87,7 @@ class TrackingAdam(UpdateRule):
     """ω = M / (√V + ε), and Q̃, the running mean of σσᵀ, which the next refresh reads."""
 
     name = "alice"
-
+    masks = True
     decays_first = True
     betas = (0.9, 0.9)
 
@@ -93,30 +104,28 @@ class TrackingAdam(UpdateRule):
         return {**declared, TRACKED: StateTensor(like.new_zeros(rank, rank))} if self._beta3 else declared
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
+        batches, (beta1, beta2) = Batches(updates), group["betas"]
         if self._beta3:
-            grams = yield [Collective(_gram(update), update.low_rank_shard) for update in updates]
-            for update, gram in zip(updates, grams, strict=True):
-                update.state[TRACKED].lerp_(gram, 1 - self._beta3)
-        beta1, beta2 = group["betas"]
-        found: list[Direction | None] = []
-        for update in updates:
-            grad, first, second = update.low_rank_grad, update.state["exp_avg"], update.state["exp_avg_sq"]
-            first.lerp_(grad, 1 - beta1)
-            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            found.append(Direction(first / second.sqrt().add_(group["eps"]), update.rate))
-        return found
+            grams = yield [Collective(_gram(batch), batch.shard) for batch in batches]
+            for batch, gram in zip(batches, grams, strict=True):
+                batch.state(TRACKED).lerp_(gram, 1 - self._beta3)
+        for batch in batches:
+            first = batch.state("exp_avg").lerp_(batch.grad, 1 - beta1)
+            second = batch.state("exp_avg_sq").mul_(beta2).addcmul_(batch.grad, batch.grad, value=1 - beta2)
+            batches.answer(batch, first / second.sqrt().add_(group["eps"]), batch.rate)
+        return batches.directions()
 
 
-def _gram(update: ParamUpdate) -> Tensor:
+def _gram(batch: Batch) -> Tensor:
     """σσᵀ (r, r)."""
-    grad = update.low_rank_grad
-    return grad @ grad.T if low_rank_axis(update) == 0 else grad.T @ grad
+    return batch.grad.mT @ batch.grad if low_rank_axis(batch.projection) == -1 else batch.grad @ batch.grad.mT
 
 
 class Compensated(Lift):
     """W <- W - lr α (U ω + α_c C), C = what is left of G, each column over the root of its mean energy, and ‖C‖ growing
     by no more than a factor `norm_growth` an update."""
 
+    masks = True
     reads_gradient = True
     ENERGY = "energy_outside"
 
@@ -132,41 +141,34 @@ class Compensated(Lift):
         return {self.ENERGY: StateTensor.along(energy, other, shard), **self._limiter.declare_state(weight)}
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[None]:
+        batches = list(Batches(updates))
+        lengths = [channel_lengths(batch) for batch in batches]
         energies = yield [
-            Collective(_gradient(update).square().sum(low_rank_axis(update)), update.projection.sum_shard)
-            for update in updates
+            Collective(length.square(), batch.projection.sum_shard)
+            for batch, length in zip(batches, lengths, strict=True)
         ]
-        factors = [
-            self._factors(update, energy, group["betas"][0]) for update, energy in zip(updates, energies, strict=True)
-        ]
-        left = [residual(update) for update in updates]
-        squares = yield [
-            Collective(squared_norm_of_scaled(part, factor, low_rank_axis(update)), update.shard)
-            for update, part, factor in zip(updates, left, factors, strict=True)
-        ]
-        divisors = self._limiter.divisors(updates, [square.sqrt() for square in squares])
-        for update, part, factor, divisor in zip(updates, left, factors, divisors, strict=True):
-            assert update.direction is not None
-            direction, rate, _ = update.direction
-            bases, signed = update.bases, factor / divisor * (-rate * update.scale * self._compensation)
-            for rows, weight in update.moving_rows():
-                update.projection.add_projected_back(weight, bases, direction, -rate * update.scale, rows)
-                weight.addcmul_(of_rows(part, rows), of_rows(signed, rows))
+        beta1 = float(group["betas"][0])
+        factors = [self._factors(batch, energy, beta1) for batch, energy in zip(batches, energies, strict=True)]
+        norms = yield from norms_of_scaled(batches, factors, lengths, inside=1.0)
+        divisors = limit(self._limiter, batches, norms)
+        steps, low_rank = [], []
+        for batch, factor, divisor in zip(batches, factors, divisors, strict=True):
+            direction, rate, _ = directions_of(batch)
+            step = factor / of_channels(divisor) * (-rate * batch.scale * self._compensation)
+            steps.append(step)
+            low_rank.append((direction * (-rate * batch.scale)).addcmul_(step, batch.grad, value=-1))
+            batch.keep()
+        add_scaled_gradients(batches, steps, low_rank)
 
-    def _factors(self, update: ParamUpdate, energy: Tensor, beta1: float) -> Tensor:
-        """√(m-r) / √p for each column, (1, n) or (m, 1), with p moved on; `energy` is that of G's columns."""
-        axis, kept = low_rank_axis(update), update.state[self.ENERGY]
-        outside = energy - update.low_rank_grad.square().sum(axis)
+    def _factors(self, batch: Batch, energy: Tensor, beta1: float) -> Tensor:
+        """√(m-r) / √p for each column, (..., 1, n) or (..., m, 1), with p moved on; `energy` is that of G's columns."""
+        axis = low_rank_axis(batch.projection)
+        outside = energy - batch.grad.square().sum(axis, keepdim=True)
         # Of a gradient inside the subspace, a difference of rounding errors: C would be others of them over its root.
-        rounding = energy * torch.finfo(energy.dtype).eps
-        kept.lerp_(torch.maximum(outside, rounding), 1 - beta1)
-        beyond = update.shard.shape[axis] - update.projection.rank
-        return (math.sqrt(beyond) / kept.clamp(min=_SMALLEST).sqrt()).unsqueeze(axis)
-
-
-def _gradient(update: ParamUpdate) -> Tensor:
-    assert update.grad is not None
-    return update.grad
+        outside = torch.maximum(outside, energy * torch.finfo(energy.dtype).eps)
+        kept = batch.state(self.ENERGY).lerp_(outside.squeeze(axis), 1 - beta1).unsqueeze(axis)
+        beyond = batch.weight_shard.shape[axis] - batch.projection.rank
+        return math.sqrt(beyond) / kept.clamp(min=_SMALLEST).sqrt()
 
 
 class Alice(MatrixOptimizer):

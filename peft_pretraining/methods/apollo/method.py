@@ -8,9 +8,9 @@ For a weight W (m, n) with m >= n, at 0-based update t, with k = t + 1 and c_k =
     S = s ∘ G, its norm growing by no more than 1% an update                  (m, n)   optim/rules/limiter.py
     W <- W - lr c_k √scale S                                                  (m, n)
 
-and from the left, R = Pᵀ G with one factor for each column, if m < n. APOLLO-Mini has one factor ‖N‖ / (‖R‖ + 1e-8) for
-the whole matrix. The moments are kept as they are when the projection changes. The paper's algorithm has no c_k, its
-code has; the numbers published are the code's.
+and from the left, R = Pᵀ G with one factor for each column, if m < n. `--apollo_projection svd` takes GaLore's Q in
+place of a random one. APOLLO-Mini has one factor ‖N‖ / (‖R‖ + 1e-8) for the whole matrix. The moments are kept as they
+are when the projection changes. The paper's algorithm has no c_k, its code has; the numbers published are the code's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.methods._projection.method import GradientProjection
+from peft_pretraining.methods.apollo.settings import PROJECTIONS
 from peft_pretraining.optim import (
     BasisRule,
     Collective,
@@ -34,7 +35,19 @@ from peft_pretraining.optim import (
     Refresh,
     StateTensor,
 )
-from peft_pretraining.optim.rules.channels import channel_factors, low_rank_axis, of_rows, ratio, squared_norm_of_scaled
+from peft_pretraining.optim.basis.bases import SVDBasis
+from peft_pretraining.optim.rules.batches import Batch, Batches
+from peft_pretraining.optim.rules.channels import (
+    add_scaled_gradients,
+    channel_factors,
+    channel_lengths,
+    directions_of,
+    gradient,
+    limit,
+    norms_of_scaled,
+    of_channels,
+    ratio,
+)
 from peft_pretraining.optim.rules.limiter import NormGrowthLimiter
 from peft_pretraining.optim.tensors.projection import Bases, Projection
 
@@ -46,7 +59,14 @@ class ApolloTraining(GradientProjection):
 
     def projection(self) -> dict[str, Any]:
         lift = ScaledGradient(self.granularity, self.config.method.norm_growth)
-        return {**super().projection(), "basis": GaussianProjection(), "lift": lift}
+        return {**super().projection(), "basis": basis_of(self.config.method.apollo_projection), "lift": lift}
+
+
+def basis_of(projection: str, given: Sequence[Tensor] = ()) -> BasisRule:
+    """The rule of `--apollo_projection`."""
+    if projection not in PROJECTIONS:
+        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
+    return SVDBasis("auto") if projection == "svd" else GaussianProjection(given)
 
 
 class GaussianProjection(BasisRule):
@@ -76,7 +96,7 @@ class ScaledGradient(Lift):
     tensor) of the whole; ‖S‖ grows by no more than a factor `norm_growth` an update."""
 
     name = "scaled_gradient"
-
+    masks = True
     reads_gradient = True
 
     def __init__(self, granularity: str = "channel", norm_growth: float = 1.01):
@@ -90,46 +110,40 @@ class ScaledGradient(Lift):
         return self._limiter.declare_state(weight)
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[None]:
-        find = self._of_channels if self._by_channel else self._of_tensors
-        factors, norms = yield from find(updates)
-        divisors = self._limiter.divisors(updates, norms)
-        for update, factor, divisor in zip(updates, factors, divisors, strict=True):
-            assert update.direction is not None and update.grad is not None
-            step = update.rate * update.direction.bias_correction * math.sqrt(update.scale)
-            signed = factor / divisor * -step  # (m, 1), (1, n) or a scalar
-            for rows, weight in update.moving_rows():
-                weight.addcmul_(of_rows(update.grad, rows), of_rows(signed, rows))
-
-    def _of_channels(self, updates: Sequence[ParamUpdate]) -> Phases[tuple[list[Tensor], list[Tensor]]]:
-        """Factors (m, 1) or (1, n), and ‖S‖."""
-        factors = [channel_factors(update) for update in updates]
-        squares = yield [
-            Collective(squared_norm_of_scaled(_gradient(update), factor, low_rank_axis(update)), update.shard)
-            for update, factor in zip(updates, factors, strict=True)
-        ]
-        return factors, [square.sqrt() for square in squares]
-
-    def _of_tensors(self, updates: Sequence[ParamUpdate]) -> Phases[tuple[list[Tensor], list[Tensor]]]:
-        """One factor for each matrix, and ‖S‖ = s ‖G‖."""
-        asked = []
-        for update in updates:
-            assert update.direction is not None
-            direction = update.direction.tensor / update.direction.bias_correction
-            asked += [Collective(_square(part), update.low_rank_shard) for part in (direction, update.low_rank_grad)]
-            asked.append(Collective(_square(_gradient(update)), update.shard))
-        found = [square.sqrt() for square in (yield asked)]
-        factors = [ratio(n, r) for n, r in zip(found[::3], found[1::3], strict=True)]
-        return factors, [factor * g for factor, g in zip(factors, found[2::3], strict=True)]
+        batches = list(Batches(updates))
+        factors, norms = yield from (_of_channels(batches) if self._by_channel else _of_tensors(batches))
+        divisors = limit(self._limiter, batches, norms)
+        steps = []
+        for batch, factor, divisor in zip(batches, factors, divisors, strict=True):
+            length = batch.rate * directions_of(batch).bias_correction * math.sqrt(batch.scale)
+            steps.append(factor / (of_channels(divisor) if self._by_channel else divisor) * -length)
+        add_scaled_gradients(batches, steps)
 
 
-def _gradient(update: ParamUpdate) -> Tensor:
-    assert update.grad is not None
-    return update.grad
+def _of_channels(batches: Sequence[Batch]) -> Phases[tuple[list[Tensor], list[Tensor]]]:
+    """s_i, (..., m, 1) or (..., 1, n), and ‖S‖."""
+    factors, lengths = [channel_factors(batch) for batch in batches], [channel_lengths(batch) for batch in batches]
+    norms = yield from norms_of_scaled(batches, factors, lengths)
+    return factors, norms
 
 
-def _square(part: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(part)
-    return norm.square()
+def _of_tensors(batches: Sequence[Batch]) -> Phases[tuple[list[Tensor], list[Tensor]]]:
+    """One factor s for each matrix, and ‖S‖ = s ‖G‖."""
+    asked = []
+    for batch in batches:
+        direction, _, correction = directions_of(batch)
+        whole = batch.together(torch._foreach_norm([gradient(update) for update in batch.updates]))
+        lengths = (_norm(direction) / correction, _norm(batch.grad))
+        asked += [Collective(length.square(), batch.shard) for length in lengths]
+        asked.append(Collective(whole.square(), batch.weight_shard))
+    found = [square.sqrt() for square in (yield asked)]
+    factors = [ratio(n, r) for n, r in zip(found[::3], found[1::3], strict=True)]
+    return factors, [factor * g for factor, g in zip(factors, found[2::3], strict=True)]
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return norm
 
 
 class Apollo(MatrixOptimizer):
@@ -142,7 +156,8 @@ class Apollo(MatrixOptimizer):
     >>> {key: tuple(value.shape) for key, value in optimizer.state[weight].items() if value.ndim}
     {'right_basis': (2, 4), 'exp_avg': (6, 2), 'exp_avg_sq': (6, 2)}
 
-    `projections` are random matrices to take instead of drawn ones, one for each refresh: for tests.
+    `projection`: random, or svd (GaLore's bases). `projections` are random matrices to take instead of drawn ones, one
+    for each refresh: for tests.
     """
 
     def __init__(
@@ -159,6 +174,7 @@ class Apollo(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        projection: str = "random",
         projections: Sequence[Tensor] = (),
         **settings: Any,
     ):
@@ -167,7 +183,7 @@ class Apollo(MatrixOptimizer):
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,
-            "basis": GaussianProjection(projections),
+            "basis": basis_of(projection, projections),
             "lift": ScaledGradient(granularity, norm_growth),
         }
         super().__init__(params, matrices=matrices, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from peft_pretraining.flags import Condition, boolean, setting
+from peft_pretraining.flags import Condition, boolean, choice, setting
 from peft_pretraining.methods._projection import settings as projection
+
+PROJECTIONS = ("random", "svd")
 
 
 @dataclass(frozen=True)
 class ApolloSettings(projection.SideSettings, projection.RefreshSettings, projection.LimiterSettings):
+    apollo_projection: str = setting(
+        "random", choice(*PROJECTIONS), "APOLLO: what gradients are projected by: random matrices, or singular vectors"
+    )
     scale_front: bool = setting(
         False, boolean, "APOLLO: limit the step's norm after the factor of --scale, not before: it comes to the same"
     )

@@ -8,6 +8,8 @@ For a weight W (m, n) with m >= n, at 0-based update t, with k = t + 1, c_k = �
     S = s ∘ E, its norm growing by no more than 1% an update                  (m, n)   optim/rules/limiter.py
     W <- W - lr c_k (α N Q + S)                                               (m, n)
 
+S is added as (s ∘ G) - (β s ∘ R) Q, β = α or 1, so that one product takes N and R back.
+
 and from the left if m < n. The paper writes E = G - R Q; its code, with which all numbers were made, keeps 1 - α of the
 gradient inside the subspace in E. They are the same at α = 1.
 """
@@ -22,13 +24,16 @@ from torch import Tensor
 from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.methods._projection.method import GradientProjection
 from peft_pretraining.methods.fira.settings import RESIDUALS
-from peft_pretraining.optim import Collective, Lift, MatrixOptimizer, ParamUpdate, Phases, StateTensor
+from peft_pretraining.optim import Lift, MatrixOptimizer, ParamUpdate, Phases, StateTensor
+from peft_pretraining.optim.rules.batches import Batches
 from peft_pretraining.optim.rules.channels import (
+    add_scaled_gradients,
     channel_factors,
-    low_rank_axis,
-    of_rows,
-    residual,
-    squared_norm_of_scaled,
+    channel_lengths,
+    directions_of,
+    limit,
+    norms_of_scaled,
+    of_channels,
 )
 from peft_pretraining.optim.rules.limiter import NormGrowthLimiter
 from peft_pretraining.optim.tensors.projection import Projection
@@ -47,7 +52,7 @@ class ScaledResidual(Lift):
     grows by no more than a factor `norm_growth` an update."""
 
     name = "scaled_residual"
-
+    masks = True
     reads_gradient = True
 
     def __init__(self, residual: str = "code", norm_growth: float = 1.01):
@@ -61,20 +66,17 @@ class ScaledResidual(Lift):
         return self._limiter.declare_state(weight)
 
     def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[None]:
-        factors = [channel_factors(update) for update in updates]
-        left = [residual(update, 1.0 if self._orthogonal else update.scale) for update in updates]
-        squares = yield [
-            Collective(squared_norm_of_scaled(part, factor, low_rank_axis(update)), update.shard)
-            for update, part, factor in zip(updates, left, factors, strict=True)
-        ]
-        divisors = self._limiter.divisors(updates, [square.sqrt() for square in squares])
-        for update, part, factor, divisor in zip(updates, left, factors, divisors, strict=True):
-            assert update.direction is not None
-            direction, rate, correction = update.direction
-            bases, signed = update.bases, factor / divisor * (-update.rate * correction)
-            for rows, weight in update.moving_rows():
-                update.projection.add_projected_back(weight, bases, direction, -rate * update.scale, rows)
-                weight.addcmul_(of_rows(part, rows), of_rows(signed, rows))
+        batches = list(Batches(updates))
+        inside = 1.0 if self._orthogonal else batches[0].scale if batches else 0.0
+        factors, lengths = [channel_factors(batch) for batch in batches], [channel_lengths(batch) for batch in batches]
+        norms = yield from norms_of_scaled(batches, factors, lengths, inside)
+        steps, low_rank = [], []
+        for batch, factor, divisor in zip(batches, factors, limit(self._limiter, batches, norms), strict=True):
+            direction, rate, correction = directions_of(batch)
+            step = factor / of_channels(divisor) * (-batch.rate * correction)
+            steps.append(step)
+            low_rank.append((direction * (-rate * batch.scale)).addcmul_(step, batch.grad, value=-inside))
+        add_scaled_gradients(batches, steps, low_rank)
 
 
 class Fira(MatrixOptimizer):

@@ -22,11 +22,11 @@ from torch.nn import functional
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods._matrices.method import MatrixTraining, adam_arguments
+from peft_pretraining.methods.foam.folding import means, repeat, without_repeated
 from peft_pretraining.methods.foam.settings import SECOND_MOMENTS
 from peft_pretraining.optim import Batches, Direction, MatrixOptimizer, ParamUpdate, StateTensor, UpdateRule
 from peft_pretraining.optim.rules.adamw import TorchStep
 from peft_pretraining.optim.rules.batches import Part
-from peft_pretraining.optim.rules.folding import means, repeat, without_repeated
 from peft_pretraining.optim.tensors.param_update import Step
 
 
@@ -90,6 +90,7 @@ class FoldedAdam(UpdateRule):
 class Foam(MatrixOptimizer):
     """FOAM for other loops: matrices as above, everything else by AdamW at the same rate.
 
+    >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(6, 8))
     >>> optimizer = Foam([weight], lr=0.01, level=2)
     >>> weight.square().sum().backward()

@@ -25,16 +25,27 @@ from torch import Tensor
 
 from peft_pretraining.distributed.sharding import WHOLE, ShardInfo
 from peft_pretraining.methods._matrices.method import MatrixTraining, adam_arguments
-from peft_pretraining.optim import Collective, Direction, MatrixOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
+from peft_pretraining.optim import (
+    Collective,
+    Direction,
+    Lift,
+    MatrixOptimizer,
+    ParamUpdate,
+    Phases,
+    StateTensor,
+    UpdateRule,
+)
 from peft_pretraining.optim.basis.svd import gram_eigenvectors, short_gram
-from peft_pretraining.optim.tensors.projection import LEFT
+from peft_pretraining.optim.rules.batches import Batch, Batches
+from peft_pretraining.optim.tensors.moving_weights import moving_lots
+from peft_pretraining.optim.tensors.projection import LEFT, RIGHT, Projection
 
 
 class LDAdamTraining(MatrixTraining):
     def matrices(self) -> dict[str, Any]:
         method = self.config.method
         return {
-            "rule": MovingSubspaceAdam(method.rank, method.ldadam_rho, method.error_feedback),
+            **objects(method.rank, method.ldadam_rho, method.error_feedback),
             "betas": (method.ldadam_beta1, method.ldadam_beta2),
             "eps": adam_arguments(self.config)["eps"],
         }
@@ -44,12 +55,19 @@ class LDAdamTraining(MatrixTraining):
         return 1 if param.ndim == 2 and param.shape[0] <= param.shape[1] else 0
 
 
+def objects(rank: int, rho: float = 0.908, error_feedback: bool = True) -> dict[str, Any]:
+    """Rule and lift of a group."""
+    return {"rule": MovingSubspaceAdam(rank, rho, error_feedback), "lift": MovedBack()}
+
+
 class MovingSubspaceAdam(UpdateRule):
-    """Devices may divide the longer side of a matrix, and its moments with it: the basis (short, r), which all of them
+    """[M/(1-β1^k)] / [√(V/(1-β2^k)) + ε] (r, n), in the coordinates of the subspace that it has moved on.
+
+    Devices may divide the longer side of a matrix, and its moments with it: the basis (short, r), which all of them
     have, is made of one sum of its size in each update."""
 
     name = "ldadam"
-
+    masks = True
     decays_first = True
     betas = (0.908, 0.99)
     BASIS, ERROR = "basis", "error"
@@ -79,60 +97,90 @@ class MovingSubspaceAdam(UpdateRule):
         return declared
 
     def directions(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> Phases[list[Direction | None]]:
-        beta1, _ = group["betas"]
-        seen = [self._seen(update) for update in updates]
-        answers = yield [self._of_next_basis(update, a, beta1) for update, a in zip(updates, seen, strict=True)]
-        return [
-            Direction(self._direction(update, a, answer, group), update.rate)
-            for update, a, answer in zip(updates, seen, answers, strict=True)
+        batches = Batches(updates)
+        seen = [self._seen(batch) for batch in batches]
+        answers = yield [
+            Collective(self._of_next_basis(batch, a, group["betas"][0]), batch.shard)
+            for batch, a in zip(batches, seen, strict=True)
         ]
+        for batch, a, answer in zip(batches, seen, answers, strict=True):
+            direction = self._direction(batch, a, batch.masked(answer), group)
+            batches.answer(batch, direction, batch.rate / (1 - group["betas"][0] ** batch.k))
+        return batches.directions()
 
-    def _seen(self, update: ParamUpdate) -> Tensor:
+    def _seen(self, batch: Batch) -> Tensor:
         """A (short, long), in the place of the error where there is one."""
-        grad = update.low_rank_grad
-        return _flat(update.state[self.ERROR].add_(grad) if self._feeds_back else grad, update)
+        a = batch.state(self.ERROR).add_(batch.grad) if self._feeds_back else batch.grad
+        return a if _is_wide(batch.weight_shard) else a.mT
 
-    def _of_next_basis(self, update: ParamUpdate, a: Tensor, beta1: float) -> Collective:
+    def _of_next_basis(self, batch: Batch, a: Tensor, beta1: float) -> Tensor:
         """What, added up over devices, the next basis is made of: AAᵀ at first, then B (Bᵀ P_old) (short, r).
 
-        P_old is orthonormal, so Bᵀ P_old = ρ Mᵀ / (1-β1^t) + (1-ρ) Aᵀ P_old, and B itself is never made.
+        P_old is orthonormal, so (Bᵀ P_old)ᵀ = ρ M / (1-β1^t) + (1-ρ) P_oldᵀ A, and B itself is never made.
         """
-        t = update.k - 1
+        t = batch.k - 1
         if t == 0:
-            return Collective(short_gram(a, LEFT), update.shard)
-        old, momentum = update.state[self.BASIS], update.state["exp_avg"]
-        weight = self._rho / (1 - beta1**t)
-        inner = weight * momentum.T + (1 - self._rho) * (a.T @ old)  # (long, r)
-        return Collective(weight * (old @ (momentum @ inner)) + (1 - self._rho) * (a @ inner), update.shard)
+            return batch.together([short_gram(part, LEFT) for part in batch.split(a)])
+        old, momentum, weight = batch.state(self.BASIS), batch.state("exp_avg"), self._rho / (1 - beta1**t)
+        inner = (old.mT @ a).mul_(1 - self._rho).add_(momentum, alpha=weight)  # (r, long)
+        answer = weight * (old @ (momentum @ inner.mT))
+        return answer.add_(a @ inner.mT, alpha=1 - self._rho)
 
-    def _direction(self, update: ParamUpdate, a: Tensor, answer: Tensor, group: dict[str, Any]) -> Tensor:
-        """P M̂ / (√V̂ + ε), in the weight's orientation, with the subspace, both moments and the error moved on."""
-        (beta1, beta2), state, k = group["betas"], update.state, update.k
-        basis, first, second = state[self.BASIS], state["exp_avg"], state["exp_avg_sq"]
-        if k == 1:
-            new = gram_eigenvectors(answer, basis.shape[1], LEFT, basis.dtype)[LEFT]
-        else:
-            new = torch.linalg.qr(answer)[0]
-        turned = new.T @ basis  # C (r, r), zero at first
-        low, moved = new.T @ a, turned @ first
+    def _direction(self, batch: Batch, a: Tensor, answer: Tensor, group: dict[str, Any]) -> Tensor:
+        """M / (√V̂ + ε), with the subspace, both moments and the error moved on."""
+        (beta1, beta2), k = group["betas"], batch.k
+        basis, first, second = batch.state(self.BASIS), batch.state("exp_avg"), batch.state("exp_avg_sq")
+        new = self._first_basis(batch, answer, basis) if k == 1 else torch.linalg.qr(answer)[0]
+        turned = new.mT @ basis  # C (r, r), zero at first
+        low, moved = new.mT @ a, turned @ first
         if self._feeds_back:  # `a` is the error's tensor
             lost = beta1 / (1 - beta1)
-            a.addmm_(new, torch.add(low, moved, alpha=lost), alpha=-1).addmm_(basis, first, alpha=lost)
+            _subtract_product(a, new, torch.add(low, moved, alpha=lost))
+            _subtract_product(a, basis, first * -lost)
         if k > 1:
             of_first, of_second = 1 - beta1 ** (k - 1), 1 - beta2 ** (k - 1)
-            spread = second / of_second - (first / of_first).square()
-            second.copy_((turned.square() @ spread).add_((moved / of_first).square()).abs_().mul_(of_second))
-        first.copy_(moved.mul_(beta1).add_(low, alpha=1 - beta1))
+            spread = (second / of_second).addcmul_(first, first, value=-(of_first**-2))
+            torch.matmul(turned.square(), spread, out=second)
+            second.addcmul_(moved, moved, value=of_first**-2).abs_().mul_(of_second)
+        torch.lerp(low, moved, beta1, out=first)
         second.mul_(beta2).addcmul_(low, low, value=1 - beta2)
         basis.copy_(new)
-        root = (second / (1 - beta2**k)).sqrt_().add_(group["eps"])
-        return _flat(new @ (first / (1 - beta1**k)).div_(root), update)
+        root = torch.div(second, 1 - beta2**k, out=low).sqrt_().add_(group["eps"])
+        return torch.div(first, root, out=moved)
+
+    def _first_basis(self, batch: Batch, grams: Tensor, basis: Tensor) -> Tensor:
+        """The top eigenvectors of each."""
+        rank = basis.shape[-1]
+        return batch.together([gram_eigenvectors(gram, rank, LEFT, basis.dtype)[LEFT] for gram in batch.split(grams)])
 
 
-def _flat(matrix: Tensor, update: ParamUpdate) -> Tensor:
-    """A matrix of the weight's orientation with the shorter side first, or the other way round."""
-    m, n = update.shard.shape or update.weight.shape
-    return matrix if m <= n else matrix.T
+class MovedBack(Lift):
+    """W <- W - factor P D, P being the basis that the rule keeps."""
+
+    masks = True
+
+    def move(self, updates: Sequence[ParamUpdate], group: dict[str, Any]) -> None:
+        for lot in moving_lots(updates):
+            for update, rows, weight in lot:
+                assert update.direction is not None
+                basis, (direction, factor, _) = update.state[MovingSubspaceAdam.BASIS], update.direction
+                wide = _is_wide(update.shard)
+                bases = {LEFT: basis} if wide else {RIGHT: basis.T}
+                projection = Projection.for_weight("left" if wide else "right", basis.shape[1], update.shard)
+                projection.add_projected_back(weight, bases, direction if wide else direction.T, -factor, rows)
+
+
+def _is_wide(shard: ShardInfo) -> bool:
+    """Whether the rows of a matrix are its shorter side."""
+    return shard.shape[0] <= shard.shape[1]
+
+
+def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """matrix <- matrix - left right, of one or of many."""
+    if matrix.ndim == 2:
+        matrix.addmm_(left, right, alpha=-1)
+    else:
+        matrix.baddbmm_(left, right, alpha=-1)
 
 
 class LDAdam(MatrixOptimizer):
@@ -161,7 +209,7 @@ class LDAdam(MatrixOptimizer):
         adam_eps: float = 1e-8,
         **settings: Any,
     ):
-        matrices = {"rule": MovingSubspaceAdam(rank, rho, error_feedback), "betas": betas, "eps": eps}
+        matrices = {**objects(rank, rho, error_feedback), "betas": betas, "eps": eps}
         super().__init__(
             params, matrices=matrices, lr=lr, betas=adam_betas, eps=adam_eps, weight_decay=weight_decay, **settings
         )

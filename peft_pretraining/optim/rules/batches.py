@@ -12,6 +12,7 @@ from peft_pretraining.distributed.sharding import ShardInfo
 from peft_pretraining.optim.tensors.launching import launches_cost
 from peft_pretraining.optim.tensors.mask import Mask
 from peft_pretraining.optim.tensors.param_update import ByRows, Direction, ParamUpdate, Step
+from peft_pretraining.optim.tensors.projection import Projection
 from peft_pretraining.optim.tensors.rounding import rows_in_cache
 
 
@@ -61,10 +62,14 @@ class Batch:
         self.mask: Mask | None = first.mask
         self.shard: ShardInfo = first.low_rank_shard
         """How each of the gradients is divided."""
+        self.weight_shard: ShardInfo = first.shard
+        """How each of the weights, and the whole gradients, is."""
+        self.projection: Projection = first.projection
+        self.rate, self.scale = first.rate, first.scale
         self.shape: torch.Size = first.low_rank_grad.shape
         """Of each of them, this device's part."""
         self.dtype: torch.dtype = first.low_rank_grad.dtype
-        self.grad: Tensor = self._together([update.low_rank_grad for update in updates])
+        self.grad: Tensor = self.together([update.low_rank_grad for update in updates])
         """R, which stays as it is."""
         self.by_rows: bool = not stacked and self.mask is None and not launches_cost(self.grad.device)
         """Whether a direction is made while the weight moves, on the CPU, where numbers may be read: not of what is
@@ -77,8 +82,9 @@ class Batch:
         """The dimensions of each gradient, from the end."""
         return tuple(range(-len(self.shape), 0))
 
-    def _together(self, tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors) if self._stacked else tensors[0]
+    def together(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor of each update as one: (L, ...), or as it is of a single one."""
+        return torch.stack(list(tensors)) if self._stacked else tensors[0]
 
     def part(self, rows: slice | None = None) -> Part:
         """These rows (of a single matrix), or everything."""
@@ -105,7 +111,7 @@ class Batch:
     def state(self, key: str) -> Tensor:
         """A tensor of the state, to be changed in place."""
         if key not in self._state:
-            tensor = self._together([update.state[key] for update in self.updates])
+            tensor = self.together([update.state[key] for update in self.updates])
             self._state[key] = tensor.clone() if self.mask is not None and not self._stacked else tensor
         return self._state[key]
 
@@ -114,21 +120,26 @@ class Batch:
         self._new[key] = value
         return value
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Puts the state back in place."""
         for key, value in self._new.items():
-            for update, part in zip(self.updates, self._parts(value), strict=True):
+            for update, part in zip(self.updates, self.split(value), strict=True):
                 update.state[key] = part.clone() if self._stacked else part
         if self.mask is None and not self._stacked:
             return
         for key, value in self._state.items():
             kept = [update.state[key] for update in self.updates]
             if self.mask is not None:
-                value = self.mask.choose(self._together(kept), value)
-            torch._foreach_copy_(kept, self._parts(value))
+                value = self.mask.choose(self.together(kept), value)
+            torch._foreach_copy_(kept, self.split(value))
 
-    def _parts(self, together: Tensor) -> list[Tensor]:
+    def split(self, together: Tensor) -> list[Tensor]:
+        """What `together` has put together, of each update."""
         return list(together.unbind()) if self._stacked else [together]
+
+    def masked(self, together: Tensor) -> Tensor:
+        """Zeros in its place if the updates must leave no trace, whatever it contains."""
+        return together if self.mask is None else self.mask.zeroed(together)
 
     def directions(self, made: Tensor | Maker, factor: float, bias_correction: float = 1.0) -> list[Direction]:
         """The directions of the updates, for `Batches.answer`."""
@@ -137,10 +148,8 @@ class Batch:
             return [ByRows.of(lambda rows: make(self.part(rows)), self.grad, factor, bias_correction)]
         answer = made(self.part()) if callable(made) else made
         together = answer if isinstance(answer, Tensor) else answer.whole()
-        self._keep()
-        if self.mask is not None:
-            together = self.mask.choose(together.new_zeros(()), together)
-        return [Direction(part, factor, bias_correction) for part in self._parts(together)]
+        self.keep()
+        return [Direction(part, factor, bias_correction) for part in self.split(self.masked(together))]
 
 
 class Batches:
@@ -175,7 +184,8 @@ class Batches:
             grad = update.low_rank_grad
             stacks = launches_cost(grad.device) or update.mask is not None
             tensors = (grad.shape, grad.dtype, grad.device, *update.state)
-            kind = (*tensors, update.k, update.low_rank_shard, id(update.mask), apart(update))
+            alone = (id(update.mask), apart(update))
+            kind = (*tensors, update.k, update.projection, update.shard, update.low_rank_shard, *alone)
             alike.setdefault(kind if stacks else place, []).append(place)
         self._batches = [
             Batch([updates[place] for place in places], places, stacked=len(places) > 1) for places in alike.values()

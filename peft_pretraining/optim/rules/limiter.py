@@ -40,13 +40,17 @@ class NormGrowthLimiter:
         return {self.KEY: StateTensor(like.new_zeros((), dtype=wide))}
 
     def divisors(self, updates: Sequence[ParamUpdate], norms: Sequence[Tensor]) -> list[Tensor]:
-        """What each matrix's step is to be divided by, scalars; φ follows. `norms` are those of whole matrices."""
+        """What each matrix's step is to be divided by, scalars; φ follows, unless the update must leave no trace.
+        `norms` are those of whole matrices."""
         kept = [update.state[self.KEY] for update in updates]
         if not kept:
             return []
-        limited = torch.stack(kept)
-        divisors = self.divisor(limited, torch.stack([norm.to(kept[0].dtype) for norm in norms]))
-        torch._foreach_copy_(kept, list(limited.unbind()))
+        mask = updates[0].mask
+        assert all(update.mask is mask for update in updates)
+        before = torch.stack(kept)
+        limited = before.clone()
+        divisors = self.divisor(limited, torch.stack([norm.to(before.dtype) for norm in norms]))
+        torch._foreach_copy_(kept, list((limited if mask is None else mask.choose(before, limited)).unbind()))
         return list(divisors.unbind())
 
     def divisor(self, limited: Tensor, now: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ class Mask:
         """`old` if the update must leave no trace, else `new`, whatever that contains."""
         return torch.where(self.skipped(new.device), old, new)
 
+    def zeroed(self, new: Tensor) -> Tensor:
+        """Zeros if the update must leave no trace, else `new`, whatever that contains."""
+        zero = self._once((new.device, new.dtype, 0), lambda: new.new_zeros(()))
+        return torch.where(self.skipped(new.device), zero, new)
+
     def zero_(self, tensor: Tensor) -> Tensor:
         """Zeros in its place if the update must leave no trace."""
         return tensor.masked_fill_(self.skipped(tensor.device), 0)

@@ -148,6 +148,11 @@ class Projection:
         return self.shard if self.shards_projected_side else WHOLE
 
     @property
+    def keeps_orthonormal(self) -> bool:
+        """Whether orthonormal bases are so when they are read, up to the rounding of float32."""
+        return self.stored is None or (self.stored.is_floating_point and self.stored not in HALF)
+
+    @property
     def low_rank_shard(self) -> ShardInfo:
         """How R is divided."""
         shape, along = self.low_rank_shape(self.shard.shape), 1 if self.sides == (LEFT,) else 0
