@@ -17,8 +17,8 @@ pytest.importorskip("argcomplete", reason="argcomplete is not installed: pip ins
     [
         ("torchrun_main.py", "--method ga", {"galore"}),
         ("torchrun_main.py", "--method switchlora --switch_lora_i", {"--switch_lora_interval"}),
-        ("torchrun_main.py", "--scheduler cosine_w", {"cosine_with_min_lr"}),
-        ("pretokenize.py", "--overwrite T", {"True"}),
+        pytest.param("torchrun_main.py", "--scheduler cosine_w", {"cosine_with_min_lr"}, marks=pytest.mark.slow),
+        pytest.param("pretokenize.py", "--overwrite T", {"True"}, marks=pytest.mark.slow),
         ("scripts/launch.py", "60m sw", {"switchlora"}),
         ("scripts/export_merged.py", "a b --ad", {"--adapter"}),
     ],

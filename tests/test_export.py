@@ -63,7 +63,10 @@ def logits(model) -> torch.Tensor:
         return model.eval()(TOKENS).logits
 
 
-@pytest.fixture(params=FACTORS)
+SLOW = ("own scales", "without W", "golore_adapter")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FACTORS])
 def exported(request, trained, tmp_path) -> Path:
     """A folder with the merged model and the adapter of one run."""
     run = trained(**FACTORS[request.param])
