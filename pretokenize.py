@@ -19,13 +19,13 @@ from pathlib import Path
 from types import FrameType
 
 from peft_pretraining.data.pretokenize import CannotWrite, pretokenize
-from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
+from peft_pretraining.data.pretokenize_config import FOREIGN, PretokenizeConfig, result_path, slice_path
 from peft_pretraining.data.slices import merge, pretokenize_slice
 from peft_pretraining.data.sources import COMPRESSED, Source, find_source
 from peft_pretraining.data.tokenizer import SMALLEST_VOCABULARY
 from peft_pretraining.flags import ConfigError, exit_with_problems, parse_command_line, section_flags
 
-FLAGS = section_flags(PretokenizeConfig)
+FLAGS = [dataclasses.replace(flag, foreign=FOREIGN.get(flag.name, ())) for flag in section_flags(PretokenizeConfig)]
 
 
 def load(argv: Sequence[str]) -> tuple[PretokenizeConfig, Source]:
@@ -141,12 +141,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-if __name__ == "__main__":
+def script() -> int:
+    """The whole life of a process: `main`, and signals that leave nothing behind."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _end)
     try:
-        sys.exit(main())
+        return main()
     except KeyboardInterrupt:
         print("error: interrupted; nothing is left behind", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(script())

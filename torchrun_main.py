@@ -35,5 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bad_input(error)
 
 
+def script() -> int:
+    """The whole life of a process of the command that an installation has."""
+    return run_script(main)
+
+
 if __name__ == "__main__":
     sys.exit(run_script(main))

@@ -8,7 +8,7 @@ import pytest
 from scripts import architecture
 
 PACKAGE = architecture.PROJECT / "peft_pretraining"
-LOOSE = {"__init__.py", "GoLore.py", "export.py", "rng.py", "train.py"}
+LOOSE = {"__init__.py", "GoLore.py", "commands.py", "export.py", "generate.py", "rng.py", "train.py"}
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 OF_OPTIM = sorted(path.parent.name for path in PACKAGE.glob("optim/*/__init__.py"))
 

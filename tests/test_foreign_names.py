@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+from pathlib import Path
+
 import pytest
 
+import pretokenize
 from peft_pretraining.config import cli, foreign_names, legacy
-from peft_pretraining.flags import ConfigError
+from peft_pretraining.data.pretokenize_config import FOREIGN
+from peft_pretraining.flags import ConfigError, parse_command_line
 
 
 @pytest.mark.parametrize(("name", "ours"), foreign_names.SAME.items())
@@ -37,11 +43,25 @@ def test_no_name_has_two_meanings():
     assert set(foreign_names.SAME.values()) <= set(cli_flags())
 
 
+def test_every_argument_of_transformers_trainer_is_accepted_or_answered():
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    tree = ast.parse((folder / "training_args.py").read_text())  # to import it takes seconds
+    (arguments,) = (node for node in tree.body if getattr(node, "name", None) == "TrainingArguments")
+    fields = (node for node in arguments.body if isinstance(node, ast.AnnAssign))
+    names = {node.target.id for node in fields if not node.target.id.startswith("_")}
+    assert len(names) > 80
+    accepted = {name for flag in cli.all_flags() for name in flag.accepted}
+    assert names - accepted - set(foreign_names.HINTS) == set()
+
+
 @pytest.mark.parametrize(
     ("flag", "answer"),
     [
         ("--epochs 3", "unknown flag --epochs: the length of a run is --num_training_steps (updates) or --max_train"),
         ("--num_train_epochs=3", "unknown flag --num_train_epochs: the length of a run is --num_training_steps"),
+        ("--warmup_ratio 0.1", "unknown flag --warmup_ratio: the warm-up is --warmup_steps (updates)"),
+        ("--push_to_hub", "unknown flag --push_to_hub: exports are folders (python -m peft_pretraining.export)"),
+        ("--evaluation_strategy steps", "unknown flag --evaluation_strategy: evaluations come with --eval_every"),
         ("--bf16", "unknown flag --bf16: weights and arithmetic are --precision (mixed, bf16, bf16_sr or fp32)"),
         ("--model gpt2", "unknown flag --model: a new model's shape is --model_config (a JSON file)"),
         ("--logging_dir x", "unknown flag --logging_dir: metrics.jsonl and the checkpoints are in --save_dir"),
@@ -58,6 +78,22 @@ def test_what_has_another_meaning_is_answered(command, flag, answer):
         cli.load([*command(), *flag.split()])
     (problem,) = caught.value.problems
     assert problem.startswith(answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "value"),
+    [(name, ours, "7") for ours, names in FOREIGN.items() for name in names],
+)
+def test_pretokenize_knows_other_programs_names(name, ours, value):
+    problems = []
+    given = parse_command_line(
+        pretokenize.FLAGS,
+        [f"--{name}", *([value] if ours != "overwrite" else [])],
+        prog="",
+        description="",
+        problems=problems,
+    )
+    assert problems == [] and set(given) == {ours}
 
 
 def test_hints_are_given_for_yaml_keys(command, tmp_path):

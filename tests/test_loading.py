@@ -207,8 +207,11 @@ def test_exports_have_the_tokenizers_ids(shape, tokens, ids, said, tmp_path):
     assert len(lines) == len(said) and all(words in line for words, line in zip(said, lines, strict=True))
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    for config in (loaded.config, loaded.generation_config):
-        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == ids
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id, loaded.config.pad_token_id) == ids
+    generation = loaded.generation_config
+    begin, end, padding = ids
+    assert (generation.bos_token_id, generation.eos_token_id) == (begin, end)
+    assert generation.pad_token_id == (end if padding is None else padding)
 
 
 def test_a_run_and_its_export_take_them_from_the_datas_tokenizer(command, tmp_path, capsys):

@@ -28,6 +28,7 @@ from peft_pretraining.config import (
 from peft_pretraining.config.effects import warn_without_effect, warn_without_effect_in_pretraining
 from peft_pretraining.flags import TRAINING_CONFIG, ConfigError, Flag, ParsedFlag, one_line, read_flags
 from peft_pretraining.methods import METHODS
+from peft_pretraining.optim.rule_settings import RULES
 from peft_pretraining.runtime import launcher
 
 STREAMED_LENGTH = 256
@@ -52,7 +53,10 @@ class ParsedArgs:
 def all_flags() -> list[Flag]:
     selectors = [dataclasses.replace(flag, group=legacy.GROUP) for flag in legacy.SELECTORS]
     own = [TRAINING_CONFIG, *config_flags(), *selectors]
-    own = [dataclasses.replace(flag, foreign=foreign_names.of(flag.name)) for flag in own]
+    values = {"method": tuple(METHODS), "optimizer": tuple(RULES)}
+    own = [
+        dataclasses.replace(flag, foreign=foreign_names.of(flag.name), values=values.get(flag.name, ())) for flag in own
+    ]
     return [*own, *legacy.unsupported_flags()]
 
 

@@ -18,6 +18,7 @@ from peft_pretraining.config.role_config import RoleConfig
 from peft_pretraining.config.run_config import RunConfig
 from peft_pretraining.config.schedule import rate_multiplier
 from peft_pretraining.config.tracking_config import TrackingConfig
+from peft_pretraining.config.shipped import shape
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.flags import (
     ConfigError,
@@ -55,7 +56,7 @@ def _update_steps(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    model_config: str | None = setting(None, string, "JSON file with the LLaMA's shape; weights start at random")
+    model_config: str | None = setting(None, shape, "a new LLaMA's shape: a JSON file, or one of configs/ (llama_60m)")
     model_name_or_path: str | None = setting(
         None, string, "start from this Hugging Face model (name or folder) instead"
     )

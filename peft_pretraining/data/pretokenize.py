@@ -37,7 +37,7 @@ from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_p
 from peft_pretraining.data.sources import Source
 from peft_pretraining.data.splits import Writers, held_out_draw, train_documents, write_splits
 from peft_pretraining.data.tally import Tally
-from peft_pretraining.data.tokenizer import load_tokenizer, train_tokenizer
+from peft_pretraining.data.tokenizer import keep_sentencepiece, load_tokenizer, train_tokenizer
 from peft_pretraining.flags import ConfigError
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tup
         tokenizer = train_tokenizer(_training_text(config, pieces), config.train_tokenizer, config.processes)
     try:
         tokenizer.save_pretrained(folder)
+        if config.train_tokenizer is None:
+            keep_sentencepiece(config.tokenizer_name, folder)
     except Exception as error:  # from Rust: without a type of its own
         raise OSError(one_line(error)) from error
     writers = write_splits(config, pieces, folder, tokenizer.eos_token_id, tuple(sorted(special_ids(tokenizer))))

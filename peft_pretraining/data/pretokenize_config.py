@@ -21,6 +21,19 @@ from peft_pretraining.flags import (
     string,
 )
 
+FOREIGN = {
+    "dataset": ("dataset_name", "dataset_path", "train_file"),
+    "dataset_config": ("dataset_config_name",),
+    "text_field": ("text_column", "text_column_name", "text_key"),
+    "take": ("max_train_samples",),
+    "tokenizer": ("tokenizer_name", "tokenizer_name_or_path"),
+    "sequence_length": ("max_length", "max_seq_length", "seq_length", "block_size"),
+    "num_cpu": ("num_proc", "num_workers", "workers", "preprocessing_num_workers"),
+    "save_dir": ("output_dir",),
+    "overwrite": ("overwrite_output_dir",),
+}
+"""Our flag -> other programs' names of the same setting."""
+
 MOST_PROCESSES = 64  # one process reads and writes for all of them; with many more it would hold them up
 
 

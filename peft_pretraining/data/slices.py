@@ -27,6 +27,7 @@ from peft_pretraining.data.block_writer import BlockWriter
 from peft_pretraining.data.pretokenize import building, check_blocks, complete, write_blocks
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig, result_path, slice_path
 from peft_pretraining.data.sources import Source
+from peft_pretraining.data.tokenizer import SENTENCEPIECE
 from peft_pretraining.flags import ConfigError
 
 DESCRIPTION = "slice.json"
@@ -151,10 +152,10 @@ def _damages(folder: Path) -> Iterator[str]:
 
 
 def _tokenizer_digest(folder: Path) -> str:
-    """Of the files that say how text becomes tokens."""
+    """Of the files that say how text becomes tokens; a SentencePiece model lies there for others."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.is_file():
+        if file.is_file() and file.name not in SENTENCEPIECE:
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

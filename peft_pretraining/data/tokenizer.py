@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 TRAINED_EOS, TRAINED_PAD = "<|endoftext|>", "<|padding|>"
 SMALLEST_VOCABULARY = 260  # 256 bytes, the two special tokens, and something to learn
+
+SENTENCEPIECE = ("spiece.model", "tokenizer.model")
+"""Names of a SentencePiece model: T5's, and the one that converters (llama.cpp's) look for beside a LLaMA."""
 
 _LARGEST_ID = 2**31 - 1
 BATCH_CHARACTERS = 2**18  # about 0.1 s of work: far above the cost of handing it over, far below that of a long wait
@@ -79,6 +83,29 @@ def _why_not_loadable(name: str, error: BaseException) -> str:
                     "(AutoTokenizer.from_pretrained(...).save_pretrained(...) then writes tokenizer.json)"
                 )
     return f"no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"
+
+
+def keep_sentencepiece(source: str | Path, folder: Path) -> None:
+    """Copy the SentencePiece model of the tokenizer `source`, a folder or a hub name, into `folder`, if it has one.
+
+    transformers reads it, writes `tokenizer.json` and leaves it out; converters want it.
+    """
+    from transformers.utils import cached_file
+
+    for name in SENTENCEPIECE:
+        try:
+            found = cached_file(
+                str(source),
+                name,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except (OSError, ValueError):
+            continue
+        if found is not None and Path(found).is_file():
+            shutil.copyfile(found, folder / name)
+            return
 
 
 def train_tokenizer(documents: Iterable[str], entries: int, num_cpu: int) -> PreTrainedTokenizerBase:

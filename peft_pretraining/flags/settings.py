@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pretraining.flags.converters import (
-    string,
-    text,
-)
+from peft_pretraining.flags import completion
+from peft_pretraining.flags.converters import string, text
 
 EXIT_BAD_INPUT = 2
 
@@ -56,6 +55,16 @@ class Flag:
     """What it is where nothing says otherwise."""
     group: str = ""
     """Its heading in `--help`."""
+
+    values: tuple[str, ...] = ()
+    """What it may be, where the converter alone does not say so: for completion."""
+
+    @property
+    def known_values(self) -> tuple[str, ...]:
+        """Values to propose; none where it may be anything."""
+        if getattr(self.convert, "value_is_optional", False):
+            return ("True", "False")
+        return self.values or tuple(getattr(self.convert, "allowed", ()))
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -108,6 +117,7 @@ def parse_command_line(
     hints: what to say of flags that do not exist, by name.
     """
     parser = build_parser(flags, prog, description)
+    completion.offer(parser, {flag.name: flag.known_values for flag in flags})
     namespace, extra = parser.parse_known_args(_join_negative_numbers(argv), argparse.Namespace(_given={}))
     by_name = {flag.name: flag for flag in flags}
     _report_unknown(extra, flags, problems, hints or {})
@@ -122,7 +132,12 @@ def parse_command_line(
 
 
 def build_parser(flags: Sequence[Flag], prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser whose `--help` shows flags in their groups, in the order in which the groups first appear."""
+    """The parser whose `--help` shows flags in their groups, in the order in which the groups first appear.
+
+    `prog` is the script's name; of an installed command it is the command's own.
+    """
+    called = os.path.basename(sys.argv[0])
+    prog = called if called.startswith("peft-") else prog
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [--FLAG VALUE] ...",

@@ -7,8 +7,7 @@ token and never at the trained end of a document.
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,6 @@ log = logging.getLogger("peft_pretraining")
 
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def adopt_saved(model: PreTrainedModel, save_tokenizer: Callable[[Path], Any], given: Mapping[str, Any] | None) -> None:
-    """`adopt` the ids of the tokenizer that `save_tokenizer` writes into a folder, and log what it has to say."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder))
-        tokenizer = read_tokenizer(Path(folder))
-    if tokenizer is not None:
-        for line in adopt(model, tokenizer, given or {}):
-            log.warning(line)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -46,13 +35,16 @@ def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Map
     """Put the tokenizer's ids into the model's configuration and that of its generation.
 
     An id that only the model has stays for the end and for padding, but not for the beginning: where a tokenizer has no
-    such token, none was trained. Of several ends, all stay if the tokenizer's is among them. Returns one line for each
-    id in `given`, the model's JSON, that contradicts the tokenizer's, and for one that is beyond the vocabulary.
+    such token, none was trained. Of several ends, all stay if the tokenizer's is among them. Where the end is what one
+    pads with, generation alone is told: a model never trains the row of its own padding. Returns one line for each id
+    in `given`, the model's JSON, that contradicts the tokenizer's, and for one that is beyond the vocabulary.
     """
     lines = []
     for name in NAMES:
         own, found = getattr(model.config, name, None), getattr(tokenizer, name)
         stated = given.get(name)
+        if name == "pad_token_id" and found == tokenizer.eos_token_id:
+            found = None
         if found is None and name != "bos_token_id":
             found = own
         if isinstance(found, int) and found >= model.config.vocab_size:
@@ -71,4 +63,8 @@ def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Map
         setattr(model.config, name, found)
         if model.generation_config is not None:
             setattr(model.generation_config, name, found)
+    generation = model.generation_config
+    if generation is not None and generation.pad_token_id is None:
+        ends = generation.eos_token_id
+        generation.pad_token_id = ends[0] if isinstance(ends, list) else ends
     return lines

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -28,12 +27,13 @@ from peft_pretraining.config.validate import FileFacts
 from peft_pretraining.data.blocks import end_workers
 from peft_pretraining.data.data import Data
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER
+from peft_pretraining.data.prompt_tokenizer import SavedTokenizer
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
 from peft_pretraining.methods.base import TrainingMethod
-from peft_pretraining.models.token_ids import adopt_saved
+from peft_pretraining.models.token_ids import adopt
 from peft_pretraining.optim.group_record import GroupRecord
 from peft_pretraining.optim.model_groups import record_groups
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
@@ -52,11 +52,6 @@ T = TypeVar("T")
 
 _SECONDS_TO_FINISH = 60.0
 """How long a run that fails waits for a checkpoint that is being written."""
-
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("spiece.model", "tokenizer.model", "vocab.json", "merges.txt"),
-)
 
 
 def run(launch: ParsedArgs) -> int:
@@ -116,12 +111,13 @@ def build(launch: ParsedArgs, group: ProcessGroup, stack: ExitStack) -> Run:
 
     data = open_data(launch, group)
     weights_from = str(start.warm_start) if start.warm_start else config.model.model_name_or_path
-    parts = assemble(launch, group, save_dir, record, weights_from)
+    tokenizer = _saved_tokenizer(config, launch.facts) if group.is_main else SavedTokenizer()
+    parts = assemble(launch, group, save_dir, record, weights_from, tokenizer)
     state = restored_state(config, start, parts.checkpointer, group)
     resumed = state if start.in_own_folder else None
     if state is None:
         record = replace(record, id=group.from_main(RunRecord.begin().id))
-        parts, state = assemble(launch, group, save_dir, record, weights_from), TrainState()
+        parts, state = assemble(launch, group, save_dir, record, weights_from, tokenizer), TrainState()
     if resumed is None:
         record = parts.checkpointer.record = replace(record, first_update=state.update_step)
     model, method, optimizer = parts.model, parts.method, parts.optimizer
@@ -213,26 +209,32 @@ class Parts:
 
 
 def assemble(
-    launch: ParsedArgs, group: ProcessGroup, save_dir: Path, record: RunRecord, weights_from: str | None
+    launch: ParsedArgs,
+    group: ProcessGroup,
+    save_dir: Path,
+    record: RunRecord,
+    weights_from: str | None,
+    tokenizer: SavedTokenizer,
 ) -> Parts:
     """The parts of a run as they are before its first update."""
     config = launch.config
     method = load_method(config.method.method)(config)
     model = distributed_model(config, launch.facts.model or {}, method, group, weights_from)
     optimizer = method.build_optimizer(model)
+    if tokenizer.tokenizer is not None:
+        for line in adopt(model, tokenizer.tokenizer, launch.facts.model or {}):
+            log.warning(line)
     checkpointer = Checkpointer(
         save_dir,
         group,
         model,
         optimizer,
         method,
-        _tokenizer_saver(config, launch.facts, group.is_main),
+        tokenizer.write,
         record,
         config.run.keep_checkpoints,
         config.distributed.async_save,
     )
-    if group.is_main:
-        adopt_saved(model, checkpointer.save_tokenizer, launch.facts.model)
     return Parts(model, method, optimizer, checkpointer)
 
 
@@ -245,27 +247,13 @@ def _default_save_dir(config: Config) -> str:
     return f"checkpoints/{model}-{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _tokenizer_saver(config: Config, facts: FileFacts, is_main: bool) -> Callable[[Path], Any]:
-    """Copies the data folder's tokenizer, or writes the one that was named."""
-    if not is_main:
-        return lambda folder: None
+def _saved_tokenizer(config: Config, facts: FileFacts) -> SavedTokenizer:
+    """The data folder's tokenizer, or the one that was named, as checkpoints have it."""
     source = Path(config.data.dataset_path or "")
     if facts.tokenizer is None and config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
-        files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-
-        def copy_files(folder: Path) -> None:
-            for file in files:
-                shutil.copy(file, folder)
-
-        return copy_files
+        return SavedTokenizer.of(source, config.data.max_length)
     name = facts.tokenizer or config.data.tokenizer or facts.data.get("tokenizer") or DEFAULT_TOKENIZER
-    try:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained
-    except (OSError, ValueError) as error:
-        log.warning("checkpoints will hold no tokenizer: %s cannot be loaded (%s)", name, str(error).splitlines()[0])
-        return lambda folder: None
+    return SavedTokenizer.of(name, config.data.max_length)
 
 
 def _describe(
