@@ -10,6 +10,7 @@ bash scripts/install.sh
 export OMP_WAIT_POLICY=PASSIVE # data loading and training share the cores
 python=.venv/bin/python
 out=quickstart
+updates=${QUICKSTART_UPDATES:-1000} # fewer for a look at the commands
 began=$SECONDS
 
 step() { printf '\n== %s\n' "$*"; }
@@ -30,7 +31,7 @@ fi
 # rate in both, the layers' matrices another: each the best of a sweep (docs/quickstart.md).
 train() {
     "$python" torchrun_main.py --model_config configs/llama_tiny.json --dataset_path "$data" \
-        --batch_size 8 --num_training_steps 1000 --warmup_steps 100 --eval_every 250 --save_every 500 \
+        --batch_size 8 --num_training_steps "$updates" --warmup_steps $((updates / 10)) --eval_every 250 --save_every 500 \
         --keep_checkpoints 1 --autoresume True --seed 42 "$@"
 }
 step "3/4 full-rank AdamW"

@@ -132,7 +132,6 @@ def test_a_server_that_does_not_answer_is_one_line_and_an_offline_run(command, t
     assert len(complete_history(folder, 5)) >= 5
 
 
-
 def test_a_writer_that_breaks_is_said_once(tmp_path, caplog, monkeypatch):
     board = TensorBoardRun(None)
 
