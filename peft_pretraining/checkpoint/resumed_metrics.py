@@ -27,8 +27,13 @@ UNDONE_FILE = "metrics.undone.jsonl"
 
 def encode(values: dict[str, Any]) -> bytes:
     """One record as its line."""
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+    return json.dumps(_finite(values), allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass

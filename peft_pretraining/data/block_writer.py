@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -43,6 +44,8 @@ class BlockWriter:
         self.documents = 0
         self.tokens = 0
         """Tokens of all documents, EOS included, also those that fill no block."""
+        self.text_bytes = 0.0
+        """Bytes of all documents' text in UTF-8; NaN where some slice did not count them."""
         self.blocks = 0
         self.largest_token_id = -1
         self.rows_passed_over = 0
@@ -58,11 +61,12 @@ class BlockWriter:
         self._digest = hashlib.blake2b(digest_size=8)
         folder.mkdir()
 
-    def add(self, ids: np.ndarray, documents: int) -> None:
-        """Append the tokens of so many documents, (tokens,) int32."""
+    def add(self, ids: np.ndarray, documents: int, text_bytes: float = 0.0) -> None:
+        """Append the tokens of so many documents, (tokens,) int32, whose text has so many bytes."""
         if ids.size and ids.max() > np.iinfo(self._buffer.dtype).max:
             raise ValueError(f"token id {ids.max()} does not fit into {self._buffer.dtype}")
         self.documents += documents
+        self.text_bytes += text_bytes
         self.tokens += ids.size
         while ids.size:
             part = ids[: self._buffer.size - self._filled]
@@ -90,6 +94,7 @@ class BlockWriter:
                 hard = False
         self.documents += description["documents"]
         self.tokens += description["tokens"] - len(description["remainder"])
+        self.text_bytes += description.get("text_bytes", math.nan)  # older slices do not have it
         self.blocks += description["blocks"]
         self.rows_passed_over += description.get("rows_passed_over", 0)  # older slices refused them
         self.largest_token_id = max(self.largest_token_id, description["largest_token_id"])
@@ -102,6 +107,7 @@ class BlockWriter:
         return {
             **{"documents": self.documents, "tokens": self.tokens, "blocks": self.blocks},
             "dtype": self.dtype,
+            "text_bytes": self.text_bytes,
             "largest_token_id": self.largest_token_id,
             "rows_passed_over": self.rows_passed_over,
             "fingerprint": self._digest.hexdigest(),

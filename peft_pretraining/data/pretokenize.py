@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -152,6 +153,10 @@ def complete(
         "tokenizer": config.tokenizer_name,
         **vocabulary,
         "token_dtype": writers["train"].dtype,
+        # Beside the counts, by which a resumed run knows its data: folders of before did not have it.
+        "text_bytes": {
+            split: round(w.text_bytes) if math.isfinite(w.text_bytes) else None for split, w in writers.items()
+        },
         "largest_token_id": max(writer.largest_token_id for writer in writers.values()),
         "rows_passed_over": sum(writer.rows_passed_over for writer in writers.values()),
     }
@@ -165,6 +170,10 @@ def complete(
                 f"note: {split}: the last {writer.tail} of {writer.tokens} tokens fill no block and are not used",
                 file=sys.stderr,
             )
+
+
+def _whole(number: float) -> int | None:
+    return round(number) if math.isfinite(number) else None
 
 
 def _open(

@@ -117,7 +117,7 @@ def write_splits(
     writers = new_writers()
     for split, writer in writers.items():
         for batch in batches[split]:
-            writer.add(batch.ids, len(batch.lengths))
+            writer.add(batch.ids, len(batch.lengths), float(batch.sizes.sum()))
         _finish(writer, tallies[split])
     return writers
 
@@ -153,9 +153,9 @@ def _write_held_out(
         for batch in encoded(tally, draw):
             draws = np.array([read_ahead.popleft() for _ in batch.lengths])
             held_out = draws <= share
-            token_held_out = np.repeat(held_out, batch.lengths)
-            writers["train"].add(batch.ids[~token_held_out], int((~held_out).sum()))
-            writers["validation"].add(batch.ids[token_held_out], int(held_out.sum()))
+            for split, chosen in (("train", ~held_out), ("validation", held_out)):
+                tokens = batch.ids[np.repeat(chosen, batch.lengths)]
+                writers[split].add(tokens, int(chosen.sum()), float(batch.sizes[chosen].sum()))
             enough.add(draws, batch.lengths)
         blocks = {split: writer.tokens // config.sequence_length for split, writer in writers.items()}
         total = sum(writer.tokens for writer in writers.values())
@@ -192,8 +192,10 @@ def _write_end_held_out(
     for batch in encoded(tally, lambda document: None):
         ends = np.cumsum(batch.lengths)
         starts = ends - batch.lengths
-        writers["train"].add(batch.ids[:left], int((starts < left).sum()))
-        writers["validation"].add(batch.ids[left:], int((ends > left).sum()))
+        share = np.clip((left - starts) / batch.lengths, 0, 1)  # of a document that is cut, in tokens
+        text_bytes = float((share * batch.sizes).sum())
+        writers["train"].add(batch.ids[:left], int((starts < left).sum()), text_bytes)
+        writers["validation"].add(batch.ids[left:], int((ends > left).sum()), float(batch.sizes.sum()) - text_bytes)
         left = max(0, left - batch.ids.size)
     _finish(writers["train"], tally)
     writers["validation"].finish()

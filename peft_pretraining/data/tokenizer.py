@@ -44,6 +44,7 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray  # (sum(lengths),) int32
     lengths: np.ndarray  # (documents,) int64: tokens of each document, EOS included
+    sizes: np.ndarray  # (documents,) int64: bytes of each document's text in UTF-8
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -156,7 +157,8 @@ class Encoder:
             pieces += ids
             pieces.append(self._eos_id)
             lengths.append(len(ids) + 1)
-        return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64))
+        sizes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts], dtype=np.int64)
+        return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64), sizes)
 
 
 def encode_documents(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peft_pretraining.config import Config
+from peft_pretraining.config import Config, evaluation_sets
 from peft_pretraining.config.cli import ParsedArgs
 from peft_pretraining.data import blocks
-from peft_pretraining.data.data import Data
+from peft_pretraining.data.data import Data, NamedSet
 from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationSet, largest_id, training_batches
+from peft_pretraining.data.folder import bytes_per_token, read_arguments
 from peft_pretraining.data.shards import Shard
 from peft_pretraining.data.streaming import DocumentStream
 from peft_pretraining.data.tokenizer import load_tokenizer
@@ -52,6 +53,8 @@ class BlockData:
         self._config, self._train, self._group, self._vocabulary = config, train, group, vocabulary
         self.description = f"{len(train)} samples"
         self.evaluation: Iterable[Batch | None] = _BlockEvaluation(config, validation, group, vocabulary)
+        self.bytes_per_token: float | None = bytes_per_token(read_arguments(validation.folder), "validation")
+        self.named: Mapping[str, NamedSet] = named_sets(config, group, vocabulary)
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
@@ -93,6 +96,21 @@ class _BlockEvaluation:
         )
 
 
+def named_sets(config: Config, group: ProcessGroup, vocabulary: int | None) -> dict[str, NamedSet]:
+    """The sets of `--eval_datasets`. ConfigError where their files are damaged."""
+    found = {}
+    for name, folder in evaluation_sets.pairs(config.data.eval_datasets).items():
+        try:
+            split = blocks.TokenBlocks(folder, "validation", _given(config.data.max_length))
+            per_token = bytes_per_token(read_arguments(folder), "validation")
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError([f"--eval_datasets {name}={folder}: {' '.join(str(error).split())}"]) from error
+        if not len(split):
+            raise ConfigError([f"--eval_datasets {name}={folder}: split validation is empty"])
+        found[name] = NamedSet(_BlockEvaluation(config, split, group, vocabulary), per_token)
+    return found
+
+
 def _open_blocks(launch: ParsedArgs) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:
     config, facts = launch.config, launch.facts
     where = f"--dataset_path {config.data.dataset_path}"
@@ -121,6 +139,10 @@ class StreamedData:
         self._config, self._shards, self._group = config, shards, group
         self._stream: DocumentStream | None = None
         self._maker = SampleMaker(_checked_tokenizer(launch), _given(config.data.max_length))
+        self.bytes_per_token: float | None = None  # documents are cut, and tokens of padding are none
+        self.named: Mapping[str, NamedSet] = named_sets(
+            config, group, vocabulary_size(launch.facts.model) if launch.facts.model else None
+        )
         self.description = f"{len(shards.train)} shards of documents ({_gigabytes(shards.train)}, {shards.origin})"
         self.evaluation: Iterable[Batch | None] = ValidationSet(
             shards.validation,
