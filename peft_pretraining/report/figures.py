@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_pretraining.report.grouping import Series, Sweep, best_of_each, sweeps
+from peft_pretraining.report.grouping import Series, Sweep, best_of_each, shortened, sweeps
 from peft_pretraining.report.styles import DASHES, LIGHT, MARKERS, Style, styles
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ NAMES = {
 _SUFFIXES = (".png", ".pdf")
 _FEW = 3
 """Evaluations, below which the training's own perplexity is drawn as well, thin."""
+_HIGHEST = 1.25
+"""Perplexities of rates that are so many times the worst method's best one are cut off."""
 _LONGEST_NAME = 44
 
 
@@ -34,10 +36,7 @@ def write(series: Sequence[Series], out: Path) -> list[str]:
     Of a method at several rates the curves are those of its best one.
     """
     of_all = dict(zip(map(id, series), styles(series), strict=True))
-    best = best_of_each(series)
-    shown = [
-        (one, of_all[id(one)] if len(best) == len(series) else own) for one, own in zip(best, styles(best), strict=True)
-    ]
+    shown = [(one, of_all[id(one)]) for one in best_of_each(series)]
     found_sweeps = [(sweep, of_all[id(sweep.series[0])]) for sweep in sweeps(series)]
     drawers: dict[str, Callable[[Axes], int]] = {
         "perplexity_over_tokens": lambda axes: _curves(axes, shown, by_time=False),
@@ -105,6 +104,7 @@ def _states(axes: Axes, shown: Sequence[tuple[Series, Style]]) -> int:
         finals = [final.perplexity for run in one.counted if (final := one.final(run)) and final.perplexity is not None]
         bars = [[perplexity - min(finals)], [max(finals) - perplexity]] if len(finals) > 1 else None
         looks = {**_looks(style), "linestyle": "none", "markersize": 6.5}
+        looks |= {"markerfacecolor": "white"} if style.dash else {}  # another series of the method
         axes.errorbar([state / 1e6], [perplexity], yerr=bars, label=_name(one), elinewidth=0.9, capsize=2, **looks)
         drawn += 1
     axes.set_xlabel("optimizer state (MB)")
@@ -116,6 +116,9 @@ def _rates(axes: Axes, found: Sequence[tuple[Sweep, Style]]) -> int:
     for sweep, style in found:
         values = [point.perplexity for point in sweep.points]
         axes.plot(sweep.rates, values, label=_cut(sweep.label), **_looks(style))
+    lowest = [min(values) for sweep, _ in found if (values := [p.perplexity for p in sweep.points if p.perplexity > 0])]
+    if lowest and axes.get_ylim()[1] > (top := _HIGHEST * max(lowest)):
+        axes.set_ylim(top=top)
     axes.set_xscale("log")
     axes.set_xlabel("peak learning rate (--lr)")
     axes.set_ylabel("last validation perplexity")
@@ -151,7 +154,7 @@ def _name(series: Series) -> str:
 
 
 def _cut(name: str) -> str:
-    name = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    name = shortened(name, _LONGEST_NAME)
     # A dollar begins a formula, and legends leave out what begins with an underscore.
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 

@@ -25,7 +25,11 @@ UNIMPORTANT = frozenset(
 _OTHER_RATES = ("adam_lr", "head_lr", "embed_lr", "norm_lr")
 _MOST_POINTS = 240
 """Of a curve of training losses."""
+_SMOOTHED_SHARE = 15
+"""Training losses are averaged over 1/15 of a run: batches differ more than most runs do."""
 _LONGEST_LABEL = 90
+_USUAL = 0.6
+"""A value that this share of the series have is the usual one, and not told of those."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Series:
     label: str = ""
     """The method, and the settings by which it differs from other series of the method."""
     differs: dict[str, Any] = field(default_factory=dict)
-    """Settings in which it differs from others: those that all series have, and those of its method."""
+    """Settings in which it differs from others of its method, and those in which it is unusual among all."""
 
     @property
     def method(self) -> str:
@@ -72,7 +76,7 @@ class Series:
         return run.evaluated[-1] if run.evaluated else None
 
     def final_perplexity(self) -> float | None:
-        """The mean over the counted runs of that of their last evaluation; None where one was not finite, or none is."""
+        """The mean over the counted runs of that of their last evaluation; None where one is not finite."""
         return mean(final.perplexity for run in self.counted if (final := self.final(run)) is not None)
 
     def curve(self) -> list[Point]:
@@ -94,7 +98,7 @@ class Series:
         """(tokens, seconds, loss) of training, averaged over the counted runs and the last few updates, thinned out."""
         rows = [_losses(run) for run in self.counted]
         steps = sorted(set.intersection(*map(set, rows)))
-        losses = smoothed([statistics.fmean(row[step][2] for row in rows) for step in steps])
+        losses = smoothed([statistics.fmean(row[step][2] for row in rows) for step in steps], _SMOOTHED_SHARE)
         tokens = [max(row[step][0] for row in rows) for step in steps]
         seconds = [statistics.fmean(row[step][1] for row in rows) for step in steps]
         kept = sorted({round(i * (len(steps) - 1) / (_MOST_POINTS - 1)) for i in range(_MOST_POINTS)}) if steps else []
@@ -127,18 +131,20 @@ def grouped(runs: Sequence[LoggedRun]) -> list[Series]:
 
 
 def sweeps(series: Sequence[Series]) -> list[Sweep]:
-    """Those that differ in `--lr` alone, where there are several; other rates that are the same as it go with it."""
-    together: defaultdict[tuple[Any, ...], list[Series]] = defaultdict(list)
-    for one in series:
-        if one.rate is not None:
-            together[_key(one.runs[0], UNIMPORTANT | {"lr"}, _tied(one.runs[0]))].append(one)
+    """Those that differ in `--lr` alone, where there are several; else in `--lr` and what is the same as it."""
+    known = [one for one in series if one.rate is not None]
     found = []
-    for members in together.values():
-        by_rate = {one.rate: one for one in sorted(members, key=lambda one: one.rate or 0.0)}
-        if len(by_rate) > 1:
-            points = _at_shared_seeds(list(by_rate.values()))
-            rates = tuple(rate for rate in by_rate if rate is not None)
-            found.append(Sweep(_shared_label(members), tuple(members), rates, points))
+    for tied in (False, True):
+        together: defaultdict[tuple[Any, ...], list[Series]] = defaultdict(list)
+        for one in known:
+            together[_key(one.runs[0], UNIMPORTANT | {"lr"}, _tied(one.runs[0]) if tied else None)].append(one)
+        for members in together.values():
+            by_rate = {one.rate: one for one in sorted(members, key=lambda one: one.rate or 0.0)}
+            if len(by_rate) > 1:
+                points = _at_shared_seeds(list(by_rate.values()))
+                rates = tuple(rate for rate in by_rate if rate is not None)
+                found.append(Sweep(_shared_label(members), tuple(members), rates, points))
+                known = [one for one in known if all(one is not member for member in members)]
     return found
 
 
@@ -191,16 +197,23 @@ def described(settings: dict[str, Any]) -> str:
     return " ".join(f"{name}={short(value)}" for name, value in settings.items())
 
 
+def shortened(text: str, longest: int) -> str:
+    """Cut where it is longer than so many characters."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 def _labelled(series: Sequence[Series]) -> list[Series]:
     settings = [one.runs[0].settings for one in series]
     of_all = [name for name in differing(settings) if name != "method" and all(name in some for some in settings)]
+    usual = {name: value for name in of_all if (value := _usual([some[name] for some in settings])) is not None}
     names, differences = [], []
     for one in series:
         own = differing([other.runs[0].settings for other in series if other.method == one.method])
         known = one.runs[0].settings
-        differences.append({name: known.get(name) for name in dict.fromkeys([*own, *of_all])})
+        unusual = [name for name in of_all if repr(known[name]) != usual.get(name)]
+        differences.append({name: known.get(name) for name in dict.fromkeys([*own, *unusual])})
         names.append(" ".join([one_line(one.method), described({name: known.get(name) for name in own})]).strip())
-    names = [name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "…" for name in names]
+    names = [shortened(name, _LONGEST_LABEL) for name in names]
     counts = Counter(names)
     # What no setting tells apart has its folder's name.
     named = [
@@ -208,6 +221,11 @@ def _labelled(series: Sequence[Series]) -> list[Series]:
         for name, one in zip(names, series, strict=True)
     ]
     return [Series(one.runs, *rest) for one, *rest in zip(series, named, differences, strict=True)]
+
+
+def _usual(values: Sequence[Any]) -> str | None:
+    value, count = Counter(map(repr, values)).most_common(1)[0]
+    return value if count >= _USUAL * len(values) else None
 
 
 def _key(run: LoggedRun, without: frozenset[str], instead: dict[str, Any] | None = None) -> tuple[Any, ...]:

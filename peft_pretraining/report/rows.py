@@ -34,7 +34,7 @@ COLUMNS = (
     Column("differs", "differs in"),
     Column("state", "state", about="running, finished or stopped"),
     Column("updates", "updates", 0),
-    Column("tokens", "tokens (M)", 2, "seen in training, millions"),
+    Column("tokens", "tokens", 0, "seen in training"),
     Column("best loss", "best loss", 4, "lowest validation loss, nats per token", averaged=True),
     Column("best perplexity", "best perplexity", 2, "lowest validation perplexity", averaged=True),
     Column("final loss", "final loss", 4, "that of the last evaluation, nats per token", averaged=True),
@@ -144,7 +144,7 @@ def _numbers(run: LoggedRun) -> dict[str, float | None]:
     perplexities = [item.perplexity for item in run.evaluated if item.perplexity is not None]
     return {
         "updates": run.step,
-        "tokens": _scaled(run.tokens, 1e-6),
+        "tokens": run.tokens,
         "best loss": min(losses, default=None),
         "best perplexity": min(perplexities, default=None),
         "final loss": final and final.loss,

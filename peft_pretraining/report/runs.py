@@ -22,7 +22,6 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.optim.group_record import GroupRecord, read_groups
 
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
-_SMOOTHED_SHARE = 50  # training losses are averaged over 1/50 of the run
 _RECENT = 50  # updates whose time tells how long the rest will take
 
 
@@ -183,15 +182,15 @@ def complete(records: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any
     return [record for record in records if None not in (number(record, name), number(record, "tokens_seen"))]
 
 
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """The mean loss of the last few updates, 1/50 of all, up to each.
+def smoothed(losses: Sequence[float], share: int = 50) -> list[float]:
+    """The mean loss of the last few updates, one in `share` of all, up to each.
 
     >>> smoothed([4.0, 2.0])
     [4.0, 2.0]
     >>> smoothed([4.0, 2.0] * 50)[1:4]
     [3.0, 3.0, 3.0]
     """
-    window = max(1, len(losses) // _SMOOTHED_SHARE)
+    window = max(1, len(losses) // share)
     sums = [0.0, *accumulate(losses)]
     return [(sums[end] - sums[max(0, end - window)]) / min(window, end) for end in range(1, len(sums))]
 

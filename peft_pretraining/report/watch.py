@@ -1,4 +1,4 @@
-"""A table of runs in the terminal, renewed in place; where stdout is no terminal, a plain line for each run with news."""
+"""A table of runs in the terminal, renewed in place; a plain line for each run with news where stdout is none."""
 
 from __future__ import annotations
 

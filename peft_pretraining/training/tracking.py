@@ -61,6 +61,8 @@ class Tracker:
             return
         self._save_dir, self._path = save_dir, save_dir / run_dir.METRICS_FILE
         self._first_update, self._lock = first_update, lock
+        self._restarts = 0 if resumed is None else resumed_metrics.restarts(self._path)
+        self._restarts_due = self._restarts > 0
         resumed_metrics.forget_after(save_dir, resumed, first_update)
         self._open()
         if "wandb" in config.tracking.trackers:
@@ -80,7 +82,10 @@ class Tracker:
     def record(self, **values: Any) -> None:
         """One record; `update_step` is the number of updates done. Raises `FolderLost`."""
         if self._file is not None:
-            self._write(self._checked(self._file), resumed_metrics.encode(values))
+            more: dict[str, Any] = {}
+            if self._restarts_due and "loss" in values:  # once, and again where that record was undone
+                more, self._restarts_due = {"restarts": self._restarts}, False
+            self._write(self._checked(self._file), resumed_metrics.encode({**values, **more}))
         for dashboard in self._dashboards:
             dashboard.log(named(values, self._last_step, self._tracking.older_eval_names))
 
@@ -104,6 +109,7 @@ class Tracker:
             self._write(self._file, b"")
             self._file.close()
             resumed_metrics.forget_after(self._save_dir, state, self._first_update, keep_later=True)
+            self._restarts_due = self._restarts > 0
             self._open()
 
     def _checked(self, file: io.FileIO) -> io.FileIO:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -49,21 +49,23 @@ def build(series: Sequence[Series], title: str, made: str) -> str:
     )
 
 
-_PLOTS = """<h2>Plots</h2><div class="plots"><div class="charts" id="charts"></div><nav class="legend" aria-label="runs">
+_PLOTS = """<h2>Plots</h2><div class="plots"><div class="charts" id="charts"></div>
+<nav class="legend" aria-label="runs">
 <div class="bar"><button id="show-all" type="button">all</button><button id="show-none" type="button">none</button>
-<button id="show-best" type="button" title="of each method the rate with the lowest last perplexity">best rates</button>
+<button id="show-best" type="button" title="of each method the rate with the lowest last perplexity">best</button>
 <label><input type="checkbox" id="training"> training, thin</label></div><ul id="legend"></ul></nav></div>"""
-_SETTINGS = """<h2>Settings</h2><div class="bar"><label><input type="checkbox" id="differing"> only those that differ</label>
+_SETTINGS = """<h2>Settings</h2><div class="bar">
+<label><input type="checkbox" id="differing"> only those that differ</label>
 <input type="search" id="find-setting" placeholder="find a setting" aria-label="find a setting">
 <p class="hint">of the runs that the plots show; what is not as in most of them is marked</p></div>
 <div class="scroll"><table id="settings"><thead></thead><tbody></tbody></table></div>"""
-_FOOTER = """Runs that differ in their seed alone are averaged; bands and bars reach from the lowest to the highest seed,
-± is one standard deviation. Means are over the runs that have got as far as the furthest. Time is that of the updates,
+_FOOTER = """Runs that differ in their seed alone are averaged; bands and bars reach from the lowest to the highest
+seed, ± is one standard deviation. Means are over the runs that have got as far as the furthest. Time is that of the updates,
 without evaluations and checkpoints."""
 
 
 def _file(name: str) -> str:
-    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(content: Any) -> str:
@@ -146,13 +148,14 @@ def _table(series: Sequence[Series], several: bool) -> str:
         f'<button type="button">{html.escape(column.title)}</button></th>'
         for column in rows.COLUMNS
     )
+    means = [rows.of_series(one) for one in series]
+    values = {key: [row[key].value for row in means] for key in _LOWEST}
+    lowest = {key: min((v for v in of_key if isinstance(v, float)), default=math.nan) for key, of_key in values.items()}
     lines = []
-    for one in series:
+    for one, row in zip(series, means, strict=True):
+        lines.append(_row(row, "mean" if len(one.runs) > 1 else "both", lowest))
         if len(one.runs) > 1:
-            lines.append(_row(rows.of_series(one), "mean"))
-            lines += [_row(rows.of_run(run, one), "one") for run in one.runs]
-        else:
-            lines.append(_row(rows.of_series(one), "both"))
+            lines += [_row(rows.of_run(run, one), "one", lowest) for run in one.runs]
     every = '<label><input type="checkbox" id="every"> every seed</label>' if several else ""
     every = every or '<input type="checkbox" id="every" hidden>'
     return (
@@ -162,7 +165,7 @@ def _table(series: Sequence[Series], several: bool) -> str:
     )
 
 
-def _row(row: rows.Row, kind: str) -> str:
+def _row(row: rows.Row, kind: str, lowest: Mapping[str, float]) -> str:
     cells = []
     for column in rows.COLUMNS:
         cell = row[column.key]
@@ -171,7 +174,12 @@ def _row(row: rows.Row, kind: str) -> str:
             cells.append(f'<th scope="row">{text}</th>')
         else:
             value = cell.value if column.digits is not None and cell.value is not None else ""
-            cells.append(f'<td class="{_kind(column)}" data-value="{value}">{text}</td>')
+            kind_of_cell = _kind(column)
+            if column.key in ("differs", "rates"):
+                kind_of_cell += " long"
+            elif kind != "one" and column.key in lowest and cell.value == lowest[column.key]:
+                kind_of_cell += " lowest"
+            cells.append(f'<td class="{kind_of_cell}" data-value="{value}">{text}</td>')
     return f'<tr data-kind="{kind}">{"".join(cells)}</tr>'
 
 

@@ -72,7 +72,7 @@
         const one = data.series[i], looked = looks(one);
         return {
           visible: !hidden.has(i), name: plain(one.label), meta: i, mode: "markers", x: [one.state], y: [one.final.mean],
-          marker: { ...looked.marker, size: 11, line: { width: 1, color: dark() ? "#1a2029" : "#ffffff" } },
+          marker: { ...looked.marker, symbol: looked.marker.symbol + (one.style.dash ? "-open" : ""), size: 11, line: one.style.dash ? { width: 2 } : { width: 1, color: dark() ? "#1a2029" : "#ffffff" } },
           error_y: { type: "data", symmetric: false, array: [one.final.high - one.final.mean],
             arrayminus: [one.final.mean - one.final.low], visible: one.final.count > 1, color: colour(one.style), thickness: 1.2 },
           hovertemplate: "<b>%{fullData.name}</b><br>perplexity %{y:.2f}<br>%{x:.2f} MB<extra></extra>",
@@ -85,20 +85,27 @@
         hovertemplate: "<b>%{fullData.name}</b><br>perplexity %{y:.2f}<br>rate %{x:.3~g}<extra></extra>",
       })) },
   };
-  const axis = (title, log) => {
+  const axis = (title, log, wide) => {
     const line = getComputedStyle(root).getPropertyValue("--line"), grid = getComputedStyle(root).getPropertyValue("--grid");
     return { title: { text: title, standoff: 8 }, type: log ? "log" : "linear", gridcolor: grid, linecolor: line, zeroline: false,
-      automargin: true, showline: true, ...(log ? { dtick: undefined, nticks: 8, exponentformat: "power", minor: { ticks: "outside", ticklen: 3, tickcolor: line } } : { exponentformat: "SI" }) };
+      automargin: true, showline: true, ...(log ? { exponentformat: "power", minor: { ticks: "outside", ticklen: 3, tickcolor: line } } : { exponentformat: "SI" }),
+      ...(log && wide ? { dtick: 1 } : { nticks: 7 }) };
+  };
+  // More than a decade and a half has ticks at the powers of ten alone.
+  const isWide = (traces, letter) => {
+    const values = traces.filter((trace) => trace.visible).flatMap((trace) => trace[letter]).filter((value) => value > 0);
+    return values.length > 0 && Math.max(...values.map(Math.log10)) - Math.min(...values.map(Math.log10)) > 1.5;
   };
   const draw = (name) => {
     const chart = charts[name], style = getComputedStyle(root);
     const clear = "rgba(0,0,0,0)";
-    return Plotly.react(chart.plot, chart.traces(), {
+    const traces = chart.traces();
+    return Plotly.react(chart.plot, traces, {
       paper_bgcolor: clear, plot_bgcolor: clear, showlegend: false, margin: { l: 58, r: 14, t: 12, b: 46 },
-      font: { family: style.fontFamily || "sans-serif", size: 12, color: style.getPropertyValue("--ink").trim() },
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style.getPropertyValue("--ink").trim() },
       hoverlabel: { bgcolor: style.getPropertyValue("--card").trim(), bordercolor: style.getPropertyValue("--line").trim(),
         font: { color: style.getPropertyValue("--ink").trim() }, align: "left" },
-      hovermode: "closest", uirevision: chart.log.join(), xaxis: axis(chart.x, chart.log[0]), yaxis: axis(chart.y, chart.log[1]),
+      hovermode: "closest", uirevision: chart.log.join(), xaxis: axis(chart.x, chart.log[0], isWide(traces, "x")), yaxis: axis(chart.y, chart.log[1], isWide(traces, "y")),
     }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
   };
   const drawAll = () => Promise.all(Object.keys(charts).map(draw));
@@ -139,9 +146,11 @@
     const button = make("button", { type: "button", title: "click: show or hide; double click: this one alone" }, make("span", {}, one.name));
     button.addEventListener("click", () => { hidden.has(index) ? hidden.delete(index) : hidden.add(index); show(); });
     button.addEventListener("dblclick", () => { all.forEach((i) => hidden.add(i)); hidden.delete(index); show(); });
-    by("legend").append(make("li", {}, button));
     return button;
   });
+  // Of many, those that are shown at first stand first.
+  const order = data.series.length > data.most_shown ? [...all].sort((a, b) => data.series[b].best - data.series[a].best) : all;
+  by("legend").append(...order.map((index) => make("li", {}, items[index])));
   const paintSwatches = () => items.forEach((button, index) => {
     button.querySelector("svg")?.remove();
     button.prepend(swatch(data.series[index].style));
