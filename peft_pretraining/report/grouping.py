@@ -220,7 +220,8 @@ def _labelled(series: Sequence[Series]) -> list[Series]:
         name if counts[name] == 1 else f"{name} ({', '.join(run.name for run in one.runs)})"
         for name, one in zip(names, series, strict=True)
     ]
-    return [Series(one.runs, *rest) for one, *rest in zip(series, named, differences, strict=True)]
+    labelled = zip(series, named, differences, strict=True)
+    return [Series(one.runs, name, differs) for one, name, differs in labelled]
 
 
 def _usual(values: Sequence[Any]) -> str | None:

@@ -60,8 +60,8 @@ _SETTINGS = """<h2>Settings</h2><div class="bar">
 <p class="hint">of the runs that the plots show; what is not as in most of them is marked</p></div>
 <div class="scroll"><table id="settings"><thead></thead><tbody></tbody></table></div>"""
 _FOOTER = """Runs that differ in their seed alone are averaged; bands and bars reach from the lowest to the highest
-seed, ± is one standard deviation. Means are over the runs that have got as far as the furthest. Time is that of the updates,
-without evaluations and checkpoints."""
+seed, ± is one standard deviation. Means are over the runs that have got as far as the furthest. Time is that of the
+updates, without evaluations and checkpoints."""
 
 
 def _file(name: str) -> str:
@@ -84,7 +84,7 @@ def _finite(value: Any) -> Any:
 def _data(series: Sequence[Series]) -> dict[str, Any]:
     best = {id(one) for one in best_of_each(series)}
     names = _setting_names(series)
-    described = []
+    described: list[dict[str, Any]] = []
     for one, style in zip(series, styles(series), strict=True):
         curve = [vars(point) for point in one.curve()]
         described.append(

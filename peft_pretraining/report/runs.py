@@ -67,10 +67,10 @@ class LoggedRun:
         """
         content = _read_config(folder)
         settings, versions = content["settings"], content.get("versions")
-        records, problems = [], []
+        records: list[dict[str, Any]] = []
         if os.path.lexists(metrics := folder / run_dir.METRICS_FILE):
             records, problems = metrics_file.read_records(metrics)
-        warnings += problems
+            warnings += problems
         updates, evaluations, restarts = _without_replays(records)
         return cls(
             folder=folder,
