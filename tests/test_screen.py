@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import sys
 
@@ -139,12 +140,29 @@ def test_samples_change_nothing_of_the_run(sampling, tmp_path, capsys):
     dropout = {"method": "lora", "rank": 4, "lora_dropout": 0.3}
     for name, changes in (("with", {}), ("without", {"sample_every": None, "sample_prompts": None})):
         assert helpers.run(sampling(save_dir=tmp_path / name, **dropout, **changes)) == 0
-    said = re.findall(r'INFO update (\d+): "(.*)" -> "(.*)"\n', capsys.readouterr().err)
+    said = re.findall(r'INFO update (\d+): "(.*)" \(loss \d\.\d+\) -> "(.*)"\n', capsys.readouterr().err)
     of_both = ["the cat", "the hat sat on a mat, and then"]
     assert [(update, prompt) for update, prompt, _ in said] == [
         (update, prompt) for update in ("5", "10", "12") for prompt in of_both
     ]
     helpers.assert_same_run(tmp_path / "with", tmp_path / "without")
+
+
+def test_the_loss_of_a_prompt_is_that_of_transformers():
+    from transformers import LlamaConfig
+
+    from peft_pretraining.models.causal_lm import LlamaForCausalLM
+    from peft_pretraining.training.samples import prompt_losses
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, initializer_range=0.3, **shape))
+    prompts = [[3, 4, 5], [9, 8, 7, 6, 5, 4], [1]]
+    *losses, alone = prompt_losses(model, prompts, (2, 16), torch.device("cpu"))
+    for prompt, loss in zip(prompts, losses, strict=False):
+        ids = torch.tensor([prompt])
+        assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    assert math.isnan(alone)
 
 
 def test_what_is_right_of_a_prompt_does_not_matter(tokenizer):

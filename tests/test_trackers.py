@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 
 import helpers
 import pytest
@@ -13,6 +14,7 @@ from test_tracking import complete_history, offline, wandb_records
 from peft_pretraining.config import Config
 from peft_pretraining.training import wandb_run
 from peft_pretraining.training.dashboard import named, run_name
+from peft_pretraining.training.samples import Sample
 from peft_pretraining.training.tensorboard_run import TensorBoardRun
 
 assert offline, "a fixture"
@@ -148,8 +150,31 @@ def test_an_unknown_dashboard(command, capsys):
 
 def test_a_table_that_cannot_be_sent_ends_nothing(monkeypatch):
     run = wandb_run.WandbRun(object())
-    run.texts(1, [("a", "b")])
+    run.texts(1, [Sample("a", "b", 1.0)])
     assert run._target is None
+
+
+def test_samples_are_texts_and_a_loss_on_dashboards():
+    logged = []
+
+    class Writer:
+        def add_text(self, *values):
+            logged.append(values)
+
+        def add_scalar(self, *values):
+            logged.append(values)
+
+        def log(self, values):
+            logged.append({**values, "samples": values["samples"].data})
+
+    samples = [Sample("a", "b", 1.0), Sample("c", "d", 2.0), Sample("e", "", math.nan)]
+    board = TensorBoardRun(None)
+    board._target = (Writer(), Writer())
+    board.texts(7, samples)
+    wandb_run.WandbRun(Writer()).texts(7, samples)
+    text, scalar, table = logged
+    assert text == ("samples", "**a** b\n\n**c** d\n\n**e** ", 7) and scalar == ("samples_loss", 1.5, 7)
+    assert table["samples"][:2] == [[7, "a", "b", 1.0], [7, "c", "d", 2.0]] and table["samples_loss"] == 1.5
 
 
 def test_a_run_is_named_by_what_is_special_about_it():

@@ -17,8 +17,8 @@ from peft_pretraining.config.precision_config import Precision, PrecisionConfig,
 from peft_pretraining.config.role_config import RoleConfig
 from peft_pretraining.config.run_config import RunConfig
 from peft_pretraining.config.schedule import rate_multiplier
-from peft_pretraining.config.tracking_config import TrackingConfig
 from peft_pretraining.config.shipped import shape
+from peft_pretraining.config.tracking_config import TrackingConfig
 from peft_pretraining.data.lines import LONGEST_DOCUMENT
 from peft_pretraining.flags import (
     ConfigError,

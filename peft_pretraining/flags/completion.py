@@ -18,5 +18,6 @@ def offer(parser: argparse.ArgumentParser, values: Mapping[str, Sequence[str]] |
 
     for action in parser._actions:
         if known := (values or {}).get(action.dest):
-            action.completer = argcomplete.ChoicesCompleter(known)  # type: ignore[attr-defined]  # argcomplete's own
+            choices = argcomplete.ChoicesCompleter(dict.fromkeys(known, ""))
+            action.completer = choices  # type: ignore[attr-defined]  # argcomplete's own
     argcomplete.autocomplete(parser)

@@ -11,6 +11,7 @@ from typing import Any
 from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
 from peft_pretraining.methods import METHODS
+from peft_pretraining.training.samples import Sample
 
 log = logging.getLogger("peft_pretraining")
 
@@ -38,7 +39,7 @@ class Dashboard:
     def alert(self, title: str, text: str, update_step: int) -> None:
         """Something that somebody should look at."""
 
-    def texts(self, update_step: int, samples: Sequence[tuple[str, str]]) -> None:
+    def texts(self, update_step: int, samples: Sequence[Sample]) -> None:
         """Prompts, and how the model continues them."""
 
     def go_back(self, state: TrainState) -> None:

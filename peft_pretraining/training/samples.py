@@ -7,6 +7,9 @@ weights all ranks gather together, is asked equally often on each.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +22,24 @@ from peft_pretraining.data.folder import DEFAULT_TOKENIZER
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.loss import IGNORED, token_loss_sum
 from peft_pretraining.runtime.watchdog import FIRST_UPDATE_FACTOR, goes_on, watched
 
 NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    continuation: str
+    loss: float
+    """Mean cross-entropy of the prompt's own tokens after the first, in nats; NaN of one token."""
+
+
+def mean_loss(samples: Sequence[Sample]) -> float:
+    """The mean over prompts that have a loss; NaN without any."""
+    losses = [sample.loss for sample in samples if not math.isnan(sample.loss)]
+    return math.fsum(losses) / len(losses) if losses else math.nan
 
 
 class Sampler:
@@ -65,16 +83,17 @@ class Sampler:
     def is_due(self, update_step: int, last_step: int) -> bool:
         return self.every > 0 and update_step > 0 and (update_step % self.every == 0 or update_step == last_step)
 
-    def sample(self, model: nn.Module) -> list[tuple[str, str]]:
-        """Prompts and how the model continues them; nothing on ranks that are not asked."""
+    def sample(self, model: nn.Module) -> list[Sample]:
+        """Prompts, how the model continues them and what it makes of them; nothing on ranks that are not asked."""
         if not self._group.is_main and not self._sharded:
             return []
         continued = continue_greedily(model, self._ids, self._shape, self._group.device)
+        losses = prompt_losses(model, self._ids, self._shape, self._group.device)
         if not self._group.is_main:
             return []
         eos = self._tokenizer.eos_token_id
         ended = [ids[: ids.index(eos)] if eos in ids else ids for ids in continued]
-        return list(zip(self._prompts, map(self._tokenizer.decode, ended), strict=True))
+        return list(map(Sample, self._prompts, map(self._tokenizer.decode, ended), losses))
 
 
 @watched("a sample", FIRST_UPDATE_FACTOR)
@@ -111,3 +130,25 @@ def continue_greedily(
         free_gathered_weights(model)
         model.train(was_training)
     return results
+
+
+@watched("a sample", FIRST_UPDATE_FACTOR)
+@torch.no_grad()
+def prompt_losses(
+    model: nn.Module, prompts: list[list[int]], shape: tuple[int, int], device: torch.device
+) -> list[float]:
+    """Mean loss of each prompt's tokens after the first, in nats, NaN of one token: the rest of a batch is ignored."""
+    was_training = model.training
+    model.eval()
+    losses = []
+    try:
+        for prompt in prompts:
+            goes_on()
+            ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+            ids[0, : len(prompt)] = labels[0, : len(prompt)] = torch.tensor(prompt)
+            total = token_loss_sum(model, {"input_ids": ids.to(device), "labels": labels.to(device)})
+            losses.append(float(total) / (len(prompt) - 1) if len(prompt) > 1 else math.nan)
+    finally:
+        free_gathered_weights(model)
+        model.train(was_training)
+    return losses

@@ -11,6 +11,7 @@ from typing import Any
 from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.training.dashboard import Dashboard, first_line, log
+from peft_pretraining.training.samples import Sample, mean_loss
 
 _COUNTERS = ("update_step", "tokens_seen")
 
@@ -59,9 +60,14 @@ class TensorBoardRun(Dashboard):
     def alert(self, title: str, text: str, update_step: int) -> None:
         self._do(lambda writers: writers[0].add_text(f"alert/{title}", text, update_step))
 
-    def texts(self, update_step: int, samples: Sequence[tuple[str, str]]) -> None:
-        text = "\n\n".join(f"**{prompt}** {continued}" for prompt, continued in samples)
-        self._do(lambda writers: writers[0].add_text("samples", text, update_step))
+    def texts(self, update_step: int, samples: Sequence[Sample]) -> None:
+        text = "\n\n".join(f"**{each.prompt}** {each.continuation}" for each in samples)
+
+        def write(writers: Sequence[Any]) -> None:
+            writers[0].add_text("samples", text, update_step)
+            writers[0].add_scalar("samples_loss", mean_loss(samples), update_step)
+
+        self._do(write)
 
     def go_back(self, state: TrainState) -> None:
         if self._target is not None:

@@ -18,6 +18,7 @@ from peft_pretraining.checkpoint.folder_lock import FolderLock
 from peft_pretraining.checkpoint.train_state import TrainState
 from peft_pretraining.config import Config
 from peft_pretraining.training.dashboard import Dashboard, named
+from peft_pretraining.training.samples import Sample
 from peft_pretraining.training.tensorboard_run import TensorBoardRun
 from peft_pretraining.training.wandb_run import start_wandb
 
@@ -94,10 +95,11 @@ class Tracker:
         for dashboard in self._dashboards:
             dashboard.alert(title, text, update_step)
 
-    def texts(self, update_step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Prompts and how the model continues them: on the log a line each, whatever they hold."""
-        for prompt, continued in samples:
-            log.info("update %d: %s -> %s", update_step, quoted(prompt), quoted(continued))
+    def texts(self, update_step: int, samples: Sequence[Sample]) -> None:
+        """Prompts, their loss and how the model continues them: on the log a line each, whatever they hold."""
+        for each in samples:
+            asked, answer = quoted(each.prompt), quoted(each.continuation)
+            log.info("update %d: %s (loss %.3f) -> %s", update_step, asked, each.loss, answer)
         for dashboard in self._dashboards:
             dashboard.texts(update_step, samples)
 

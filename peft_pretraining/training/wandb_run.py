@@ -15,6 +15,7 @@ from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.checkpoint.plain_files import regular
 from peft_pretraining.config import Config
 from peft_pretraining.training.dashboard import Dashboard, first_line, group_name, model_name, run_name
+from peft_pretraining.training.samples import Sample, mean_loss
 
 log = logging.getLogger("peft_pretraining")
 
@@ -38,13 +39,13 @@ class WandbRun(Dashboard):
     def alert(self, title: str, text: str, update_step: int) -> None:
         self._do(lambda run: run.alert(title=title, text=text, level="WARN"))
 
-    def texts(self, update_step: int, samples: Sequence[tuple[str, str]]) -> None:
+    def texts(self, update_step: int, samples: Sequence[Sample]) -> None:
         def send(run: Any) -> None:
             import wandb
 
-            rows = [[update_step, prompt, continued] for prompt, continued in samples]
-            table = wandb.Table(columns=["update_step", "prompt", "continued"], data=rows)
-            run.log({"update_step": update_step, "samples": table})
+            rows = [[update_step, each.prompt, each.continuation, each.loss] for each in samples]
+            table = wandb.Table(columns=["update_step", "prompt", "continued", "loss"], data=rows)
+            run.log({"update_step": update_step, "samples": table, "samples_loss": mean_loss(samples)})
 
         self._do(send)
 

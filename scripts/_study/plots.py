@@ -41,6 +41,8 @@ def plot_rates(rows: Sequence[Mapping[str, Any]], program: Program, path: Path) 
         axes.spines[["top", "right"]].set_visible(False)
     for axes in flat[len(rows) :]:
         axes.set_visible(False)
+    for axes in flat[max(0, len(rows) - _COLUMNS) : len(rows)]:  # the last one of each column, above hidden ones too
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("rate of the matrices, by the best one", fontsize=9)
     figure.supylabel(f"{program.score}, first seed", fontsize=9)
     _save(figure, path)

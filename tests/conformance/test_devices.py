@@ -40,13 +40,14 @@ class Layout:
 
 
 DIVIDED = [case for case in allowing("fsdp") if case.is_first]
+DIVIDED_NARROW = [case for case in DIVIDED if case.spec.allows.stochastic_rounding]
 FSDP, HSDP = {"distributed_type": "fsdp"}, {"distributed_type": "fsdp", "replicas": 2}
 MIXED, ROUNDED = ({"dtype": "auto", "precision": name} for name in ("mixed", "bf16_sr"))
 NARROW = {
     "fsdp, mixed": Layout(DIVIDED, {**FSDP, **MIXED}, lambda case: MIXED, quick=False),
-    "fsdp, bf16_sr": Layout(DIVIDED, {**FSDP, **ROUNDED}, lambda case: ROUNDED, quick=False),
+    "fsdp, bf16_sr": Layout(DIVIDED_NARROW, {**FSDP, **ROUNDED}, lambda case: ROUNDED, quick=False),
     "hsdp, mixed": Layout(DIVIDED, {**HSDP, **MIXED}, lambda case: MIXED, quick=False),
-    "hsdp, bf16_sr": Layout(DIVIDED, {**HSDP, **ROUNDED}, lambda case: ROUNDED, quick=False),
+    "hsdp, bf16_sr": Layout(DIVIDED_NARROW, {**HSDP, **ROUNDED}, lambda case: ROUNDED, quick=False),
 }
 """Of which one process and two compute the same but for the rounding of activations to bfloat16."""
 LAYOUTS = {
