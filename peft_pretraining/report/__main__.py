@@ -9,7 +9,7 @@ RUN is the folder of a run, or one with runs in it at any depth, such as a study
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -100,8 +100,11 @@ def _write(paths: Sequence[Path], out: Path, title: str) -> None:
 
 
 def _installed(module: str, without: str) -> bool:
-    if importlib.util.find_spec(module) is not None:
+    try:
+        importlib.import_module(module)
         return True
+    except ImportError:
+        pass
     print(f"warning: {module} is not installed, so there is {without}: {_EXTRA}", file=sys.stderr)
     return False
 
