@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,3 +45,28 @@ def copy(run: Path, to: Path, records: Iterable[dict[str, Any]] | bytes | None =
         records = b"".join(json.dumps(record).encode() + b"\n" for record in records)
     (to / "metrics.jsonl").write_bytes(records)
     return to
+
+
+def record_of_update(step: int) -> dict[str, Any]:
+    """512 tokens in half a second."""
+    return {
+        **{"update_step": step, "loss": 4 - step / 1000, "lr": 0.01, "grad_norm": 1.0, "tokens_seen": 512 * step},
+        **{"throughput_tokens": 1000.0, "step_time": 0.5, "peak_memory_bytes": 2**30},
+    }
+
+
+def record_of_evaluation(step: int, loss: float | None = 4.0) -> dict[str, Any]:
+    """With the perplexity that belongs to the loss."""
+    perplexity = None if loss is None else math.exp(loss)
+    return {
+        **{"update_step": step, "tokens_seen": 512 * step, "final_eval_loss": loss},
+        **{"final_eval_perplexity": perplexity, "optimizer_state_bytes": 4_000_000},
+    }
+
+
+def write_run(folder: Path, records: Iterable[dict[str, Any]], **settings: Any) -> Path:
+    """A folder with these settings and records."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"settings": {"method": "galore", "seed": 1, **settings}}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder

@@ -143,7 +143,7 @@
     return found;
   };
   const items = data.series.map((one, index) => {
-    const button = make("button", { type: "button", title: "click: show or hide; double click: this one alone" }, make("span", {}, one.name));
+    const button = make("button", { type: "button", title: `${one.folders}\nclick: show or hide; double click: this one alone` }, make("span", {}, one.name));
     button.addEventListener("click", () => { hidden.has(index) ? hidden.delete(index) : hidden.add(index); show(); });
     button.addEventListener("dblclick", () => { all.forEach((i) => hidden.add(i)); hidden.delete(index); show(); });
     return button;

@@ -90,6 +90,7 @@ def _data(series: Sequence[Series]) -> dict[str, Any]:
         described.append(
             {
                 **{"label": one.label, "name": _name(one), "style": vars(style), "best": id(one) in best},
+                "folders": ", ".join(run.name for run in one.runs),
                 **{"curve": curve, "training": one.training(), "final": _final(one)},
                 "state": None if (size := one.runs[0].state_bytes) is None else size / 1e6,
                 "settings": [_setting(one, name) for name in names],

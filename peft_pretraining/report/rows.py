@@ -73,9 +73,9 @@ def of_run(run: LoggedRun, series: Series) -> Row:
 
 
 def of_series(series: Series) -> Row:
-    """Runs that differ in their seed alone: of a single one its own row, under the series' label."""
+    """Runs that differ in their seed alone, under the series' label; of a single one its own row."""
     if len(series.runs) == 1:
-        return of_run(series.runs[0], series) | {"name": Cell(series.label, series.label)}
+        return of_run(series.runs[0], series)
     all_numbers = [_numbers(run) for run in series.counted]
     cells = {}
     for column in COLUMNS:

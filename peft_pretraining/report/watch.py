@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TextIO
@@ -20,28 +19,21 @@ _NARROWEST_NAME = 16
 _ORDER = {RUNNING: 0, STOPPED: 1, FINISHED: 2}
 
 
-@dataclass(frozen=True)
-class _Column:
-    title: str
-    width: int
-    priority: int
-    """Where there is no room, those with the highest go first."""
-
-
 _COLUMNS = {
-    "state": _Column("state", 8, 0),
-    "updates": _Column("updates", 15, 1),
-    "loss": _Column("loss", 7, 3),
-    "val loss": _Column("val loss", 8, 6),
-    "perplexity": _Column("val ppl", 8, 2),
-    "best": _Column("best ppl", 8, 7),
-    "lr": _Column("lr", 8, 8),
-    "speed": _Column("tok/s", 7, 4),
-    "mfu": _Column("MFU", 4, 10),
-    "memory": _Column("GiB", 5, 9),
-    "skipped": _Column("skipped", 7, 11),
-    "left": _Column("ETA", 8, 5),
+    "state": ("state", 0),
+    "updates": ("updates", 1),
+    "loss": ("loss", 3),
+    "val loss": ("val loss", 6),
+    "perplexity": ("val ppl", 2),
+    "best": ("best ppl", 7),
+    "lr": ("lr", 8),
+    "speed": ("tok/s", 4),
+    "mfu": ("MFU", 10),
+    "memory": ("GiB", 9),
+    "skipped": ("skipped", 11),
+    "left": ("ETA", 5),
 }
+"""Key -> title, and which go first where there is no room: those with the highest number."""
 
 
 class Reader:
@@ -108,23 +100,22 @@ def table(runs: Sequence[LoggedRun], width: int, height: int) -> list[str]:
     """Lines of at most so many characters; the columns that fit, and the rows."""
     rows = [cells(run) for run in runs]
     chosen = [key for key in _COLUMNS if key != "mfu" or any(row[key] for row in rows)]
-    room = width - _NARROWEST_NAME
-    while len(chosen) > 1 and sum(_COLUMNS[key].width + 2 for key in chosen) > room:
-        chosen.remove(max(chosen, key=lambda key: _COLUMNS[key].priority))
-    taken = sum(_COLUMNS[key].width + 2 for key in chosen)
-    longest = max((_width(run.name) for run in runs), default=0)
-    name_width = max(min(longest, width - taken), 3)
+    widths = {key: max(len(_COLUMNS[key][0]), *(len(row[key]) for row in rows)) for key in chosen}
+    while len(chosen) > 1 and sum(widths[key] + 2 for key in chosen) > width - _NARROWEST_NAME:
+        chosen.remove(max(chosen, key=lambda key: _COLUMNS[key][1]))
+    taken = sum(widths[key] + 2 for key in chosen)
+    name_width = max(min(max(_width(run.name) for run in runs), width - taken), 3)
 
     def line(name: str, values: Sequence[str]) -> str:
-        shown = (f"{value:>{_COLUMNS[key].width}}" for key, value in zip(chosen, values, strict=True))
-        return _fitted(name, name_width) + "".join(f"  {value}" for value in shown)
+        shown = (f"  {value:>{widths[key]}}" for key, value in zip(chosen, values, strict=True))
+        return _fitted(name, name_width) + "".join(shown)
 
     counts = ", ".join(f"{n} {state}" for state in _ORDER if (n := sum(run.state == state for run in runs)))
     head = f"{datetime.now():%H:%M:%S}  {counts}"
     body = [line(run.name, [row[key] for key in chosen]) for run, row in zip(runs, rows, strict=True)]
     if len(body) > (most := max(1, height - 3)):
         body = [*body[:most], f"... and {len(body) - most} more"]
-    return [text[:width].rstrip() for text in (head, line("run", [_COLUMNS[key].title for key in chosen]), *body)]
+    return [text[:width].rstrip() for text in (head, line("run", [_COLUMNS[key][0] for key in chosen]), *body)]
 
 
 def cells(run: LoggedRun) -> dict[str, str]:
