@@ -99,7 +99,7 @@ def modules() -> list[str]:
 def test_the_wheel_has_code_shapes_and_recipes(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = helpers.PROJECT / "peft_pretraining"
-    files = [path for path in package.rglob("*.py")] + [package / "py.typed"]
+    files = [path for pattern in ("*.py", "*.css", "*.js") for path in package.rglob(pattern)] + [package / "py.typed"]
     expected = {path.relative_to(helpers.PROJECT).as_posix() for path in files}
     for pattern in ("*.json", "recipes/*.yaml", "studies/*.yaml"):
         found = (helpers.PROJECT / "configs").glob(pattern)

@@ -37,7 +37,11 @@ def write(series: Sequence[Series], out: Path) -> list[str]:
     """
     of_all = dict(zip(map(id, series), styles(series), strict=True))
     shown = [(one, of_all[id(one)]) for one in best_of_each(series)]
-    found_sweeps = [(sweep, of_all[id(sweep.series[0])]) for sweep in sweeps(series)]
+    best = {id(one) for one, _ in shown}
+    found_sweeps = [
+        (sweep, of_all[next((id(one) for one in sweep.series if id(one) in best), id(sweep.series[0]))])
+        for sweep in sweeps(series)
+    ]
     drawers: dict[str, Callable[[Axes], int]] = {
         "perplexity_over_tokens": lambda axes: _curves(axes, shown, by_time=False),
         "perplexity_over_time": lambda axes: _curves(axes, shown, by_time=True),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_pretraining.flags import one_line
-from peft_pretraining.report.runs import Evaluation, LoggedRun, complete, smoothed
+from peft_pretraining.report.runs import Evaluation, LoggedRun, complete, number, smoothed
 
 UNIMPORTANT = frozenset(
     [
@@ -266,8 +266,7 @@ def _losses(run: LoggedRun) -> dict[int, tuple[float, float, float]]:
     found, seconds = {}, 0.0
     usable = {id(record) for record in complete(run.updates, "loss") if not record.get("skipped")}
     for update in run.updates:
-        step_time = update.get("step_time")
-        seconds += step_time if isinstance(step_time, float) else 0.0
+        seconds += number(update, "step_time") or 0.0
         if id(update) in usable:
             found[update["update_step"]] = (update["tokens_seen"], seconds, update["loss"])
     return found

@@ -81,20 +81,21 @@
     rate: { title: "Last perplexity over the learning rate", x: "peak learning rate", y: "last perplexity", log: [true, true],
       traces: () => data.sweeps.map((sweep) => ({
         visible: sweep.members.some((i) => !hidden.has(i)), name: plain(sweep.label), meta: sweep.members, mode: "lines+markers",
-        x: sweep.rates, y: sweep.perplexities, ...looks(data.series[sweep.members[0]]),
+        x: sweep.rates, y: sweep.perplexities, ...looks(data.series[sweep.members.find((i) => data.series[i].best) ?? sweep.members[0]]),
         hovertemplate: "<b>%{fullData.name}</b><br>perplexity %{y:.2f}<br>rate %{x:.3~g}<extra></extra>",
       })) },
   };
-  const axis = (title, log, wide) => {
+  const axis = (title, log, span) => {
     const line = getComputedStyle(root).getPropertyValue("--line"), grid = getComputedStyle(root).getPropertyValue("--grid");
     return { title: { text: title, standoff: 8 }, type: log ? "log" : "linear", gridcolor: grid, linecolor: line, zeroline: false,
       automargin: true, showline: true, ...(log ? { exponentformat: "power", minor: { ticks: "outside", ticklen: 3, tickcolor: line } } : { exponentformat: "SI" }),
-      ...(log && wide ? { dtick: 1 } : { nticks: 7 }) };
+      ...(log && span > 1.5 ? { dtick: 1 } : log && span > 0.6 ? { dtick: "D2" } : { nticks: 7 }) };
   };
-  // More than a decade and a half has ticks at the powers of ten alone.
-  const isWide = (traces, letter) => {
+  // In decades: more than one and a half have ticks at the powers of ten alone, fewer at 1, 2 and 5.
+  const decades = (traces, letter) => {
     const values = traces.filter((trace) => trace.visible).flatMap((trace) => trace[letter]).filter((value) => value > 0);
-    return values.length > 0 && Math.max(...values.map(Math.log10)) - Math.min(...values.map(Math.log10)) > 1.5;
+    const [low, high] = values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, 0]);
+    return values.length ? Math.log10(high / low) : 0;
   };
   const draw = (name) => {
     const chart = charts[name], style = getComputedStyle(root);
@@ -105,7 +106,8 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style.getPropertyValue("--ink").trim() },
       hoverlabel: { bgcolor: style.getPropertyValue("--card").trim(), bordercolor: style.getPropertyValue("--line").trim(),
         font: { color: style.getPropertyValue("--ink").trim() }, align: "left" },
-      hovermode: "closest", uirevision: chart.log.join(), xaxis: axis(chart.x, chart.log[0], isWide(traces, "x")), yaxis: axis(chart.y, chart.log[1], isWide(traces, "y")),
+      modebar: { bgcolor: clear, color: style.getPropertyValue("--soft").trim(), activecolor: style.getPropertyValue("--accent").trim() },
+      hovermode: "closest", uirevision: chart.log.join(), xaxis: axis(chart.x, chart.log[0], decades(traces, "x")), yaxis: axis(chart.y, chart.log[1], decades(traces, "y")),
     }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
   };
   const drawAll = () => Promise.all(Object.keys(charts).map(draw));
