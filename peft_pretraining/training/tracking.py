@@ -58,12 +58,15 @@ class Tracker:
         self._last_step = config.schedule.num_training_steps + config.schedule.num_extra_training_steps
         self._pending = b""
         """What could not be written yet."""
+        self._restarts, self._restarts_due = 0, False
+        """How often the run has gone on, and whether its next update has yet to say so."""
         if not enabled:
             return
         self._save_dir, self._path = save_dir, save_dir / run_dir.METRICS_FILE
         self._first_update, self._lock = first_update, lock
-        self._restarts = 0 if resumed is None else resumed_metrics.restarts(self._path)
-        self._restarts_due = self._restarts > 0
+        if resumed is not None:
+            self._restarts = resumed_metrics.restarts(self._path)
+            self._restarts_due = self._restarts > 0
         resumed_metrics.forget_after(save_dir, resumed, first_update)
         self._open()
         if "wandb" in config.tracking.trackers:
@@ -82,11 +85,10 @@ class Tracker:
 
     def record(self, **values: Any) -> None:
         """One record; `update_step` is the number of updates done. Raises `FolderLost`."""
+        if self._restarts_due and "loss" in values:  # once, and again where that record was undone
+            values["restarts"], self._restarts_due = self._restarts, False
         if self._file is not None:
-            more: dict[str, Any] = {}
-            if self._restarts_due and "loss" in values:  # once, and again where that record was undone
-                more, self._restarts_due = {"restarts": self._restarts}, False
-            self._write(self._checked(self._file), resumed_metrics.encode({**values, **more}))
+            self._write(self._checked(self._file), resumed_metrics.encode(values))
         for dashboard in self._dashboards:
             dashboard.log(named(values, self._last_step, self._tracking.older_eval_names))
 
