@@ -159,7 +159,7 @@ def test_axes_become_logarithmic(shown):
 
 def test_settings_that_differ_are_marked(shown):
     names = shown.locator("#settings tbody th").all_text_contents()
-    assert {"lr", "rank", "clip_grad_norm", "seed"} <= set(names) and "batch_size" not in names
+    assert {"lr", "rank", "clip_grad_norm", "seed"} <= set(names) and not {"batch_size", "save_dir"} & set(names)
     row = shown.locator("#settings tbody tr", has=shown.locator("th", has_text="clip_grad_norm"))
     assert sorted(row.locator("td.other").all_text_contents()) == ["0.5", "1.5", "2.5"]
     shown.get_by_label("only those that differ").uncheck()

@@ -114,7 +114,7 @@ def _markdown(series: Sequence[Series], title: str, drawn: Sequence[str]) -> str
     if drawn:
         parts.append("## Figures")
         if len(best_of_each(series)) < len(series):
-            parts.append("Of runs that differ in `--lr` alone, all but the last figures show the best.")
+            parts.append("Of runs that differ in `--lr` alone the figures show the best, that over the rate all.")
         parts += [f"![{figures.NAMES[name]}]({name}.png)" for name in drawn]
     return "\n\n".join(parts) + "\n"
 

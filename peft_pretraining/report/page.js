@@ -86,12 +86,13 @@
       })) },
   };
   const axis = (title, log, span) => {
+    const format = title === "tokens" ? "~s" : ",~g";
     const line = getComputedStyle(root).getPropertyValue("--line"), grid = getComputedStyle(root).getPropertyValue("--grid");
     return { title: { text: title, standoff: 8 }, type: log ? "log" : "linear", gridcolor: grid, linecolor: line, zeroline: false,
       automargin: true, showline: true, ...(log ? { exponentformat: "power", minor: { ticks: "outside", ticklen: 3, tickcolor: line } } : { exponentformat: "SI" }),
-      ...(log && span > 1.5 ? { dtick: 1 } : log && span > 0.6 ? { dtick: "D2" } : { nticks: 7 }) };
+      ...(log && span > 2.2 ? { dtick: 1 } : log && span > 0.6 ? { dtick: "D2", tickformat: format } : log ? { nticks: 7, tickformat: format } : { nticks: 7 }) };
   };
-  // In decades: more than one and a half have ticks at the powers of ten alone, fewer at 1, 2 and 5.
+  // In decades: more than two have ticks at the powers of ten alone, fewer at 1, 2 and 5.
   const decades = (traces, letter) => {
     const values = traces.filter((trace) => trace.visible).flatMap((trace) => trace[letter]).filter((value) => value > 0);
     const [low, high] = values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, 0]);
@@ -159,13 +160,14 @@
   });
 
   // The settings of what is shown.
+  const unimportant = new Set(data.unimportant);
   const showSettings = () => {
     const shown = all.filter((i) => !hidden.has(i)), wanted = by("find-setting").value.toLowerCase();
     const head = make("tr", {}, make("th", { scope: "col" }, "setting"), ...shown.map((i) => make("th", { scope: "col" }, data.series[i].name)));
     const rows = [];
     data.settings.forEach((name, k) => {
       const values = shown.map((i) => data.series[i].settings[k]);
-      const differs = new Set(values).size > 1;
+      const differs = new Set(values).size > 1 && !unimportant.has(name);
       if ((by("differing").checked && !differs) || !name.toLowerCase().includes(wanted)) return;
       const counts = new Map();
       values.forEach((value) => counts.set(value, (counts.get(value) || 0) + 1));

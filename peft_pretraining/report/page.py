@@ -106,6 +106,7 @@ def _data(series: Sequence[Series]) -> dict[str, Any]:
             }
             for sweep in sweeps(series)
         ],
+        "unimportant": sorted(UNIMPORTANT - {"seed"}),
         **{"settings": names, "most_shown": _MOST_SHOWN, "light": LIGHT, "dark": DARK},
         **{"markers": PLOTLY_MARKERS, "dashes": PLOTLY_DASHES},
         "show_training": all(len(one["curve"]) < _FEW for one in described),
