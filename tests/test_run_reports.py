@@ -136,6 +136,23 @@ def test_paths_with_the_seed_in_them_make_no_other_run(runs, tmp_path):
     assert len(series.runs) == 2
 
 
+def test_links_to_runs_are_followed_and_each_run_is_read_once(runs, tmp_path):
+    (tmp_path / "linked").symlink_to(runs / "galore")
+    (tmp_path / "again").symlink_to(runs / "galore" / "lr0.01")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    found, warnings = read(tmp_path, runs / "galore" / "lr0.01")
+    assert sorted(run.name for run in found) == ["lr0.01", "lr0.02"] and warnings == []
+
+
+def test_speeds_that_some_runs_do_not_tell_are_averaged_over_the_others(runs, tmp_path):
+    copy(runs / "full_rank/seed1", tmp_path / "1")
+    copy(runs / "full_rank/seed2", tmp_path / "2", older(helpers.records(runs / "full_rank/seed2")))
+    (series,) = grouped(read(tmp_path)[0])
+    ((first,), _) = read(tmp_path / "1")
+    assert rows.of_series(series)["tokens/s"].value == first.tokens_per_second
+    assert " ± " in rows.of_series(series)["final perplexity"].text
+
+
 # What has become of a run.
 
 

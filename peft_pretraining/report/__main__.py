@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             _write(arguments.runs, arguments.out, arguments.title)
     except ConfigError as error:
         return exit_with_problems(error)
-    except BrokenPipeError:  # `--watch | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `--watch | head`: nobody reads on, also not what Python would still write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -43,11 +43,16 @@ def find(
 def _runs_below(path: Path, warnings: list[str]) -> list[Path]:
     """The folders below that hold a run's settings or metrics, by name. Those of checkpoints are passed over."""
     found = []
+    seen: set[str] = set()
 
     def unreadable(error: OSError) -> None:
         warnings.append(f"{error.filename}: cannot be read ({error.strerror})")
 
-    for folder, folders, files in os.walk(path, onerror=unreadable):
+    for folder, folders, files in os.walk(path, onerror=unreadable, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:  # links may lead in a circle
+            folders.clear()
+            continue
+        seen.add(place)
         if Path(folder) != path and {run_dir.CONFIG_FILE, run_dir.METRICS_FILE} & set(files):
             found.append(Path(folder))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "model_")))

@@ -49,6 +49,7 @@ COLUMNS = (
     Column("rates", "rates", about="peak rate of each parameter group"),
 )
 _SUMMED = ("skipped", "restarts")
+_EVALUATED = ("best loss", "best perplexity", "final loss", "final perplexity")
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,11 @@ def _number(column: Column, value: float | None) -> Cell:
 
 
 def _average(column: Column, values: Sequence[float | None]) -> Cell:
-    average = mean(values)
+    """Of what was evaluated there is no mean where a run diverged; what a folder does not say is left out of others."""
     known = [value for value in values if value is not None]
+    average = mean(values if column.key in _EVALUATED else known)
     if average is None:
-        missing = f"{len(values) - len(known)} of {len(values)} not finite" if known else UNKNOWN
-        return Cell(None, missing)
+        return Cell(None, f"{len(values) - len(known)} of {len(values)} not finite" if known else UNKNOWN)
     text = f"{average:,.{column.digits}f}"
     return Cell(average, f"{text} ± {statistics.stdev(known):,.{column.digits}f}" if len(known) > 1 else text)
 
