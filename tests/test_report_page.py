@@ -6,7 +6,7 @@ import shutil
 
 import helpers
 import pytest
-from report_helpers import copy, make_runs
+from report_helpers import copy
 
 from peft_pretraining.report import finding, page
 from peft_pretraining.report.grouping import grouped
@@ -18,6 +18,11 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-b
 NASTY = ("<img src=x onerror=alert(1)>", "x<%2fscript><script>alert(2)<%2fscript>", "\"';&amp; \\u003c %{y} <b>日本é")
 
 
+WIDE = {"width": 1400, "height": 900}
+INK = "document.getElementById('plot-tokens')._fullLayout.font.color"
+LOOKS = {"light": ("rgb(255, 255, 255)", "#1d2430"), "dark": ("rgb(18, 22, 28)", "#e6eaf0")}
+
+
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as play:
@@ -27,10 +32,10 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory, data_dir, model_json):
+def written(tmp_path_factory, small_study):
     """A page of runs with two methods, two seeds, two rates, one that diverged, and others with names that are HTML."""
     folder = tmp_path_factory.mktemp("page")
-    runs = make_runs(folder / "runs", data_dir, model_json)
+    runs = shutil.copytree(small_study, folder / "runs")
     for number, name in enumerate(NASTY):
         copy(runs / "galore/lr0.01", runs / name.replace("%2f", "∕"), clip_grad_norm=number + 0.5)
     nothing = {"loss": None, "final_eval_loss": None, "final_eval_perplexity": None}
@@ -48,40 +53,38 @@ def faults():
 
 
 @pytest.fixture(scope="module")
-def open_page(browser, written, faults):
-    """A function that opens the page in light or dark. What it asks of a network, or complains of, is a fault."""
-
-    def open_page(scheme):
-        shown = browser.new_context(
-            offline=True, color_scheme=scheme, viewport={"width": 1400, "height": 900}
-        ).new_page()
-        shown.set_default_timeout(20_000)
-        shown.on("request", lambda request: faults.append(request.url) if request.url != written.as_uri() else None)
-        shown.on("console", lambda message: faults.append(message.text))
-        shown.on("pageerror", lambda error: faults.append(str(error)))
-        shown.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
-        shown.goto(written.as_uri())
-        shown.wait_for_selector("html[data-ready=yes]")
-        return shown
-
-    return open_page
-
-
-@pytest.fixture(scope="module")
-def light(open_page):
-    return open_page("light")
+def opened(browser, written, faults):
+    """The page, opened once for all tests, as reading plotly takes a second: and its looks then, in dark. What it asks
+    of a network, or complains of, is a fault."""
+    opened = browser.new_context(offline=True, color_scheme="dark", viewport=WIDE).new_page()
+    opened.set_default_timeout(20_000)
+    opened.on("request", lambda request: faults.append(request.url) if request.url != written.as_uri() else None)
+    opened.on("console", lambda message: faults.append(message.text))
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+    opened.goto(written.as_uri())
+    opened.wait_for_selector("html[data-ready=yes]")
+    return opened, looks(opened)
 
 
 @pytest.fixture
-def shown(light, faults):
-    """The page in light, as it is at first; reading plotly takes a second, so it is not opened anew."""
-    light.set_viewport_size({"width": 1400, "height": 900})
-    yield light
+def shown(opened, faults):
+    """The page in light, as it is at first."""
+    shown = opened[0]
+    shown.set_viewport_size(WIDE)
+    shown.emulate_media(color_scheme="light")
+    until(shown, f"{INK} === '{LOOKS['light'][1]}'")
+    yield shown
     assert faults == []
-    light.get_by_role("button", name="all", exact=True).click()
-    light.locator("input[type=search]").evaluate_all("all => all.forEach(one => (one.value = ''))")
-    light.get_by_label("every seed").uncheck()
-    light.get_by_label("only those that differ").check()
+    shown.get_by_role("button", name="all", exact=True).click()
+    shown.locator("input[type=search]").evaluate_all("all => all.forEach(one => (one.value = ''))")
+    shown.get_by_label("every seed").uncheck()
+    shown.get_by_label("only those that differ").check()
+
+
+def looks(shown):
+    """The background, and the colour of a plot's text."""
+    return shown.evaluate("getComputedStyle(document.body).backgroundColor"), shown.evaluate(INK)
 
 
 def until(shown, expression):
@@ -166,23 +169,25 @@ def test_settings_that_differ_are_marked(shown):
     assert "batch_size" in shown.locator("#settings tbody th").all_text_contents()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_narrow_and_wide(open_page, shown, scheme):
-    page_of_scheme = shown if scheme == "light" else open_page("dark")
-    paper = "getComputedStyle(document.body).backgroundColor"
-    ink = "document.getElementById('plot-tokens')._fullLayout.font.color"
-    looks = {"light": ("rgb(255, 255, 255)", "#1d2430"), "dark": ("rgb(18, 22, 28)", "#e6eaf0")}
-    other = {"light": "dark", "dark": "light"}[scheme]
-    assert (page_of_scheme.evaluate(paper), page_of_scheme.evaluate(ink)) == looks[scheme]
-    for width in (1400, 400):
-        page_of_scheme.set_viewport_size({"width": width, "height": 900})
-        right = "(() => { const box = document.querySelector('#plot-tokens .main-svg').getBoundingClientRect();"
-        until(page_of_scheme, f"{right} return box.width > 300 && box.right <= {width}; }})()")
-        assert page_of_scheme.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll in themselves
-    for expected in (other, scheme):
-        page_of_scheme.locator("#theme").click()
-        until(page_of_scheme, f"{ink} === '{looks[expected][1]}'")
-        assert page_of_scheme.evaluate(paper) == looks[expected][0]
+def test_light_and_dark(opened, shown):
+    """As the system is, also when it changes; then as was chosen."""
+    assert opened[1] == LOOKS["dark"] and looks(shown) == LOOKS["light"]
+    for scheme in ("dark", "light"):
+        shown.locator("#theme").click()
+        until(shown, f"{INK} === '{LOOKS[scheme][1]}'")
+        assert looks(shown) == LOOKS[scheme]
+    shown.emulate_media(color_scheme="dark")
+    shown.wait_for_timeout(50)
+    assert looks(shown) == LOOKS["light"]
+    shown.evaluate("localStorage.clear()")
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_narrow_and_wide(shown, width):
+    shown.set_viewport_size({"width": width, "height": 900})
+    box = "document.querySelector('#plot-tokens .main-svg').getBoundingClientRect()"
+    until(shown, f"{box}.width > 300 && {box}.right <= {width}")
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll in themselves
 
 
 def test_titles_and_names_are_text(shown):

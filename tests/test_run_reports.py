@@ -12,7 +12,7 @@ import sys
 
 import helpers
 import pytest
-from report_helpers import copy, make_runs
+from report_helpers import copy
 
 from peft_pretraining.checkpoint import folder_lock
 from peft_pretraining.report import __main__ as report
@@ -20,9 +20,9 @@ from peft_pretraining.report import figures, finding, rows
 from peft_pretraining.report.grouping import best_of_each, grouped, sweeps
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, data_dir, model_json):
-    return make_runs(tmp_path_factory.mktemp("study"), data_dir, model_json)
+@pytest.fixture
+def runs(small_study):
+    return small_study
 
 
 @pytest.fixture
