@@ -58,7 +58,8 @@ def opened(browser, written, faults):
     of a network, or complains of, is a fault."""
     opened = browser.new_context(offline=True, color_scheme="dark", viewport=WIDE).new_page()
     opened.set_default_timeout(20_000)
-    opened.on("request", lambda request: faults.append(request.url) if request.url != written.as_uri() else None)
+    own = (written.as_uri(), "blob:")  # the latter is the page's memory
+    opened.on("request", lambda request: None if request.url.startswith(own) else faults.append(request.url))
     opened.on("console", lambda message: faults.append(message.text))
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
@@ -148,6 +149,15 @@ def test_the_table_is_sorted_by_numbers_and_by_text(shown):
     assert len(column(shown, "method")) == few + 1
     shown.get_by_label("find a run").fill("seed2")
     assert column(shown, "run") == ["full_rank/seed2"]
+
+
+def test_no_button_uploads_a_plot_and_one_saves_it(shown):
+    titles = shown.locator("#plot-tokens .modebar-btn").evaluate_all("all => all.map(one => one.dataset.title)")
+    assert titles == ["Download as PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Autoscale", "Reset axes"]
+    with shown.expect_download() as download:
+        shown.locator("#plot-tokens .modebar-btn").first.click(force=True)
+    assert download.value.suggested_filename == "perplexity_over_tokens.png"
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")
 
 
 def test_axes_become_logarithmic(shown):

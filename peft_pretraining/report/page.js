@@ -98,6 +98,12 @@
     const [low, high] = values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, 0]);
     return values.length ? Math.log10(high / low) : 0;
   };
+  // By name: among plotly's own there is one that uploads the plot.
+  const buttons = (name) => [
+    [{ name: "image", title: "Download as PNG", icon: Plotly.Icons.camera,
+      click: (plot) => Plotly.downloadImage(plot, { format: "png", scale: 2, filename: `perplexity_over_${name}` }) }],
+    ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "resetScale2d"],
+  ];
   const draw = (name) => {
     const chart = charts[name], style = getComputedStyle(root);
     const clear = "rgba(0,0,0,0)";
@@ -109,7 +115,7 @@
         font: { color: style.getPropertyValue("--ink").trim() }, align: "left" },
       modebar: { bgcolor: clear, color: style.getPropertyValue("--soft").trim(), activecolor: style.getPropertyValue("--accent").trim() },
       hovermode: "closest", uirevision: chart.log.join(), xaxis: axis(chart.x, chart.log[0], decades(traces, "x")), yaxis: axis(chart.y, chart.log[1], decades(traces, "y")),
-    }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+    }, { responsive: true, displaylogo: false, plotlyServerURL: "", modeBarButtons: buttons(name) });
   };
   const drawAll = () => Promise.all(Object.keys(charts).map(draw));
   for (const [name, chart] of Object.entries(charts)) {
