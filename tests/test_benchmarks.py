@@ -73,6 +73,12 @@ def test_memory_is_told(arguments, shown):
     assert shown in done.stdout, done.stdout
 
 
+def test_reading_blocks_is_measured_for_both_sizes(tmp_path):
+    rows = run_benchmark("benchmarks/read_blocks.py --rows 500 --length 64 --turns 1", tmp_path / "out.json")
+    assert [row["bytes"] for row in rows] == [4, 2] and all(row["rows_per_second"][0] > 0 for row in rows)
+    assert rows[1]["disk"] < 0.6 * rows[0]["disk"]
+
+
 @pytest.mark.slow
 def test_precision_trains_in_each(tmp_path):
     (tmp_path / "text.txt").write_text("a town, a river and a hill; " * 400)

@@ -18,14 +18,26 @@ import numpy as np
 if TYPE_CHECKING:
     from datasets.arrow_writer import ArrowWriter
 
-TOKENS_PER_RECORD_BATCH = 2**22  # 16 MiB
-TOKENS_PER_FILE = 2**27  # 512 MiB
+TOKENS_PER_RECORD_BATCH = 2**22  # 8 or 16 MiB
+TOKENS_PER_FILE = 2**27  # 256 or 512 MiB
+
+
+def token_dtype(largest_id: int) -> np.dtype:
+    """The smallest type of numbers that blocks are written in and that holds all ids up to `largest_id`.
+
+    >>> token_dtype(65535), token_dtype(65536)
+    (dtype('uint16'), dtype('int32'))
+    """
+    return np.dtype(np.uint16 if largest_id <= np.iinfo(np.uint16).max else np.int32)
 
 
 class BlockWriter:
-    """Cuts a stream of tokens into blocks of `length` and writes one split; the last incomplete block is dropped."""
+    """Cuts a stream of tokens into blocks of `length` and writes one split; the last incomplete block is dropped.
 
-    def __init__(self, folder: Path, length: int):
+    `dtype` is one that `token_dtype` gives; `add` raises ValueError at an id that it does not hold.
+    """
+
+    def __init__(self, folder: Path, length: int, dtype: np.dtype | str = "int32"):
         from datasets import Features, List, Value
 
         self.documents = 0
@@ -36,9 +48,9 @@ class BlockWriter:
         self.rows_passed_over = 0
         """Rows of the source that are no documents."""
         self._folder, self._length = folder, length
-        self._features = Features({"input_ids": List(Value("int32"), length=length)})
+        self._features = Features({"input_ids": List(Value(str(np.dtype(dtype))), length=length)})
         # Written only when full, so that files do not depend on the sizes in which tokens arrive.
-        self._buffer = np.empty(max(1, TOKENS_PER_RECORD_BATCH // length) * length, dtype=np.int32)
+        self._buffer = np.empty(max(1, TOKENS_PER_RECORD_BATCH // length) * length, dtype=dtype)
         self._filled = 0
         self._file: ArrowWriter | None = None
         self._tokens_in_file = 0
@@ -48,6 +60,8 @@ class BlockWriter:
 
     def add(self, ids: np.ndarray, documents: int) -> None:
         """Append the tokens of so many documents, (tokens,) int32."""
+        if ids.size and ids.max() > np.iinfo(self._buffer.dtype).max:
+            raise ValueError(f"token id {ids.max()} does not fit into {self._buffer.dtype}")
         self.documents += documents
         self.tokens += ids.size
         while ids.size:
@@ -87,6 +101,7 @@ class BlockWriter:
         used = self._filled // self._length * self._length
         return {
             **{"documents": self.documents, "tokens": self.tokens, "blocks": self.blocks},
+            "dtype": self.dtype,
             "largest_token_id": self.largest_token_id,
             "rows_passed_over": self.rows_passed_over,
             "fingerprint": self._digest.hexdigest(),
@@ -111,6 +126,11 @@ class BlockWriter:
         }
         (self._folder / config.DATASET_STATE_JSON_FILENAME).write_text(json.dumps(state, indent=2))
         DatasetInfo(features=self._features).write_to_directory(str(self._folder))
+
+    @property
+    def dtype(self) -> str:
+        """Of the numbers in the files."""
+        return str(self._buffer.dtype)
 
     @property
     def tail(self) -> int:

@@ -6,7 +6,8 @@ The remainder that fills no block is dropped. The result depends on the data, th
 number of processes or on how documents were batched. It is a folder:
 
     NAME/
-      dataset_dict.json, train/, validation/    what `datasets.load_from_disk` reads: column `input_ids`, int32
+      dataset_dict.json, train/, validation/    what `datasets.load_from_disk` reads: column `input_ids`
+                                                (uint16 where all ids fit into it, otherwise int32)
       tokenizer.json, ...                       what `AutoTokenizer.from_pretrained` reads
       args.json                                 flags, vocabulary, and the counts of each split
 
@@ -135,7 +136,8 @@ def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tup
             keep_sentencepiece(config.tokenizer_name, folder)
     except Exception as error:  # from Rust: without a type of its own
         raise OSError(one_line(error)) from error
-    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id, tuple(sorted(special_ids(tokenizer))))
+    special, largest = tuple(sorted(special_ids(tokenizer))), max(tokenizer.get_vocab().values())
+    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id, special, max(largest, *special))
     return writers, {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 
@@ -149,6 +151,7 @@ def complete(
         **dataclasses.asdict(config),
         "tokenizer": config.tokenizer_name,
         **vocabulary,
+        "token_dtype": writers["train"].dtype,
         "largest_token_id": max(writer.largest_token_id for writer in writers.values()),
         "rows_passed_over": sum(writer.rows_passed_over for writer in writers.values()),
     }

@@ -77,11 +77,14 @@ def _why_not_loadable(name: str, error: BaseException) -> str:
             "tekken.json": "mistral_common",
         }
         for file, package in packages.items():
-            if os.path.isfile(folder / file) and importlib.util.find_spec(package) is None:
+            if not os.path.isfile(folder / file):
+                continue
+            if importlib.util.find_spec(package) is None:
                 return (
                     f"has {file} but no tokenizer.json: reading it needs `pip install {package}` "
                     "(AutoTokenizer.from_pretrained(...).save_pretrained(...) then writes tokenizer.json)"
                 )
+            return f"its {file} cannot be read"  # what the libraries say then is that a package is missing
     return f"no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"
 
 
