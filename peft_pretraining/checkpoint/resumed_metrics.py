@@ -101,6 +101,17 @@ def forget_after(save_dir: Path, state: TrainState | None, first_update: int | N
         run_dir.write_atomically(path, b"".join(found.kept).decode())
 
 
+def restarts(path: Path) -> int:
+    """How often a run has gone on with this file, the present time included: 0 where it has no records."""
+    earlier = None
+    if path.exists():
+        for line in read_lines(path):
+            if line.record is not None:
+                number = line.record.get("restarts", 0)
+                earlier = max(earlier or 0, number if type(number) is int else 0)
+    return 0 if earlier is None else earlier + 1
+
+
 def _say_what_is_wrong(path: Path, found: Sorted, state: TrainState, first_update: int | None) -> None:
     said = []
     if found.damaged:
