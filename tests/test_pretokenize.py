@@ -299,3 +299,15 @@ def test_slow_tokenizers(run, corpus, tmp_path):
     result = run(corpus, "--take", 20, "--validation_fraction", 0.2, tokenizer=tmp_path / "byt5")
     kept = [text for text, held in zip(DOCUMENTS, held_out(20, 0.2), strict=False) if not held]
     assert np.array_equal(blocks(result, "train"), packed(kept, tmp_path / "byt5"))
+
+
+@pytest.mark.parametrize("novels", [2, 5])
+def test_a_few_long_documents_do_not_lose_a_whole_one(run, tmp_path, novels):
+    """Held out is the end of the text, not one novel of two."""
+    folder = tmp_path / "novels"
+    folder.mkdir()
+    for number in range(novels):
+        (folder / f"{number}.txt").write_text(f"novel {number} tells of a long way and a short one; " * 200)
+    described = counts(run(folder))
+    tokens = sum(described[split]["tokens"] for split in ("train", "validation"))
+    assert 0 < described["validation"]["tokens"] < 0.02 * tokens

@@ -26,6 +26,9 @@ from peft_pretraining.data.tokenizer import Encoded, encode_documents
 
 Writers = dict[str, BlockWriter]  # by split
 
+_LARGEST_SHARE = 0.1
+"""Of the tokens, that whole documents may take for validation where less was asked for."""
+
 
 class Document(NamedTuple):
     piece: int
@@ -139,7 +142,8 @@ def _write_held_out(
 
     If that share holds less than one block, it grows to the smallest that holds one, and everything is read again. Only
     small data, or documents longer than most of it, ever need that; a slice, which sees but a part, never does it.
-    Where whole documents would leave nothing to train on, such as a single long one, blocks are held out instead.
+    Where whole documents would leave nothing to train on, such as a single long one, or take more than a tenth, the
+    last blocks are held out instead.
     """
     share = config.validation_fraction
     while True:
@@ -160,8 +164,9 @@ def _write_held_out(
         blocks = {split: writer.tokens // config.sequence_length for split, writer in writers.items()}
         total = sum(writer.tokens for writer in writers.values())
         is_done = config.shard is not None or (blocks["validation"] and blocks["train"])
-        by_blocks = not is_done and (not blocks["train"] or total - enough.held < config.sequence_length)
-        by_blocks = by_blocks and total >= 2 * config.sequence_length
+        too_much = not blocks["train"] or total - enough.held < config.sequence_length
+        too_much = too_much or enough.held > max(_LARGEST_SHARE, share) * total  # one of two novels, say
+        by_blocks = not is_done and too_much and total >= 2 * config.sequence_length
         if is_done or (not by_blocks and enough.share <= share):
             _finish(writers["train"], tally)
             writers["validation"].finish()
