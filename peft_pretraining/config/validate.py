@@ -140,6 +140,22 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
         )
 
 
+def check_document_mask(config: Config, facts: FileFacts, problems: list[str]) -> None:
+    """Whether it can be known where documents end, and whether what one computes depends on no other."""
+    if not config.data.document_mask:
+        return
+    if facts.data and facts.data.get("eos_token_id") is None:
+        problems.append(
+            f"--document_mask: --dataset_path {config.data.dataset_path} does not say what documents end with "
+            "(args.json has no eos_token_id)"
+        )
+    if facts.model and model_config.rotary(facts.model)["rope_type"] == "longrope":
+        problems.append(
+            "--document_mask: the rope_type longrope chooses its factors by the longest document of a micro-batch, so "
+            "that documents would depend on each other"
+        )
+
+
 def check_memory(config: Config, facts: FileFacts, problems: list[str]) -> None:
     """Whether the model is beyond the machine by its weights alone."""
     if facts.model is None:
@@ -159,6 +175,7 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
         **method_settings.identity(config),
         "data": _fingerprint(_streamed(facts) if facts.shards else counts),
         "max_length": config.data.max_length,
+        "document_mask": config.data.document_mask,
     }
 
 

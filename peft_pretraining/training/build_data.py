@@ -16,6 +16,7 @@ from peft_pretraining.data.streaming import DocumentStream
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.document_mask import document_positions
 from peft_pretraining.models.loss import Batch
 from peft_pretraining.models.model_config import vocabulary_size
 
@@ -34,7 +35,8 @@ def open_data(launch: ParsedArgs, group: ProcessGroup) -> Data:
         return StreamedData(launch, group)
     model = launch.facts.model
     vocabulary = None if model is None else vocabulary_size(model)
-    return BlockData(launch.config, *_open_blocks(launch), group, vocabulary)
+    end = launch.facts.data["eos_token_id"] if launch.config.data.document_mask else None
+    return BlockData(launch.config, *_open_blocks(launch), group, vocabulary, end)
 
 
 class BlockData:
@@ -47,15 +49,18 @@ class BlockData:
         validation: blocks.TokenBlocks,
         group: ProcessGroup,
         vocabulary: int | None = None,
+        end: int | None = None,
     ):
-        """`vocabulary`: size of the model's table of embeddings, where it is known."""
+        """`vocabulary`: size of the model's table of embeddings, where it is known. `end`: the token that documents end
+        with, where they are to be kept apart."""
         self._config, self._train, self._group, self._vocabulary = config, train, group, vocabulary
+        self._end = end
         self.description = f"{len(train)} samples"
-        self.evaluation: Iterable[Batch | None] = _BlockEvaluation(config, validation, group, vocabulary)
+        self.evaluation: Iterable[Batch | None] = _BlockEvaluation(config, validation, group, vocabulary, end)
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
-        return blocks.training_batches(
+        batches = blocks.training_batches(
             self._train,
             seed=config.run.seed,
             start=position,
@@ -65,6 +70,7 @@ class BlockData:
             group=self._group,
             vocabulary=self._vocabulary,
         )
+        return (documents_apart(batch, self._end) for batch in batches)
 
     def epoch_at(self, position: int) -> int:
         return position // len(self._train)
@@ -81,16 +87,27 @@ class _BlockEvaluation:
     blocks: blocks.TokenBlocks
     group: ProcessGroup
     vocabulary: int | None
+    end: int | None
 
     def __iter__(self) -> Iterator[Batch | None]:
         max_samples = max(1, self.config.data.eval_tokens // _given(self.config.data.max_length))
-        return blocks.evaluation_batches(
+        batches = blocks.evaluation_batches(
             self.blocks,
             max_samples=max_samples,
             batch_size=_given(self.config.batch.batch_size),
             group=self.group,
             vocabulary=self.vocabulary,
         )
+        return (batch and documents_apart(batch, self.end) for batch in batches)
+
+
+def documents_apart(batch: Batch, end: int | None) -> Batch:
+    """The batch with its tokens' positions in documents that end with the token `end`; None: as it is."""
+    if end is None:
+        return batch
+    positions = document_positions(batch["input_ids"], end)
+    # Memory that a GPU reads by itself, as that of the tokens.
+    return {**batch, "position_ids": positions.pin_memory() if batch["input_ids"].is_pinned() else positions}
 
 
 def _open_blocks(launch: ParsedArgs) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:

@@ -144,7 +144,10 @@ class Simulation:
 
     def _batches(self) -> Iterator[Batch]:
         while True:
-            yield {"input_ids": torch.zeros(self.batch_size, self.length, dtype=torch.int64)}
+            batch = {"input_ids": torch.zeros(self.batch_size, self.length, dtype=torch.int64)}
+            if self.config.data.document_mask:
+                batch["position_ids"] = torch.arange(self.length).repeat(self.batch_size, 1)
+            yield batch
 
     # What is measured.
 
