@@ -8,6 +8,7 @@ import helpers
 import pytest
 import torch
 from conftest import write_blocks, write_model
+from launching import launch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -15,7 +16,7 @@ from peft_pretraining.config import Config, ModelConfig, cli, recorded
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import load_method
-from peft_pretraining.models import compiled
+from peft_pretraining.models import compiled, loss
 from peft_pretraining.models.compiled import compile_layers
 from peft_pretraining.models.compute_dtype import compute_in
 from peft_pretraining.models.document_mask import document_positions
@@ -81,6 +82,15 @@ def test_a_packed_block_is_its_documents_alone(name):
     assert_alone_and_packed_agree(model, model)
     block, alone = (model(torch.tensor([each])).logits[0] for each in (ROWS[0], DOCUMENTS[1]))
     assert not torch.allclose(block[4:10], alone, atol=1e-6), "without the mask it is the same: nothing is tested"
+
+
+@pytest.mark.parametrize("name", ["plain", "llama3"])
+def test_a_mask_does_the_same_as_documents_one_by_one(name, monkeypatch):
+    """As on other devices than the CPU."""
+    model = llama(SHAPES[name])
+    monkeypatch.setattr(loss, "compilation_of", lambda model: "as if it were compiled")
+    assert model_inputs(model, packed())["attention_mask"].shape == (2, 1, 12, 12)
+    assert_alone_and_packed_agree(model, model)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +206,23 @@ def test_a_run_stops_and_goes_on_with_its_mask(inputs, tmp_path, method):
     assert helpers.run(command(inputs, without, **{**settings, "document_mask": "False"})) == 0
     assert helpers.updates(without) != helpers.updates(tmp_path / "whole")
     assert helpers.evaluations(without)[0] != helpers.evaluations(tmp_path / "whole")[0]
+
+
+@pytest.mark.slow
+def test_two_devices_are_one(inputs, tmp_path):
+    """DDP and FSDP2, one sample each per micro-batch."""
+    settings = {"gradient_accumulation": 1, "batch_size": 4, "method": "galore", "rank": 4}
+    assert helpers.run(command(inputs, tmp_path / "one", **settings)) == 0
+    layouts = {kind: command(inputs, tmp_path / kind, **{**settings, "batch_size": 2, "distributed_type": kind})
+               for kind in ("ddp", "fsdp")}  # fmt: skip
+    launch(tmp_path / "launched", 2, [{"argv": words} for words in layouts.values()])
+    for kind in layouts:
+        found, expected = (helpers.updates(tmp_path / name) for name in (kind, "one"))
+        for one, other in zip(found, expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+        assert helpers.evaluations(tmp_path / kind)[-1][1] == pytest.approx(
+            helpers.evaluations(tmp_path / "one")[-1][1], rel=1e-9
+        )
 
 
 def test_a_run_does_not_go_on_with_another_mask(inputs, tmp_path, capsys):

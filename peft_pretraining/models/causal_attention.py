@@ -21,12 +21,24 @@ NAME = "causal_sdpa"
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' `sdpa`, to which an empty mask is none."""
+    """transformers' `sdpa`, to which an empty mask is none. With `cu_seq_lens_q`, the documents' ends in one row of all
+    tokens as flash attention takes them, each document by itself: nothing is computed that a mask would throw away."""
     if attention_mask is not None and attention_mask.numel() == 0:
         attention_mask = None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    lengths = cu_seq_lens_q.diff().tolist()
+    documents = zip(*(each.split(lengths, 2) for each in (query, key, value)), strict=True)  # (1, heads, tokens, d)
+    outputs = [sdpa_attention_forward(module, *document, None, **settings)[0] for document in documents]
+    return torch.cat(outputs, 1), None
 
 
 AttentionInterface.register(NAME, _attention)

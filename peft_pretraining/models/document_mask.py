@@ -1,9 +1,10 @@
 """Attention within documents: what stands in one block with other documents is computed as if it stood alone.
 
 A batch says by `position_ids` where its documents begin: each at position 0. From them follows, once per micro-batch
-and for all layers, what each kind of attention wants: `sdpa` a boolean mask, block-diagonal and causal; flash attention
-the documents' ends in one row of all tokens, by which it never computes what a mask would throw away; `eager` nothing,
-since transformers makes its mask of positions that begin anew.
+and for all layers, what each kind of attention wants. Flash attention, and `sdpa` on the CPU, take all tokens in one row
+and the documents' ends in it, and never compute what a mask would throw away. Elsewhere, and in compiled layers, which
+want the same shapes in every batch, `sdpa` takes a boolean mask, block-diagonal and causal. `eager` takes nothing:
+transformers makes its mask of positions that begin anew.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def documents_in_a_row(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any
     """A batch (batch, length) as flash attention's kernel for sequences of several lengths takes it: one row of all
     tokens, where each document ends in it, and the length of the longest.
 
-    The host waits for the device once: how many documents there are decides about sizes.
+    The host waits for a GPU once: how many documents there are decides about sizes.
     """
     positions = position_ids.reshape(1, -1)
     begins = (positions[0] == 0).nonzero()[:, 0].to(torch.int32)

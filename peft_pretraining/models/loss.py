@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_pretraining.models.causal_attention import attention_of, is_maskless, nothing_masked
+from peft_pretraining.models.compiled import compilation_of
 from peft_pretraining.models.document_mask import documents_in_a_row, mask_of_documents
 
 IGNORED = -100
@@ -55,6 +56,8 @@ def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     attention = attention_of(model) or ""
     if attention.startswith("flash_attention"):
         return documents_in_a_row(input_ids, positions)
+    if is_maskless(model) and input_ids.device.type == "cpu" and compilation_of(model) is None:
+        return {**documents_in_a_row(input_ids, positions), "attention_mask": nothing_masked(input_ids.device)}
     mask = None if attention == "eager" else mask_of_documents(positions)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
 
