@@ -37,7 +37,7 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(*(each.split(lengths, 2) for each in (query, key, value)), strict=True)  # (1, heads, tokens, d)
-    outputs = [sdpa_attention_forward(module, *document, None, **settings)[0] for document in documents]
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in documents]
     return torch.cat(outputs, 1), None
 
 

@@ -1,10 +1,10 @@
 """Attention within documents: what stands in one block with other documents is computed as if it stood alone.
 
 A batch says by `position_ids` where its documents begin: each at position 0. From them follows, once per micro-batch
-and for all layers, what each kind of attention wants. Flash attention, and `sdpa` on the CPU, take all tokens in one row
-and the documents' ends in it, and never compute what a mask would throw away. Elsewhere, and in compiled layers, which
-want the same shapes in every batch, `sdpa` takes a boolean mask, block-diagonal and causal. `eager` takes nothing:
-transformers makes its mask of positions that begin anew.
+and for all layers, what each kind of attention wants. Flash attention, and `sdpa` on the CPU, take all tokens in one
+row and the documents' ends in it, and never compute what a mask would throw away. Elsewhere, and in compiled layers,
+which want the same shapes in every batch, `sdpa` takes a boolean mask, block-diagonal and causal. `eager` takes
+nothing: transformers makes its mask of positions that begin anew.
 """
 
 from __future__ import annotations
