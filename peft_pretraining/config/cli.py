@@ -99,7 +99,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
         check_precision.check(config, problems, warnings)
         check_sharding.check(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
-        validate.check_document_mask(config, facts, problems)
+        validate.check_document_mask(config, facts, problems, warnings)
         tracking_config.check(config, problems)
         if here:
             validate.check_memory(config, facts, problems)

@@ -94,11 +94,6 @@ CONDITIONS = (
         lambda c: c.data.dataset_path is None or c.data.from_json_data,
         "with blocks that are tokenised already",
     ),
-    Condition(
-        ("document_mask",),
-        lambda c: c.data.dataset_path is not None and not c.data.from_json_data,
-        "with streamed documents, each of which has a sequence of its own",
-    ),
     Condition(("name", "tags", "comment", "wandb_watch"), _tracks, "without --tracker wandb"),
     Condition(("older_eval_names",), lambda c: bool(c.tracking.trackers), "without --tracker"),
     Condition(("sample_prompts",), lambda c: c.tracking.sample_every > 0, "without --sample_every"),

@@ -140,10 +140,13 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
         )
 
 
-def check_document_mask(config: Config, facts: FileFacts, problems: list[str]) -> None:
+def check_document_mask(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
     """Whether it can be known where documents end, and whether what one computes depends on no other."""
     if not config.data.document_mask:
         return
+    if facts.shards is not None:
+        how = "with streamed documents, each of which has a sequence of its own"
+        warnings.append(f"without effect {how}: --document_mask")
     if facts.data and facts.data.get("eos_token_id") is None:
         problems.append(
             f"--document_mask: --dataset_path {config.data.dataset_path} does not say what documents end with "
