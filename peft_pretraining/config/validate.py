@@ -131,7 +131,10 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
         return
     limit = model_config.position_limit(facts.model)
     if max_length and max_length > limit:
-        problems.append(f"--max_length {max_length} is beyond the model's {limit} positions")
+        problems.append(
+            f"--max_length {max_length} is beyond the model's {limit} positions "
+            "(max_position_embeddings: they have no weights, so that a new model may have more)"
+        )
     largest, vocabulary = facts.data.get("largest_token_id"), model_config.vocabulary_size(facts.model)
     if largest is not None and largest >= vocabulary:
         problems.append(
