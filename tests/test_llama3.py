@@ -178,6 +178,17 @@ def test_per_layer_updates_know_a_tied_table(inputs, tmp_path, method):
         torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["galore", "lora"])
+def test_a_rank_beyond_the_rows_of_keys_is_theirs(inputs, tmp_path, method):
+    """Keys and values have 12 rows here, and the other matrices 16 at least."""
+    assert helpers.run(command(inputs, tmp_path / "run", method=method, rank=14)) == 0
+    assert len({loss for _, loss in helpers.evaluations(tmp_path / "run")}) == 3
+    if method == "galore":
+        bases = {name: value.shape for name, value in helpers.tensors(tmp_path / "run" / "model_6").items()}
+        ranks = {min(size) for name, size in bases.items() if "basis" in name and "k_proj" in name}
+        assert ranks == {12}, bases
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full_rank", "galore", "lora"])
 def test_two_devices_are_one(inputs, tmp_path, method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_blocks_of_2048_from_text_to_text(folder, tmp_path, capsys):
     total = tokens = 0.0
     for ids in map(blocks.__getitem__, range(len(blocks))):
         starts = [0, *(place + 1 for place in (ids == end).nonzero()[:, 0].tolist() if place + 1 < LENGTH), LENGTH]
-        for begin, stop in zip(starts, starts[1:], strict=False):
+        for begin, stop in itertools.pairwise(starts):
             logits = model(ids[None, begin:stop]).logits[0]
             targets = ids[begin + 1 : stop + 1]  # the next document's first token among them
             total += torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum").item()
