@@ -18,10 +18,10 @@ def torchrun() -> int:
 
 
 def report() -> int:
-    """`peft-report RUN ...`."""
-    from peft_pretraining.report.compare import main
+    """`peft-report RUN ... --out DIR`."""
+    from peft_pretraining.report.__main__ import main
 
-    return main()
+    return main(prog="peft-report")
 
 
 def plan() -> int:

@@ -24,6 +24,7 @@ from pathlib import Path
 import gpu_tier
 import numpy as np
 import pytest
+import report_helpers
 import slow_tier
 
 
@@ -112,6 +113,12 @@ def data_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model_json(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "llama.json")
+
+
+@pytest.fixture(scope="session")
+def small_study(tmp_path_factory, data_dir, model_json) -> Path:
+    """Runs of 6 updates of full rank and GaLore: see `report_helpers.make_runs`. Not to be changed."""
+    return report_helpers.make_runs(tmp_path_factory.mktemp("study"), data_dir, model_json)
 
 
 @pytest.fixture

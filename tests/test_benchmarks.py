@@ -49,3 +49,58 @@ def test_start_measures_what_is_drawn():
         [sys.executable, *command.split()], cwd=PROJECT, check=True, timeout=240, capture_output=True, text=True
     )
     assert [line.count("numbers/s") for line in done.stdout.splitlines()] == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("build_memory.py --rank 8 lora lora,quantize=8bit", "lora,quantize=8bit, 1 x ddp:"),
+        ("memory.py --rank 8 --ranks 1,2 --methods galore --layouts fsdp", "galore"),
+    ],
+    ids=["build_memory", "memory"],
+)
+def test_memory_is_told(arguments, shown):
+    done = subprocess.run(
+        [sys.executable, *f"benchmarks/{arguments} --model_config configs/llama_tiny.json".split()],
+        cwd=PROJECT,
+        check=True,
+        timeout=240,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert shown in done.stdout, done.stdout
+
+
+def test_reading_blocks_is_measured_for_both_sizes(tmp_path):
+    rows = run_benchmark("benchmarks/read_blocks.py --rows 500 --length 64 --turns 1", tmp_path / "out.json")
+    assert [row["bytes"] for row in rows] == [4, 2] and all(row["rows_per_second"][0] > 0 for row in rows)
+    assert rows[1]["disk"] < 0.6 * rows[0]["disk"]
+
+
+@pytest.mark.slow
+def test_precision_trains_in_each(tmp_path):
+    (tmp_path / "text.txt").write_text("a town, a river and a hill; " * 400)
+    command = (
+        f"benchmarks/precision.py {tmp_path / 'text.txt'} --out {tmp_path / 'out'} --updates 3 --hidden 32 --layers 1"
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            *command.split(),
+            "--length",
+            "32",
+            "--precisions",
+            "bf16/published",
+            "--methods",
+            "galore",
+            "--seeds",
+            "0",
+        ],
+        cwd=PROJECT,
+        check=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert list((tmp_path / "out").rglob("metrics.jsonl"))

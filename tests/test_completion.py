@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import helpers
 import pytest
@@ -31,3 +32,10 @@ def test_the_shell_gets_flags_and_values(script, line, proposed, tmp_path):
     done = subprocess.run(command, env=os.environ | asks, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert {answer.strip() for answer in (tmp_path / "answer").read_text().split("\n")} == proposed
+
+
+def test_the_shell_is_told_which_command_completes():
+    program = Path(sys.executable).parent / "register-python-argcomplete"
+    script = f'eval "$({program} peft-pretrain)" && complete -p peft-pretrain'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "argcomplete" in done.stdout, done.stderr

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_pretraining import rng
+from peft_pretraining.data.block_writer import BlockWriter, token_dtype, write_dataset_dict
 from peft_pretraining.data.blocks import (
     MicroBatchSampler,
     SampleOrder,
@@ -145,3 +146,28 @@ def test_evaluation_reads_the_same_first_samples_at_any_world_size(data_dir, wor
     assert len({len(batches) for batches in per_rank}) == 1
     read = [batch["input_ids"] for batches in zip(*per_rank, strict=True) for batch in batches if batch is not None]
     assert torch.equal(torch.cat(read), blocks.__getitems__(list(range(11)))["input_ids"])
+
+
+def written(folder, dtype, ids):
+    folder.mkdir()
+    for split in ("train", "validation"):
+        writer = BlockWriter(folder / split, 8, dtype)
+        writer.add(ids, 1)
+        writer.finish()
+    write_dataset_dict(folder, ["train", "validation"])
+    (folder / "args.json").write_text(json.dumps({"sequence_length": 8}))
+    return TokenBlocks(folder, "train", 8), sum(path.stat().st_size for path in folder.rglob("*.arrow"))
+
+
+def test_two_bytes_hold_the_same_tokens(tmp_path):
+    ids = np.array([0, 65535, *range(40_000, 60_000)][: 8 * 2500], dtype=np.int32)
+    narrow, size = written(tmp_path / "narrow", token_dtype(65535), ids)
+    wide, twice = written(tmp_path / "wide", token_dtype(65536), ids)
+    samples = [blocks.__getitems__(list(range(2500)))["input_ids"] for blocks in (narrow, wide)]
+    assert torch.equal(*samples) and samples[0].dtype == torch.int64 and samples[0].max() == 65535
+    assert size < 0.55 * twice and narrow.largest_token_id(10**9) == 65535
+
+
+def test_an_id_that_does_not_fit_is_no_other_one(tmp_path):
+    with pytest.raises(ValueError, match="token id 65536 does not fit into uint16"):
+        BlockWriter(tmp_path / "train", 8, token_dtype(65535)).add(np.array([1, 65536], dtype=np.int32), 1)

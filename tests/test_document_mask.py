@@ -236,11 +236,14 @@ def test_a_run_does_not_go_on_with_another_mask(inputs, tmp_path, capsys):
 
 
 def test_evaluations_keep_documents_apart(inputs, one_process):
-    launch = cli.load(command(inputs, inputs["folder"] / "none", batch_size=6), environ={})
+    sets = {"eval_datasets": f"same={inputs['dataset_path']}"}
+    launch = cli.load(command(inputs, inputs["folder"] / "none", batch_size=6, **sets), environ={})
     data = open_data(launch, one_process)
     assert isinstance(data, BlockData)
     (batch,) = data.evaluation
     assert torch.equal(batch["position_ids"], document_positions(batch["input_ids"], END))
+    (named,) = data.named["same"].batches
+    assert torch.equal(named["position_ids"], batch["position_ids"])
     training = next(data.training(0, {}))
     assert torch.equal(training["position_ids"], document_positions(training["input_ids"], END))
     assert (training["position_ids"][:, 1:] == 0).any(), "no block has two documents: nothing is tested"
@@ -254,6 +257,8 @@ def test_what_cannot_be_kept_apart_is_refused(inputs, tmp_path):
         f"--document_mask: --dataset_path {unknown} does not say what documents end with "
         "(args.json has no eos_token_id)"
     ]
+    with pytest.raises(ConfigError, match=f"news={unknown}: it does not say what documents end with"):
+        cli.load(command(inputs, tmp_path / "run", eval_datasets=f"news={unknown}"), environ={})
     longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     scaled = {**GROUPED, "rope_scaling": {**longrope, "original_max_position_embeddings": 16}}
     with pytest.raises(ConfigError, match="--document_mask: the rope_type longrope"):

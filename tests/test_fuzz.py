@@ -19,7 +19,8 @@ from peft_pretraining.config import cli
 from peft_pretraining.data import shards
 from peft_pretraining.flags import ConfigError
 from peft_pretraining.models import model_config
-from peft_pretraining.report import compare
+from peft_pretraining.report import compare, finding, page
+from peft_pretraining.report.grouping import grouped
 
 MODEL = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": 32},
@@ -203,6 +204,8 @@ def test_configurations_of_runs(base, tmp_path, content):
     refused_or_taken(cli.load, [*base, "--save_dir", str(tmp_path), "--autoresume", "True"], {})
     code, errors = quietly(compare.main, [str(tmp_path)])
     assert code in (0, 2) and (code == 0 or errors.count("\n") == 1), errors
+    if code == 0:
+        page_of(tmp_path)
 
 
 @examples(150)
@@ -217,6 +220,13 @@ def test_metrics(tmp_path, content):
     assert code in (0, 2) and errors.count("\n") <= 1 + (code == 2), errors
     if code == 0:
         json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
+        page_of(tmp_path)
+
+
+def page_of(folder):
+    """A report of it, whose data are valid JSON."""
+    text = page.build(grouped(finding.find([folder], [])), "title", "today")
+    json.loads(text.partition('id="data">')[2].partition("</script>")[0], parse_constant=pytest.fail)
 
 
 # Data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import resource
@@ -479,8 +480,15 @@ def test_tokenizer_folders_that_are_damaged_or_hostile(bpe, tmp_path):
         except ConfigError as error:
             (problem,) = error.problems
             assert "\n" not in problem and not problem.rstrip(")").endswith(":"), problem
-            assert name != "sentencepiece" or "pip install sentencepiece" in problem
+            assert name != "sentencepiece" or problem.endswith("its spiece.model cannot be read")
         assert not list(folder.glob("*.was_run"))
+
+
+def test_a_tokenizer_whose_library_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "spiece.model").write_text("x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(ConfigError, match="reading it needs `pip install sentencepiece`"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_bad_lines_are_counted_in_streams(bpe, tmp_path):

@@ -99,7 +99,7 @@ def modules() -> list[str]:
 def test_the_wheel_has_code_shapes_and_recipes(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = helpers.PROJECT / "peft_pretraining"
-    files = [path for path in package.rglob("*.py")] + [package / "py.typed"]
+    files = [path for pattern in ("*.py", "*.css", "*.js") for path in package.rglob(pattern)] + [package / "py.typed"]
     expected = {path.relative_to(helpers.PROJECT).as_posix() for path in files}
     for pattern in ("*.json", "recipes/*.yaml", "studies/*.yaml"):
         found = (helpers.PROJECT / "configs").glob(pattern)
@@ -148,7 +148,8 @@ def test_it_runs_in_a_fresh_environment_outside_the_project(wheel, tmp_path):
     )
     flags += " --model_config llama_tiny --save_dir run --save_every 3 --eval_every 3 --workers 0 --autoresume True"
     call("peft-pretrain", *flags.split(), "--dataset_path", data)
-    assert "lora" in call("peft-report", "run").stdout
+    assert call("peft-report", "run", "--out", "report").stdout == "report/report.html\n"
+    assert "lora" in (work / "report" / "report.md").read_text()
     assert call("peft-export", "run", "exported").stdout == "exported\n"
     assert call("peft-generate", "exported", "the old town", "--max_new_tokens", 3).stdout.startswith("the old town")
     planned = call("peft-recipe", "60m", "galore", "--dry_run", "--nproc", 2).stdout

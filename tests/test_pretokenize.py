@@ -101,7 +101,8 @@ def test_packing_equals_the_reference(run, corpus, bpe):
         assert 0 <= described[split]["tokens"] - expected.size < LENGTH
     assert described["largest_token_id"] == max(blocks(result, split).max() for split in texts)
     column = datasets.load_from_disk(str(result))["train"].features["input_ids"]
-    assert column == datasets.List(datasets.Value("int32"), length=LENGTH)
+    assert column == datasets.List(datasets.Value("uint16"), length=LENGTH)
+    assert json.loads((result / "args.json").read_text())["token_dtype"] == "uint16"
 
 
 def test_args_json_and_tokenizer_are_saved(run, corpus, bpe, tmp_path):

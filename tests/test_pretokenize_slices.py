@@ -18,7 +18,7 @@ from test_pretokenize import LENGTH, made_up, write_json_lines
 from transformers import ByT5Tokenizer
 
 import pretokenize
-from peft_pretraining.data import block_writer
+from peft_pretraining.data import block_writer, splits
 from peft_pretraining.data.blocks import TokenBlocks
 
 SLICES = 3
@@ -132,9 +132,24 @@ def test_the_order_in_which_slices_are_made_changes_no_byte(argv, capsys, tmp_pa
     assert results[0] == results[1]
 
 
+def test_slices_of_an_older_version_are_not_mixed_with_new_ones(argv, capsys, tmp_path):
+    for shard in range(SLICES):
+        make(argv("--num_shards", SLICES, "--shard", shard), capsys)
+    for older, file in enumerate(sorted((tmp_path / "out").rglob("slice.json"))):
+        description = json.loads(file.read_text())
+        for part in description["splits"].values():
+            assert part["dtype"] == "uint16"
+            if older == 1:
+                del part["dtype"]
+        file.write_text(json.dumps(description))
+    (problem,) = refused(argv("--num_shards", SLICES, "--merge"), capsys)
+    assert problem == "slice 1: its tokens are int32, those of slice 0 uint16; make it again"
+
+
 def test_merging_copies_nothing_and_the_result_stands_alone(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(block_writer, "TOKENS_PER_RECORD_BATCH", 10 * LENGTH)
     monkeypatch.setattr(block_writer, "TOKENS_PER_FILE", 100 * LENGTH)  # several files a slice
+    monkeypatch.setattr(splits, "token_dtype", lambda largest_id: np.dtype("int32"))  # more bytes than folders take
     for shard in range(SLICES):
         make(argv("--num_shards", SLICES, "--shard", shard), capsys)
     slices = {path.stat().st_ino: path for path in (tmp_path / "out").rglob("*.arrow")}

@@ -141,6 +141,17 @@ def test_runs_of_one_method_are_told_apart(folder, capsys):
     assert first_cells == expected
 
 
+def test_runs_of_one_method_are_named_by_what_differs(folder, capsys):
+    told = (
+        "settings: {method: galore, lr: 0.01, seed: 1, rank: 8}\n",
+        "settings: {method: galore, lr: 0.02, seed: 2, rank: 8}\n",
+    )
+    one, two = (folder(metrics(EVALUATION), f"run{number}", text) for number, text in enumerate(told))
+    assert compare.main([one, two]) == 0
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["galore (run0, lr=0.01)", "galore (run1, lr=0.02)"]
+
+
 def test_results_that_cannot_be_written_are_one_line(folder, tmp_path, capsys):
     one = folder(metrics(EVALUATION))
     for flags in (

@@ -11,7 +11,8 @@ import sys
 import helpers
 import pytest
 import torch
-from helpers import RESUME, stop_after
+from helpers import GALORE, RESUME, stop_after
+from launching import launch
 
 from peft_pretraining.config.sections import Config
 from peft_pretraining.data.tokenizer import train_tokenizer
@@ -146,6 +147,25 @@ def test_samples_change_nothing_of_the_run(sampling, tmp_path, capsys):
         (update, prompt) for update in ("5", "10", "12") for prompt in of_both
     ]
     helpers.assert_same_run(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.slow
+def test_two_shards_say_and_log_what_one_process_does(sampling, tmp_path, capsys):
+    """Samples and `--log_layers`: for both a sharded model's ranks work together."""
+    flags = {**GALORE, "num_training_steps": 6, "log_layers": 5, "total_batch_size": 4}
+    assert helpers.run(sampling(**flags, save_dir=tmp_path / "one", batch_size=4)) == 0
+    said = [capsys.readouterr().err]
+    argv = sampling(**flags, save_dir=tmp_path / "two", batch_size=2, distributed_type="fsdp")
+    said.append(launch(tmp_path / "launch", 2, [{"argv": argv}]))
+    one, two = (re.findall(r'INFO (update \d+: "[^\n]*)', text) for text in said)
+    assert len(one) == 4 and one == two, said
+    layers = [[r["layers"] for r in helpers.records(tmp_path / name) if "layers" in r] for name in ("one", "two")]
+    assert len(layers[0]) == 2
+    for alone, shared in zip(*layers, strict=True):
+        assert alone.keys() == shared.keys()
+        for name, of in shared.items():
+            assert {*of} <= {*alone[name]} and "update_ratio" in of, name
+            assert of == pytest.approx({what: alone[name][what] for what in of}, rel=1e-3), name
 
 
 def test_the_loss_of_a_prompt_is_that_of_transformers():

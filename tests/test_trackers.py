@@ -119,6 +119,19 @@ def test_no_key_is_one_line_and_an_offline_run(command, tmp_path, monkeypatch, c
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_is_one_line_and_an_offline_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb_run, "_SECONDS_TO_START", 5)
+    assert helpers.run(command(tracker="wandb", num_training_steps=4)) == 0
+    err = capsys.readouterr().err
+    assert err.count("wandb cannot be reached") == 1 and "does not record" not in err and "Traceback" not in err, err
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert len(complete_history(folder, 5)) >= 5
+
+
 def test_a_writer_that_breaks_is_said_once(tmp_path, caplog, monkeypatch):
     board = TensorBoardRun(None)
 

@@ -27,8 +27,13 @@ UNDONE_FILE = "metrics.undone.jsonl"
 
 def encode(values: dict[str, Any]) -> bytes:
     """One record as its line."""
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+    return json.dumps(_finite(values), allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -94,6 +99,17 @@ def forget_after(save_dir: Path, state: TrainState | None, first_update: int | N
             file.writelines(line.raw for line in found.damaged)
     if path.exists():
         run_dir.write_atomically(path, b"".join(found.kept).decode())
+
+
+def restarts(path: Path) -> int:
+    """How often a run has gone on with this file, the present time included: 0 where it has no records."""
+    earlier = None
+    if path.exists():
+        for line in read_lines(path):
+            if line.record is not None:
+                number = line.record.get("restarts", 0)
+                earlier = max(earlier or 0, number if type(number) is int else 0)
+    return 0 if earlier is None else earlier + 1
 
 
 def _say_what_is_wrong(path: Path, found: Sorted, state: TrainState, first_update: int | None) -> None:

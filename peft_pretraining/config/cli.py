@@ -14,6 +14,7 @@ from peft_pretraining.config import (
     check_sharding,
     config_flags,
     derive_batch,
+    evaluation_sets,
     foreign_names,
     legacy,
     method_help,
@@ -100,6 +101,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
         check_sharding.check(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
         validate.check_document_mask(config, facts, problems, warnings)
+        evaluation_sets.check(config, facts, problems, warnings)
         tracking_config.check(config, problems)
         if here:
             validate.check_memory(config, facts, problems)

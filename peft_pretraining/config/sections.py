@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_pretraining.config.distributed_config import DistributedConfig
+from peft_pretraining.config.evaluation_sets import named_folders
 from peft_pretraining.config.precision_config import Precision, PrecisionConfig, resolve
 from peft_pretraining.config.role_config import RoleConfig
 from peft_pretraining.config.run_config import RunConfig
@@ -118,6 +119,9 @@ class DataConfig:
     )
     eval_parts: int = setting(
         1, positive_int, "deal an evaluation's batches to so many parts, and record the perplexity of each as well"
+    )
+    eval_datasets: tuple[str, ...] = setting(
+        (), named_folders, "further validation sets, NAME=FOLDER of pretokenize.py each, comma-separated"
     )
     skip_batches: tuple[int, ...] = setting(
         (), _update_steps, "0-based update steps whose batches are skipped, comma-separated (against loss spikes)"

@@ -147,7 +147,7 @@ def check_document_mask(config: Config, facts: FileFacts, problems: list[str], w
     """Whether it can be known where documents end, and whether what one computes depends on no other."""
     if not config.data.document_mask:
         return
-    if facts.shards is not None:
+    if facts.shards is not None and not config.data.eval_datasets:
         how = "with streamed documents, each of which has a sequence of its own"
         warnings.append(f"without effect {how}: --document_mask")
     if facts.data and facts.data.get("eos_token_id") is None:

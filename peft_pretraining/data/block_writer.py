@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -18,27 +19,41 @@ import numpy as np
 if TYPE_CHECKING:
     from datasets.arrow_writer import ArrowWriter
 
-TOKENS_PER_RECORD_BATCH = 2**22  # 16 MiB
-TOKENS_PER_FILE = 2**27  # 512 MiB
+TOKENS_PER_RECORD_BATCH = 2**22  # 8 or 16 MiB
+TOKENS_PER_FILE = 2**27  # 256 or 512 MiB
+
+
+def token_dtype(largest_id: int) -> np.dtype:
+    """The smallest type of numbers that blocks are written in and that holds all ids up to `largest_id`.
+
+    >>> token_dtype(65535), token_dtype(65536)
+    (dtype('uint16'), dtype('int32'))
+    """
+    return np.dtype(np.uint16 if largest_id <= np.iinfo(np.uint16).max else np.int32)
 
 
 class BlockWriter:
-    """Cuts a stream of tokens into blocks of `length` and writes one split; the last incomplete block is dropped."""
+    """Cuts a stream of tokens into blocks of `length` and writes one split; the last incomplete block is dropped.
 
-    def __init__(self, folder: Path, length: int):
+    `dtype` is one that `token_dtype` gives; `add` raises ValueError at an id that it does not hold.
+    """
+
+    def __init__(self, folder: Path, length: int, dtype: np.dtype | str = "int32"):
         from datasets import Features, List, Value
 
         self.documents = 0
         self.tokens = 0
         """Tokens of all documents, EOS included, also those that fill no block."""
+        self.text_bytes = 0.0
+        """Bytes of all documents' text in UTF-8; NaN where some slice did not count them."""
         self.blocks = 0
         self.largest_token_id = -1
         self.rows_passed_over = 0
         """Rows of the source that are no documents."""
         self._folder, self._length = folder, length
-        self._features = Features({"input_ids": List(Value("int32"), length=length)})
+        self._features = Features({"input_ids": List(Value(str(np.dtype(dtype))), length=length)})
         # Written only when full, so that files do not depend on the sizes in which tokens arrive.
-        self._buffer = np.empty(max(1, TOKENS_PER_RECORD_BATCH // length) * length, dtype=np.int32)
+        self._buffer = np.empty(max(1, TOKENS_PER_RECORD_BATCH // length) * length, dtype=dtype)
         self._filled = 0
         self._file: ArrowWriter | None = None
         self._tokens_in_file = 0
@@ -46,9 +61,12 @@ class BlockWriter:
         self._digest = hashlib.blake2b(digest_size=8)
         folder.mkdir()
 
-    def add(self, ids: np.ndarray, documents: int) -> None:
-        """Append the tokens of so many documents, (tokens,) int32."""
+    def add(self, ids: np.ndarray, documents: int, text_bytes: float = 0.0) -> None:
+        """Append the tokens of so many documents, (tokens,) int32, whose text has so many bytes."""
+        if ids.size and ids.max() > np.iinfo(self._buffer.dtype).max:
+            raise ValueError(f"token id {ids.max()} does not fit into {self._buffer.dtype}")
         self.documents += documents
+        self.text_bytes += text_bytes
         self.tokens += ids.size
         while ids.size:
             part = ids[: self._buffer.size - self._filled]
@@ -76,6 +94,7 @@ class BlockWriter:
                 hard = False
         self.documents += description["documents"]
         self.tokens += description["tokens"] - len(description["remainder"])
+        self.text_bytes += description.get("text_bytes", math.nan)  # older slices do not have it
         self.blocks += description["blocks"]
         self.rows_passed_over += description.get("rows_passed_over", 0)  # older slices refused them
         self.largest_token_id = max(self.largest_token_id, description["largest_token_id"])
@@ -87,6 +106,8 @@ class BlockWriter:
         used = self._filled // self._length * self._length
         return {
             **{"documents": self.documents, "tokens": self.tokens, "blocks": self.blocks},
+            "dtype": self.dtype,
+            "text_bytes": self.text_bytes,
             "largest_token_id": self.largest_token_id,
             "rows_passed_over": self.rows_passed_over,
             "fingerprint": self._digest.hexdigest(),
@@ -111,6 +132,11 @@ class BlockWriter:
         }
         (self._folder / config.DATASET_STATE_JSON_FILENAME).write_text(json.dumps(state, indent=2))
         DatasetInfo(features=self._features).write_to_directory(str(self._folder))
+
+    @property
+    def dtype(self) -> str:
+        """Of the numbers in the files."""
+        return str(self._buffer.dtype)
 
     @property
     def tail(self) -> int:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from peft_pretraining.models.loss import Batch
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A validation set beside the run's own."""
+
+    batches: Iterable[Batch | None]
+    """As `Data.evaluation`."""
+    bytes_per_token: float | None
 
 
 class Data(Protocol):
@@ -14,6 +24,10 @@ class Data(Protocol):
     description: str
     evaluation: Iterable[Batch | None]
     """This rank's share of the validation set, from its beginning each time; None where only other ranks have some."""
+    bytes_per_token: float | None
+    """Bytes of text for each token of the validation set; None where they were not counted."""
+    named: Mapping[str, NamedSet]
+    """Further validation sets."""
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         """Endless micro-batches of this rank from `position` on, in samples; `state` is what `state_at` gave there."""

@@ -50,7 +50,18 @@ def read_arguments(folder: str | Path) -> dict[str, Any]:
             raise ValueError(f"{ARGUMENTS}: {split} must be the counts of the split, not {_shown(counts)}")
         for name in ("documents", "tokens", "blocks"):
             _check_int(counts, name, 0, _LARGEST_INT, f"{split}.")
+    sizes = arguments.get("text_bytes") or {}
+    if not isinstance(sizes, dict):
+        raise ValueError(f"{ARGUMENTS}: text_bytes must be the bytes of each split, not {_shown(sizes)}")
+    for split in SPLITS:
+        _check_int(sizes, split, 0, _LARGEST_INT, "text_bytes.")
     return arguments
+
+
+def bytes_per_token(arguments: dict[str, Any], split: str) -> float | None:
+    """Bytes of text, in UTF-8, for each token of a split, EOS counted; None of folders that do not say it."""
+    size, tokens = (arguments.get("text_bytes") or {}).get(split), arguments.get(split, {}).get("tokens")
+    return size / tokens if size and tokens else None
 
 
 def read_column(folder: str | Path, split: str) -> pa.ChunkedArray:

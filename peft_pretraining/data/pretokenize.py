@@ -6,7 +6,8 @@ The remainder that fills no block is dropped. The result depends on the data, th
 number of processes or on how documents were batched. It is a folder:
 
     NAME/
-      dataset_dict.json, train/, validation/    what `datasets.load_from_disk` reads: column `input_ids`, int32
+      dataset_dict.json, train/, validation/    what `datasets.load_from_disk` reads: column `input_ids`
+                                                (uint16 where all ids fit into it, otherwise int32)
       tokenizer.json, ...                       what `AutoTokenizer.from_pretrained` reads
       args.json                                 flags, vocabulary, and the counts of each split
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -135,7 +137,8 @@ def write_blocks(config: PretokenizeConfig, source: Source, folder: Path) -> tup
             keep_sentencepiece(config.tokenizer_name, folder)
     except Exception as error:  # from Rust: without a type of its own
         raise OSError(one_line(error)) from error
-    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id, tuple(sorted(special_ids(tokenizer))))
+    special, largest = tuple(sorted(special_ids(tokenizer))), max(tokenizer.get_vocab().values())
+    writers = write_splits(config, pieces, folder, tokenizer.eos_token_id, special, max(largest, *special))
     return writers, {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
 
 
@@ -149,6 +152,11 @@ def complete(
         **dataclasses.asdict(config),
         "tokenizer": config.tokenizer_name,
         **vocabulary,
+        "token_dtype": writers["train"].dtype,
+        # Beside the counts, by which a resumed run knows its data: folders of before did not have it.
+        "text_bytes": {
+            split: round(w.text_bytes) if math.isfinite(w.text_bytes) else None for split, w in writers.items()
+        },
         "largest_token_id": max(writer.largest_token_id for writer in writers.values()),
         "rows_passed_over": sum(writer.rows_passed_over for writer in writers.values()),
     }
@@ -162,6 +170,10 @@ def complete(
                 f"note: {split}: the last {writer.tail} of {writer.tokens} tokens fill no block and are not used",
                 file=sys.stderr,
             )
+
+
+def _whole(number: float) -> int | None:
+    return round(number) if math.isfinite(number) else None
 
 
 def _open(

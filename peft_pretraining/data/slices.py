@@ -71,6 +71,9 @@ def merge(config: PretokenizeConfig, source: Source) -> Path:
             for name, what in (("vocabulary", "tokenizer"), ("source", "list of source files")):
                 if description[name] != descriptions[0][name]:
                     problems.append(f"slice {shard}: made with another {what} than slice 0; make it again")
+            own, first = (_dtype(each["splits"]["train"]) for each in (description, descriptions[0]))
+            if own != first:
+                problems.append(f"slice {shard}: its tokens are {own}, those of slice 0 {first}; make it again")
     if problems:
         raise ConfigError(problems)
     check_blocks(config, {split: _counts(config, descriptions, split) for split in SPLITS})
@@ -105,13 +108,18 @@ def _counts(config: PretokenizeConfig, descriptions: list[dict[str, Any]], split
 
 def _join(folder: Path, length: int, folders: list[Path], parts: list[dict[str, Any]]) -> tuple[BlockWriter, bool]:
     """One split out of the slices' `parts`; whether all links are hard."""
-    writer, hard = BlockWriter(folder, length), True
+    writer, hard = BlockWriter(folder, length, _dtype(parts[0])), True
     for slice_folder, part in zip(folders, parts, strict=True):
         hard &= writer.adopt(slice_folder / folder.name, part)
     for part in parts:
         writer.add(np.array(part["remainder"], dtype=np.int32), 0)
     writer.finish()
     return writer, hard
+
+
+def _dtype(part: dict[str, Any]) -> str:
+    """Of the numbers in a slice's files; older ones did not say."""
+    return str(part.get("dtype", "int32"))
 
 
 def _checked(shard: int, folder: Path, config: PretokenizeConfig, problems: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from peft_pretraining.data.block_writer import BlockWriter
+from peft_pretraining.data.block_writer import BlockWriter, token_dtype
 from peft_pretraining.data.pieces import Documents
 from peft_pretraining.data.pretokenize_config import PretokenizeConfig
 from peft_pretraining.data.tally import Tally
@@ -66,9 +66,16 @@ def held_out_draw(seed: int, document: Document) -> float:
 
 
 def write_splits(
-    config: PretokenizeConfig, pieces: dict[str, list[Documents]], folder: Path, eos_id: int, special: tuple[int, ...]
+    config: PretokenizeConfig,
+    pieces: dict[str, list[Documents]],
+    folder: Path,
+    eos_id: int,
+    special: tuple[int, ...],
+    largest_id: int,
 ) -> Writers:
     """Tokenise and write both splits. Of several slices the first writes the source's own validation split.
+
+    largest_id: what says how many bytes each token takes.
 
     ConfigError where too many rows hold no document; of the others it is said how many were passed over.
     """
@@ -93,8 +100,12 @@ def write_splits(
 
         return encoded("train", texts(), tally, total)
 
+    def new_writers() -> Writers:
+        dtype = token_dtype(largest_id)
+        return {split: BlockWriter(folder / split, config.sequence_length, dtype) for split in ("train", "validation")}
+
     if "validation" not in pieces:
-        return _write_held_out(config, train, folder)
+        return _write_held_out(config, train, new_writers)
     if config.validation_fraction != PretokenizeConfig.validation_fraction:
         print("warning: --validation_fraction has no effect: the data has a validation split", file=sys.stderr)
     tallies = {"train": Tally(), "validation": Tally()}
@@ -103,10 +114,10 @@ def write_splits(
         "train": train(tallies["train"]),
         "validation": encoded("validation", validation, tallies["validation"]) if not config.shard else (),
     }
-    writers = _writers(config, folder)
+    writers = new_writers()
     for split, writer in writers.items():
         for batch in batches[split]:
-            writer.add(batch.ids, len(batch.lengths))
+            writer.add(batch.ids, len(batch.lengths), float(batch.sizes.sum()))
         _finish(writer, tallies[split])
     return writers
 
@@ -119,12 +130,10 @@ def _finish(writer: BlockWriter, tally: Tally) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _writers(config: PretokenizeConfig, folder: Path) -> Writers:
-    return {split: BlockWriter(folder / split, config.sequence_length) for split in ("train", "validation")}
-
-
 def _write_held_out(
-    config: PretokenizeConfig, encoded: Callable[[Tally, Callable[[Document], None]], Iterator[Encoded]], folder: Path
+    config: PretokenizeConfig,
+    encoded: Callable[[Tally, Callable[[Document], None]], Iterator[Encoded]],
+    new_writers: Callable[[], Writers],
 ) -> Writers:
     """Documents whose draw is at most the share go to validation, whole; all others to train, in their order.
 
@@ -134,7 +143,7 @@ def _write_held_out(
     """
     share = config.validation_fraction
     while True:
-        writers, tally = _writers(config, folder), Tally()
+        writers, tally = new_writers(), Tally()
         enough = _SmallestShare(config.sequence_length)
         read_ahead: deque[float] = deque()
 
@@ -144,9 +153,9 @@ def _write_held_out(
         for batch in encoded(tally, draw):
             draws = np.array([read_ahead.popleft() for _ in batch.lengths])
             held_out = draws <= share
-            token_held_out = np.repeat(held_out, batch.lengths)
-            writers["train"].add(batch.ids[~token_held_out], int((~held_out).sum()))
-            writers["validation"].add(batch.ids[token_held_out], int(held_out.sum()))
+            for split, chosen in (("train", ~held_out), ("validation", held_out)):
+                tokens = batch.ids[np.repeat(chosen, batch.lengths)]
+                writers[split].add(tokens, int(chosen.sum()), float(batch.sizes[chosen].sum()))
             enough.add(draws, batch.lengths)
         blocks = {split: writer.tokens // config.sequence_length for split, writer in writers.items()}
         total = sum(writer.tokens for writer in writers.values())
@@ -160,7 +169,7 @@ def _write_held_out(
         for writer in writers.values():
             writer.discard()
         if by_blocks:
-            return _write_end_held_out(config, encoded, folder, total)
+            return _write_end_held_out(config, encoded, new_writers, total)
         share = enough.share
         print("note: the validation share holds less than one block; reading again with a larger one", file=sys.stderr)
 
@@ -168,7 +177,7 @@ def _write_held_out(
 def _write_end_held_out(
     config: PretokenizeConfig,
     encoded: Callable[[Tally, Callable[[Document], None]], Iterator[Encoded]],
-    folder: Path,
+    new_writers: Callable[[], Writers],
     total: int,
 ) -> Writers:
     """The last blocks of `total` tokens go to validation; a document that is cut counts in both splits."""
@@ -179,12 +188,14 @@ def _write_end_held_out(
         "validation split",
         file=sys.stderr,
     )
-    writers, tally, left = _writers(config, folder), Tally(), (blocks - held_out) * config.sequence_length
+    writers, tally, left = new_writers(), Tally(), (blocks - held_out) * config.sequence_length
     for batch in encoded(tally, lambda document: None):
         ends = np.cumsum(batch.lengths)
         starts = ends - batch.lengths
-        writers["train"].add(batch.ids[:left], int((starts < left).sum()))
-        writers["validation"].add(batch.ids[left:], int((ends > left).sum()))
+        share = np.clip((left - starts) / batch.lengths, 0, 1)  # of a document that is cut, in tokens
+        text_bytes = float((share * batch.sizes).sum())
+        writers["train"].add(batch.ids[:left], int((starts < left).sum()), text_bytes)
+        writers["validation"].add(batch.ids[left:], int((ends > left).sum()), float(batch.sizes.sum()) - text_bytes)
         left = max(0, left - batch.ids.size)
     _finish(writers["train"], tally)
     writers["validation"].finish()

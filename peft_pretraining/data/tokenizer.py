@@ -44,6 +44,7 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray  # (sum(lengths),) int32
     lengths: np.ndarray  # (documents,) int64: tokens of each document, EOS included
+    sizes: np.ndarray  # (documents,) int64: bytes of each document's text in UTF-8
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -77,11 +78,14 @@ def _why_not_loadable(name: str, error: BaseException) -> str:
             "tekken.json": "mistral_common",
         }
         for file, package in packages.items():
-            if os.path.isfile(folder / file) and importlib.util.find_spec(package) is None:
+            if not os.path.isfile(folder / file):
+                continue
+            if importlib.util.find_spec(package) is None:
                 return (
                     f"has {file} but no tokenizer.json: reading it needs `pip install {package}` "
                     "(AutoTokenizer.from_pretrained(...).save_pretrained(...) then writes tokenizer.json)"
                 )
+            return f"its {file} cannot be read"  # what the libraries say then is that a package is missing
     return f"no folder with a tokenizer, and not loadable from the hub ({one_line(error)})"
 
 
@@ -153,7 +157,8 @@ class Encoder:
             pieces += ids
             pieces.append(self._eos_id)
             lengths.append(len(ids) + 1)
-        return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64))
+        sizes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts], dtype=np.int64)
+        return Encoded(np.array(pieces, dtype=np.int32), np.array(lengths, dtype=np.int64), sizes)
 
 
 def encode_documents(

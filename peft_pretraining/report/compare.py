@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import sys
 from collections import Counter
@@ -17,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pretraining.checkpoint import metrics_file, run_dir
 from peft_pretraining.flags import ConfigError, exit_with_problems, one_line
-from peft_pretraining.optim.group_record import GroupRecord, read_groups
+from peft_pretraining.optim.group_record import GroupRecord
+from peft_pretraining.report.grouping import described, differing, shortened
+from peft_pretraining.report.runs import LoggedRun, complete, number, smoothed
 
 COLUMNS = ("method", "validation perplexity", "optimizer-state MB", "tokens/s", "seconds")
 
 _COLOURS = ("#1f5fa8", "#c4501b", "#2e7d4f", "#7a4fa3", "#8a6d00", "#a33a5e", "#3f7f93")
-_SMOOTHED_SHARE = 50  # training losses are averaged over 1/50 of the run
+_LONGEST_SETTINGS = 60
 _UNKNOWN = "—"
 _OF_DTYPE = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
@@ -48,7 +48,7 @@ class RunRecord:
     updates: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     label: str
-    """The method, and the folder's name where another run has the same method."""
+    """The method, and the folder's name and the differing settings where another run has the same method."""
     groups: tuple[GroupRecord, ...] | None = None
     """What each parameter group got; None of a run from before that was recorded."""
 
@@ -58,29 +58,10 @@ class RunRecord:
 
         What of its metrics cannot be used is named in `warnings`.
         """
-        metrics = folder / run_dir.METRICS_FILE
-        try:
-            config = run_dir.read_run_config(folder)
-            if config is None or not metrics.is_file():
-                why = f"{run_dir.CONFIG_FILE} is missing or empty, or there are no metrics"
-                raise ConfigError([f"{folder} is not the folder of a run ({why})"])
-        except OSError as error:
-            raise ConfigError([f"{folder}: cannot be read ({error.strerror})"]) from None
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError([f"{folder / run_dir.CONFIG_FILE} cannot be used: {error}"]) from None
-        settings = config.get("settings")
-        if not isinstance(settings, dict) or not isinstance(settings.get("method"), str):
-            raise ConfigError([f"{folder / run_dir.CONFIG_FILE} cannot be used: it names no method"])
-        records, problems = metrics_file.read_records(metrics)
-        warnings += problems
-        updates = [record for record in records if "loss" in record]
-        evaluations = [record for record in records if "final_eval_loss" in record]
-        if not evaluations:
+        run = LoggedRun.read(folder, warnings)
+        if not run.evaluations:
             raise ConfigError([f"{folder} has not been evaluated yet"])
-        groups = read_groups(config.get("parameter_groups"))
-        return cls(folder.resolve().name, settings, updates, evaluations, settings["method"], groups)
+        return cls(run.name, run.settings, run.updates, run.evaluations, run.method, run.groups)
 
     @property
     def method(self) -> str:
@@ -96,31 +77,31 @@ class RunRecord:
     def row(self) -> dict[str, Any]:
         """One line of the table: `COLUMNS`, the perplexity before training, and the parameter groups. None is what the
         folder does not say."""
-        last, state = self.evaluations[-1], _number(self.evaluations[-1], "optimizer_state_bytes")
-        speeds = [speed for update in self.updates if (speed := _number(update, "throughput_tokens")) is not None]
+        last, state = self.evaluations[-1], number(self.evaluations[-1], "optimizer_state_bytes")
+        speeds = [speed for update in self.updates if (speed := number(update, "throughput_tokens")) is not None]
         return {
             "method": self.label,
-            "validation perplexity": _number(last, "final_eval_perplexity"),
-            "perplexity before": _number(self.evaluations[0], "final_eval_perplexity"),
+            "validation perplexity": number(last, "final_eval_perplexity"),
+            "perplexity before": number(self.evaluations[0], "final_eval_perplexity"),
             "optimizer-state MB": None if state is None else state / 1e6,
             "tokens/s": statistics.median(speeds) if speeds else 0.0,
-            "seconds": sum(_number(update, "step_time") or 0.0 for update in self.updates),
+            "seconds": sum(number(update, "step_time") or 0.0 for update in self.updates),
             "parameter groups": None if self.groups is None else [group.as_json() for group in self.groups],
         }
 
 
-def _number(record: dict[str, Any], name: str) -> float | None:
-    """A finite number of a record; None where it has none: that of a run that diverged is `null`."""
-    value = record.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    return value if abs(value) < 1e300 and math.isfinite(value) else None
-
-
 def labelled(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs, told apart by their folders where they have one method; by their numbers where these are alike, too."""
+    """The runs, told apart by their folders and by the settings in which they differ where they have one method; by
+    their numbers where these are alike, too."""
     methods = Counter(run.method for run in runs)
-    names = [run.method if methods[run.method] == 1 else f"{run.method} ({run.name})" for run in runs]
+    names = []
+    for run in runs:
+        told = run.method
+        if methods[run.method] > 1:
+            names_of = differing([other.settings for other in runs if other.method == run.method])
+            more = described({name: run.settings.get(name) for name in names_of})
+            told += f" ({run.name}{', ' if more else ''}{shortened(more, _LONGEST_SETTINGS)})"
+        names.append(told)
     seen: Counter[str] = Counter()
     found = []
     for run, name in zip(runs, names, strict=True):
@@ -181,9 +162,9 @@ def plot(runs: Sequence[RunRecord], path: Path) -> None:
         axes.plot(tokens, losses, color=colour, linewidth=1.6, label=f"{name}, training")
         points = [
             (record["tokens_seen"], record["final_eval_loss"])
-            for record in _complete(run.evaluations, "final_eval_loss")
+            for record in complete(run.evaluations, "final_eval_loss")
         ]
-        last = _number(run.evaluations[-1], "final_eval_perplexity")
+        last = number(run.evaluations[-1], "final_eval_perplexity")
         axes.plot(
             [tokens / 1e6 for tokens, _ in points],
             [loss for _, loss in points],
@@ -204,18 +185,10 @@ def plot(runs: Sequence[RunRecord], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _complete(records: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The records that have a number of that name, and of the tokens seen."""
-    return [record for record in records if None not in (_number(record, name), _number(record, "tokens_seen"))]
-
-
 def _smoothed(updates: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Tokens in millions and the mean loss of the last few updates up to there; skipped updates are left out."""
-    kept = [update for update in _complete(updates, "loss") if not update.get("skipped")]
-    window = max(1, len(kept) // _SMOOTHED_SHARE)
-    losses = [update["loss"] for update in kept]
-    means = [statistics.fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
-    return [update["tokens_seen"] / 1e6 for update in kept], means
+    kept = [update for update in complete(updates, "loss") if not update.get("skipped")]
+    return [update["tokens_seen"] / 1e6 for update in kept], smoothed([update["loss"] for update in kept])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peft_pretraining.config import Config
+from peft_pretraining.config import Config, evaluation_sets
 from peft_pretraining.config.cli import ParsedArgs
 from peft_pretraining.data import blocks
-from peft_pretraining.data.data import Data
+from peft_pretraining.data.data import Data, NamedSet
 from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationSet, largest_id, training_batches
+from peft_pretraining.data.folder import bytes_per_token, read_arguments
 from peft_pretraining.data.shards import Shard
 from peft_pretraining.data.streaming import DocumentStream
 from peft_pretraining.data.tokenizer import load_tokenizer
@@ -57,6 +58,8 @@ class BlockData:
         self._end = end
         self.description = f"{len(train)} samples"
         self.evaluation: Iterable[Batch | None] = _BlockEvaluation(config, validation, group, vocabulary, end)
+        self.bytes_per_token: float | None = bytes_per_token(read_arguments(validation.folder), "validation")
+        self.named: Mapping[str, NamedSet] = named_sets(config, group, vocabulary)
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
@@ -110,6 +113,23 @@ def documents_apart(batch: Batch, end: int | None) -> Batch:
     return {**batch, "position_ids": positions.pin_memory() if batch["input_ids"].is_pinned() else positions}
 
 
+def named_sets(config: Config, group: ProcessGroup, vocabulary: int | None) -> dict[str, NamedSet]:
+    """The sets of `--eval_datasets`. ConfigError where their files are damaged."""
+    found = {}
+    for name, folder in evaluation_sets.pairs(config.data.eval_datasets).items():
+        try:
+            split = blocks.TokenBlocks(folder, "validation", _given(config.data.max_length))
+            arguments = read_arguments(folder)
+            per_token = bytes_per_token(arguments, "validation")
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError([f"--eval_datasets {name}={folder}: {' '.join(str(error).split())}"]) from error
+        if not len(split):
+            raise ConfigError([f"--eval_datasets {name}={folder}: split validation is empty"])
+        end = arguments["eos_token_id"] if config.data.document_mask else None
+        found[name] = NamedSet(_BlockEvaluation(config, split, group, vocabulary, end), per_token)
+    return found
+
+
 def _open_blocks(launch: ParsedArgs) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:
     config, facts = launch.config, launch.facts
     where = f"--dataset_path {config.data.dataset_path}"
@@ -138,6 +158,10 @@ class StreamedData:
         self._config, self._shards, self._group = config, shards, group
         self._stream: DocumentStream | None = None
         self._maker = SampleMaker(_checked_tokenizer(launch), _given(config.data.max_length))
+        self.bytes_per_token: float | None = None  # documents are cut, and tokens of padding are none
+        self.named: Mapping[str, NamedSet] = named_sets(
+            config, group, vocabulary_size(launch.facts.model) if launch.facts.model else None
+        )
         self.description = f"{len(shards.train)} shards of documents ({_gigabytes(shards.train)}, {shards.origin})"
         self.evaluation: Iterable[Batch | None] = ValidationSet(
             shards.validation,

@@ -70,12 +70,16 @@ def named(record: Mapping[str, Any], last_step: int, older_names: bool = False) 
     {'update_step': 5, 'eval/loss': 3.5}
     >>> named({"update_step": 10, "final_eval_loss": 3.5}, 10)
     {'update_step': 10, 'eval/loss': 3.5, 'final_eval_loss': 3.5}
+    >>> named({"update_step": 5, "eval_sets": {"wiki": {"loss": 3.0}}}, 10)
+    {'update_step': 5, 'eval/wiki/loss': 3.0}
     >>> named({"loss": 2.0, "layers": {"q_proj": {"grad_norm": 0.5}}}, 10)
     {'loss': 2.0, 'layers/grad_norm/q_proj': 0.5}
     """
     result: dict[str, Any] = {}
     for name, value in record.items():
-        if name == "layers":
+        if name == "eval_sets":
+            result |= {f"eval/{each}/{what}": number for each, of in value.items() for what, number in of.items()}
+        elif name == "layers":
             result |= {f"layers/{what}/{layer}": number for layer, of in value.items() for what, number in of.items()}
         elif name.startswith(_OLDER):
             result[f"eval/{name.removeprefix(_OLDER)}"] = value

@@ -30,6 +30,15 @@ class Evaluation:
     def perplexity(self) -> float:
         return math.inf if self.loss >= 700 else math.exp(self.loss)
 
+    def described(self, bytes_per_token: float | None) -> dict[str, float]:
+        """What is recorded; with bits per byte of text where it is known how many bytes a token stands for.
+
+        >>> Evaluation(loss=math.log(16), tokens=10).described(bytes_per_token=4.0)["bits_per_byte"]
+        1.0
+        """
+        own = {"loss": self.loss, "perplexity": self.perplexity, "tokens": self.tokens}
+        return own | ({"bits_per_byte": self.loss / math.log(2) / bytes_per_token} if bytes_per_token else {})
+
 
 @watched("an evaluation's batch", FIRST_UPDATE_FACTOR)
 @torch.no_grad()

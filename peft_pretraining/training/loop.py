@@ -248,17 +248,25 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
     result = evaluate(run.model, run.data.evaluation, run.group, lambda: stop.anywhere(run.group), parts)
     if result is None:
         return False
+    further = {}
+    for name, each in run.data.named.items():
+        found = evaluate(run.model, each.batches, run.group, lambda: stop.anywhere(run.group))
+        if found is None:
+            return False
+        further[name] = found.described(each.bytes_per_token)
     state.evaluated_step = state.update_step
+    own = result.described(run.data.bytes_per_token)
     run.tracker.record(
         update_step=state.update_step,
         tokens_seen=state.tokens_seen,
-        final_eval_loss=result.loss,
-        final_eval_perplexity=result.perplexity,
-        final_eval_tokens=result.tokens,
+        **{f"final_eval_{name}": value for name, value in own.items()},
         optimizer_state_bytes=state_bytes(run.optimizer),
         **{f"final_eval_perplexity_{index}": part.perplexity for index, part in enumerate(result.parts)},
+        **({"eval_sets": further} if further else {}),
     )
-    log.info("update %d: validation loss %.4f, perplexity %.2f", state.update_step, result.loss, result.perplexity)
+    said = "".join(f"; {name} loss {each['loss']:.4f}, {each['perplexity']:.2f}" for name, each in further.items())
+    told = (state.update_step, result.loss, result.perplexity, said)
+    log.info("update %d: validation loss %.4f, perplexity %.2f%s", *told)
     return True
 
 

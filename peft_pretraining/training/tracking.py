@@ -58,10 +58,15 @@ class Tracker:
         self._last_step = config.schedule.num_training_steps + config.schedule.num_extra_training_steps
         self._pending = b""
         """What could not be written yet."""
+        self._restarts, self._restarts_due = 0, False
+        """How often the run has gone on, and whether its next update has yet to say so."""
         if not enabled:
             return
         self._save_dir, self._path = save_dir, save_dir / run_dir.METRICS_FILE
         self._first_update, self._lock = first_update, lock
+        if resumed is not None:
+            self._restarts = resumed_metrics.restarts(self._path)
+            self._restarts_due = self._restarts > 0
         resumed_metrics.forget_after(save_dir, resumed, first_update)
         self._open()
         if "wandb" in config.tracking.trackers:
@@ -80,6 +85,8 @@ class Tracker:
 
     def record(self, **values: Any) -> None:
         """One record; `update_step` is the number of updates done. Raises `FolderLost`."""
+        if self._restarts_due and "loss" in values:  # once, and again where that record was undone
+            values["restarts"], self._restarts_due = self._restarts, False
         if self._file is not None:
             self._write(self._checked(self._file), resumed_metrics.encode(values))
         for dashboard in self._dashboards:
@@ -106,6 +113,7 @@ class Tracker:
             self._write(self._file, b"")
             self._file.close()
             resumed_metrics.forget_after(self._save_dir, state, self._first_update, keep_later=True)
+            self._restarts_due = self._restarts > 0
             self._open()
 
     def _checked(self, file: io.FileIO) -> io.FileIO:

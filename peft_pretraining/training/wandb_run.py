@@ -91,6 +91,7 @@ def start_wandb(save_dir: Path, config: Config, more: Mapping[str, Any]) -> Wand
     except Exception as error:  # a missing key, a lost network, a refused project: the training needs none of them
         log.warning("wandb cannot be reached (%s); it records offline", first_line(error))
         try:
+            wandb.teardown()  # its service still holds the run's id
             run = wandb.init(**settings, mode="offline")
         except Exception as second:
             log.warning("wandb does not record: %s", first_line(second))
