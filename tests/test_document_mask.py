@@ -249,6 +249,15 @@ def test_evaluations_keep_documents_apart(inputs, one_process):
     assert (training["position_ids"][:, 1:] == 0).any(), "no block has two documents: nothing is tested"
 
 
+def test_a_mixture_keeps_its_documents_apart(inputs, tmp_path, one_process):
+    other = write_blocks(tmp_path / "other", train=8, validation=4, block=16, vocabulary=32, eos_token_id=END)
+    mixed = {"dataset_path": f"{inputs['dataset_path']}:0.5,{other}:0.5"}
+    data = open_data(cli.load(command(inputs, tmp_path / "run", **mixed), environ={}), one_process)
+    for batch in (next(data.training(0, {})), *(next(iter(each.batches)) for each in data.named.values())):
+        assert torch.equal(batch["position_ids"], document_positions(batch["input_ids"], END))
+    assert len(data.named) == 2
+
+
 def test_what_cannot_be_kept_apart_is_refused(inputs, tmp_path):
     unknown = write_blocks(tmp_path / "unknown", train=4, validation=2, block=16, vocabulary=32)
     with pytest.raises(ConfigError) as error:

@@ -92,7 +92,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset_path: str | None = setting(None, string, "folder written by pretokenize.py")
+    dataset_path: str | None = setting(None, string, "folder written by pretokenize.py, or a mixture: A:0.7,B:0.3")
     base_dir: str | None = setting(None, string, "folder of C4's JSON shards, to stream documents (default: the hub's)")
     from_json_data: bool = setting(False, boolean, "--dataset_path is a folder of JSON shards, as --base_dir is")
     padding_data: bool | None = setting(None, boolean, "pad documents to --max_length: always so when streaming")

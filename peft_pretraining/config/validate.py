@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft_pretraining.checkpoint import run_dir
 from peft_pretraining.config import Config, DataConfig, method_settings
 from peft_pretraining.config.precision_config import WEIGHT_BYTES
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER, read_arguments
+from peft_pretraining.data.mixture import Source, sources_of
 from peft_pretraining.data.shards import Shards, find_hub_shards, find_local_shards
 from peft_pretraining.models import model_config
 
@@ -80,15 +82,41 @@ def read_data(config: Config, facts: FileFacts, problems: list[str], warnings: l
         return
     if data.padding_data:
         warnings.append("--padding_data has no effect: the blocks of --dataset_path are full")
-    folder = Path(data.dataset_path)
-    if not os.path.isdir(folder):
-        problems.append(f"--dataset_path {folder}: no such folder")
+    try:
+        sources = sources_of(data.dataset_path)
+    except ValueError as error:
+        problems.append(f"--dataset_path {data.dataset_path}: {error}")
         return
-    problem = _not_pretokenized(folder)
-    if problem:
-        problems.append(f"--dataset_path {folder} was not written by pretokenize.py: {problem}")
-        return
-    facts.data = read_arguments(folder)
+    before = len(problems)
+    for source in sources:
+        if not os.path.isdir(source.folder):
+            problems.append(f"--dataset_path {source.folder}: no such folder")
+        elif problem := _not_pretokenized(Path(source.folder)):
+            problems.append(f"--dataset_path {source.folder} was not written by pretokenize.py: {problem}")
+    if len(problems) == before:
+        described = [read_arguments(source.folder) for source in sources]
+        facts.data = described[0] if len(sources) == 1 else _mixed(sources, described, problems)
+
+
+def _mixed(sources: Sequence[Source], described: Sequence[dict[str, Any]], problems: list[str]) -> dict[str, Any]:
+    """One description of the sources of a mixture, whose blocks and tokenizer must be alike. A resumed run knows its
+    data by it: shares and counts of each source are in it."""
+    for name in ("sequence_length", "tokenizer", "vocab_size", "eos_token_id"):
+        for source, each in zip(sources[1:], described[1:], strict=True):
+            if each.get(name) != described[0].get(name):
+                problems.append(
+                    f"--dataset_path: {source.folder} was made with {name} {each.get(name)}, {sources[0].folder} with "
+                    f"{described[0].get(name)}: a mixture has one"
+                )
+    largest = [each["largest_token_id"] for each in described if each.get("largest_token_id") is not None]
+    counts = {
+        split: {
+            str(at): {"share": source.share, **each.get(split, {})}
+            for at, (source, each) in enumerate(zip(sources, described, strict=True))
+        }
+        for split in ("train", "validation")
+    }
+    return {**described[0], **counts, **({"largest_token_id": max(largest)} if len(largest) == len(described) else {})}
 
 
 def _find_shards(data: DataConfig, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from peft_pretraining import rng
 from peft_pretraining.data.folder import read_arguments, read_column
+from peft_pretraining.data.mixture import Order
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed.process_group import ProcessGroup
 from peft_pretraining.models.loss import Batch
@@ -82,9 +83,10 @@ class TokenBlocks(Dataset):
         rows = [self._chunks[chunk][index - self._starts[chunk]] for chunk, index in zip(chunks, indices, strict=True)]
         return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64))}
 
-    def row_of(self, index: int) -> int:
-        """The block, counted from 0, that the sample is cut from."""
-        return index * self._origin[2] // self._block_length
+    def place(self, index: int) -> str:
+        """Folder, split and block, counted from 0, that the sample is cut from."""
+        row = index * self._origin[2] // self._block_length
+        return f"{self.folder}: split {self.split}, row {row}"
 
     def largest_token_id(self, first_tokens: int) -> int:
         """Largest id among about the first `first_tokens` tokens."""
@@ -106,6 +108,33 @@ def _rows(chunk, block_length: int, max_length: int) -> np.ndarray:
     if values.size != len(chunk) * block_length:
         raise ValueError(f"blocks are not all of {block_length} tokens, as args.json says")
     return values.reshape(-1, max_length)
+
+
+class MixedBlocks(Dataset):
+    """Several `TokenBlocks` of the same length, one after the other."""
+
+    def __init__(self, parts: Sequence[TokenBlocks]):
+        self.parts = tuple(parts)
+        self._starts = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.__getitems__([index])["input_ids"][0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """As that of `TokenBlocks`."""
+        rows = [self.parts[part].__getitems__([own])["input_ids"] for part, own in map(self._part_of, indices)]
+        return {"input_ids": torch.cat(rows)}
+
+    def place(self, index: int) -> str:
+        part, own = self._part_of(index)
+        return self.parts[part].place(own)
+
+    def _part_of(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, index - int(self._starts[part])
 
 
 @dataclass(frozen=True)
@@ -135,7 +164,7 @@ class SampleOrder:
 class MicroBatchSampler(Sampler[list[int]]):
     """The sample indices of this rank's micro-batches, from `start` on, without end."""
 
-    def __init__(self, order: SampleOrder, start: int, batch_size: int, accumulation: int, group: ProcessGroup):
+    def __init__(self, order: Order, start: int, batch_size: int, accumulation: int, group: ProcessGroup):
         self.order, self.start = order, start
         self.batch_size, self.accumulation, self.group = batch_size, accumulation, group
 
@@ -178,7 +207,7 @@ def useful_workers(requested: int, group: ProcessGroup) -> int:
 
 
 def training_batches(
-    blocks: TokenBlocks,
+    blocks: TokenBlocks | MixedBlocks,
     *,
     seed: int,
     start: int,
@@ -187,12 +216,15 @@ def training_batches(
     workers: int,
     group: ProcessGroup,
     vocabulary: int | None = None,
+    order: Order | None = None,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank, from position `start` of the stream, read ahead by worker processes.
 
+    `order`: by default all blocks, epoch after epoch, as `seed` permutes them.
+
     `DataError` at a token id that is not below `vocabulary`, where that is given.
     """
-    sampler = MicroBatchSampler(SampleOrder(len(blocks), seed), start, batch_size, accumulation, group)
+    sampler = MicroBatchSampler(order or SampleOrder(len(blocks), seed), start, batch_size, accumulation, group)
     workers = useful_workers(workers, group)
     batches = iter(
         DataLoader(
@@ -211,7 +243,7 @@ def training_batches(
     )
 
 
-def checked_ids(batch: Batch, blocks: TokenBlocks, indices: list[int], vocabulary: int | None) -> Batch:
+def checked_ids(batch: Batch, blocks: TokenBlocks | MixedBlocks, indices: list[int], vocabulary: int | None) -> Batch:
     """The batch of the samples `indices`, if all of its ids are in the vocabulary; the folder may say so wrongly.
 
     Otherwise an embedding would fail in the middle of a step: on CUDA with nothing that names the data.
@@ -220,9 +252,9 @@ def checked_ids(batch: Batch, blocks: TokenBlocks, indices: list[int], vocabular
     least, largest = (int(value) for value in torch.aminmax(ids))
     if least < 0 or (vocabulary is not None and largest >= vocabulary):
         wrong = least if least < 0 else largest
-        row = blocks.row_of(indices[int((ids == wrong).any(1).nonzero()[0])])
+        place = blocks.place(indices[int((ids == wrong).any(1).nonzero()[0])])
         what = "is negative" if least < 0 else f"is beyond the model's vocabulary of {vocabulary}"
-        raise DataError(f"{blocks.folder}: split {blocks.split}, row {row}: token id {wrong} {what}")
+        raise DataError(f"{place}: token id {wrong} {what}")
     return batch
 
 

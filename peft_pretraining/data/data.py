@@ -28,12 +28,17 @@ class Data(Protocol):
     """Bytes of text for each token of the validation set; None where they were not counted."""
     named: Mapping[str, NamedSet]
     """Further validation sets."""
+    shares: Mapping[str, float]
+    """Of a mixture: its sources' names in `named`, whose validation sets, weighted so, are the run's own."""
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         """Endless micro-batches of this rank from `position` on, in samples; `state` is what `state_at` gave there."""
 
     def epoch_at(self, position: int) -> int:
         """How often the training data was read as a whole before `position`."""
+
+    def read_before(self, position: int) -> dict[str, int]:
+        """Samples of each source of a mixture before `position`; nothing of one source."""
 
     def state_at(self, position: int) -> dict[str, Any]:
         """Small numbers that spare a run that goes on at `position` the reading of what lies before."""

@@ -15,6 +15,7 @@ from peft_pretraining.checkpoint.metrics_file import read_records
 from peft_pretraining.checkpoint.train_state import read_counters
 from peft_pretraining.config import Config
 from peft_pretraining.data.folder import read_arguments
+from peft_pretraining.data.mixture import first_folder, sources_of
 from peft_pretraining.flags.settings import shown_default
 from peft_pretraining.methods import METHODS
 
@@ -50,7 +51,7 @@ class About:
         counters = read_counters(checkpoint)
         update = int(counters.get("update_step", 0))
         try:
-            data = read_arguments(config.data.dataset_path) if config.data.dataset_path else {}
+            data = read_arguments(first_folder(config.data.dataset_path)) if config.data.dataset_path else {}
         except (OSError, ValueError):
             data = {}
         return cls(
@@ -99,6 +100,8 @@ class About:
     def dataset(self) -> str:
         """The data's name, without the folders that lead to it."""
         data = self.config.data
+        if len(sources := sources_of(data.dataset_path or "")) > 1:
+            return ", ".join(f"{source.share:.0%} {source.name}" for source in sources)
         if self.data.get("dataset"):
             parts = (Path(str(self.data["dataset"])).name, self.data.get("dataset_config"))
             return " ".join(str(part) for part in parts if part)

@@ -27,6 +27,7 @@ from peft_pretraining.config.validate import FileFacts
 from peft_pretraining.data.blocks import end_workers
 from peft_pretraining.data.data import Data
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER
+from peft_pretraining.data.mixture import first_folder
 from peft_pretraining.data.prompt_tokenizer import SavedTokenizer
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup
@@ -249,7 +250,7 @@ def _default_save_dir(config: Config) -> str:
 
 def _saved_tokenizer(config: Config, facts: FileFacts) -> SavedTokenizer:
     """The data folder's tokenizer, or the one that was named, as checkpoints have it."""
-    source = Path(config.data.dataset_path or "")
+    source = Path(first_folder(config.data.dataset_path) if config.data.dataset_path else "")
     if facts.tokenizer is None and config.data.tokenizer is None and (source / "tokenizer_config.json").is_file():
         return SavedTokenizer.of(source, config.data.max_length)
     name = facts.tokenizer or config.data.tokenizer or facts.data.get("tokenizer") or DEFAULT_TOKENIZER

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from peft_pretraining import rng
 from peft_pretraining.config import Config, evaluation_sets
 from peft_pretraining.config.cli import ParsedArgs
 from peft_pretraining.data import blocks
 from peft_pretraining.data.data import Data, NamedSet
 from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationSet, largest_id, training_batches
 from peft_pretraining.data.folder import bytes_per_token, read_arguments
+from peft_pretraining.data.mixture import MixedOrder, Source, sources_of
 from peft_pretraining.data.shards import Shard
 from peft_pretraining.data.streaming import DocumentStream
 from peft_pretraining.data.tokenizer import load_tokenizer
@@ -36,36 +38,59 @@ def open_data(launch: ParsedArgs, group: ProcessGroup) -> Data:
         return StreamedData(launch, group)
     model = launch.facts.model
     vocabulary = None if model is None else vocabulary_size(model)
-    end = launch.facts.data["eos_token_id"] if launch.config.data.document_mask else None
-    return BlockData(launch.config, *_open_blocks(launch), group, vocabulary, end)
+    sources = sources_of(_given(launch.config.data.dataset_path))
+    opened = [_open_blocks(launch, source) for source in sources]
+    return BlockData(launch.config, sources, opened, group, vocabulary)
 
 
 class BlockData:
-    """Blocks of tokens in random access: a position is all the state there is."""
+    """Blocks of tokens in random access, of one folder or a mixture: a position is all the state there is."""
 
     def __init__(
         self,
         config: Config,
-        train: blocks.TokenBlocks,
-        validation: blocks.TokenBlocks,
+        sources: Sequence[Source],
+        opened: Sequence[tuple[blocks.TokenBlocks, blocks.TokenBlocks]],
         group: ProcessGroup,
         vocabulary: int | None = None,
-        end: int | None = None,
     ):
-        """`vocabulary`: size of the model's table of embeddings, where it is known. `end`: the token that documents end
-        with, where they are to be kept apart."""
-        self._config, self._train, self._group, self._vocabulary = config, train, group, vocabulary
-        self._end = end
-        self.description = f"{len(train)} samples"
-        self.evaluation: Iterable[Batch | None] = _BlockEvaluation(config, validation, group, vocabulary, end)
-        self.bytes_per_token: float | None = bytes_per_token(read_arguments(validation.folder), "validation")
+        """`opened`: train and validation blocks of each source; `vocabulary`: size of the model's table of
+        embeddings, where it is known."""
+        self._config, self._sources, self._group, self._vocabulary = config, sources, group, vocabulary
+        self._train = [train for train, _ in opened]
+        seed, sizes = config.run.seed, [len(train) for train in self._train]
+        own = [
+            _own_set(config, source.share, validation, group, vocabulary)
+            for source, (_, validation) in zip(sources, opened, strict=True)
+        ]
+        self.evaluation: Iterable[Batch | None] = own[0].batches
+        self.bytes_per_token: float | None = own[0].bytes_per_token
         self.named: Mapping[str, NamedSet] = named_sets(config, group, vocabulary)
+        self.shares: Mapping[str, float] = {}
+        self._order: blocks.Order = blocks.SampleOrder(sizes[0], seed)
+        self.description = f"{sizes[0]} samples"
+        if len(sources) == 1:
+            return
+        self.evaluation = ()
+        self.shares = {source.name: source.share for source in sources}
+        self.named = {**dict(zip(self.shares, own, strict=True)), **self.named}
+        of_each = [each.bytes_per_token for each in own]
+        known = [each for each in of_each if each is not None]
+        whole = len(known) == len(own)
+        self.bytes_per_token = sum(s.share * each for s, each in zip(sources, known, strict=True)) if whole else None
+        orders = [blocks.SampleOrder(size, rng.derive_seed(seed, "source", index=k)) for k, size in enumerate(sizes)]
+        self._order = self._mixed = MixedOrder(orders, sizes, list(self.shares.values()), seed)
+        shown = [
+            f"{source.share:.2%} {source.name} ({size} samples)" for source, size in zip(sources, sizes, strict=True)
+        ]
+        self.description = f"a mixture: {', '.join(shown)}"
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
         batches = blocks.training_batches(
-            self._train,
+            self._train[0] if len(self._train) == 1 else blocks.MixedBlocks(self._train),
             seed=config.run.seed,
+            order=self._order,
             start=position,
             batch_size=_given(config.batch.batch_size),
             accumulation=_given(config.batch.gradient_accumulation),
@@ -73,10 +98,18 @@ class BlockData:
             group=self._group,
             vocabulary=self._vocabulary,
         )
-        return (documents_apart(batch, self._end) for batch in batches)
+        end = _end_of_documents(config, self._train[0])  # of a mixture's folders, one for all
+        return (documents_apart(batch, end) for batch in batches)
 
     def epoch_at(self, position: int) -> int:
-        return position // len(self._train)
+        if not self.shares:
+            return position // len(self._train[0])
+        return min(
+            read // len(train) for read, train in zip(self._mixed.read_before(position), self._train, strict=True)
+        )
+
+    def read_before(self, position: int) -> dict[str, int]:
+        return dict(zip(self.shares, self._mixed.read_before(position), strict=True)) if self.shares else {}
 
     def state_at(self, position: int) -> dict[str, Any]:
         return {}
@@ -90,10 +123,11 @@ class _BlockEvaluation:
     blocks: blocks.TokenBlocks
     group: ProcessGroup
     vocabulary: int | None
-    end: int | None
+    share: float = 1.0
+    """Of `--eval_tokens`."""
 
     def __iter__(self) -> Iterator[Batch | None]:
-        max_samples = max(1, self.config.data.eval_tokens // _given(self.config.data.max_length))
+        max_samples = max(1, round(self.config.data.eval_tokens * self.share) // _given(self.config.data.max_length))
         batches = blocks.evaluation_batches(
             self.blocks,
             max_samples=max_samples,
@@ -101,7 +135,13 @@ class _BlockEvaluation:
             group=self.group,
             vocabulary=self.vocabulary,
         )
-        return (batch and documents_apart(batch, self.end) for batch in batches)
+        end = _end_of_documents(self.config, self.blocks)
+        return (batch and documents_apart(batch, end) for batch in batches)
+
+
+def _end_of_documents(config: Config, split: blocks.TokenBlocks) -> int | None:
+    """The token that the documents of a folder end with, where they are to be kept apart; checked to be there."""
+    return read_arguments(split.folder)["eos_token_id"] if config.data.document_mask else None
 
 
 def documents_apart(batch: Batch, end: int | None) -> Batch:
@@ -113,30 +153,35 @@ def documents_apart(batch: Batch, end: int | None) -> Batch:
     return {**batch, "position_ids": positions.pin_memory() if batch["input_ids"].is_pinned() else positions}
 
 
+def _own_set(
+    config: Config, share: float, validation: blocks.TokenBlocks, group: ProcessGroup, vocabulary: int | None
+) -> NamedSet:
+    """A source's validation split, of which its share of `--eval_tokens` is evaluated."""
+    per_token = bytes_per_token(read_arguments(validation.folder), "validation")
+    return NamedSet(_BlockEvaluation(config, validation, group, vocabulary, share), per_token)
+
+
 def named_sets(config: Config, group: ProcessGroup, vocabulary: int | None) -> dict[str, NamedSet]:
     """The sets of `--eval_datasets`. ConfigError where their files are damaged."""
     found = {}
     for name, folder in evaluation_sets.pairs(config.data.eval_datasets).items():
         try:
             split = blocks.TokenBlocks(folder, "validation", _given(config.data.max_length))
-            arguments = read_arguments(folder)
-            per_token = bytes_per_token(arguments, "validation")
+            per_token = bytes_per_token(read_arguments(folder), "validation")
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError([f"--eval_datasets {name}={folder}: {' '.join(str(error).split())}"]) from error
         if not len(split):
             raise ConfigError([f"--eval_datasets {name}={folder}: split validation is empty"])
-        end = arguments["eos_token_id"] if config.data.document_mask else None
-        found[name] = NamedSet(_BlockEvaluation(config, split, group, vocabulary, end), per_token)
+        found[name] = NamedSet(_BlockEvaluation(config, split, group, vocabulary), per_token)
     return found
 
 
-def _open_blocks(launch: ParsedArgs) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:
+def _open_blocks(launch: ParsedArgs, source: Source) -> tuple[blocks.TokenBlocks, blocks.TokenBlocks]:
     config, facts = launch.config, launch.facts
-    where = f"--dataset_path {config.data.dataset_path}"
+    where = f"--dataset_path {source.folder}"
     try:
         splits = [
-            blocks.TokenBlocks(_given(config.data.dataset_path), name, _given(config.data.max_length))
-            for name in ("train", "validation")
+            blocks.TokenBlocks(source.folder, name, _given(config.data.max_length)) for name in ("train", "validation")
         ]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError([f"{where}: {' '.join(str(error).split())}"]) from error
@@ -158,6 +203,7 @@ class StreamedData:
         self._config, self._shards, self._group = config, shards, group
         self._stream: DocumentStream | None = None
         self._maker = SampleMaker(_checked_tokenizer(launch), _given(config.data.max_length))
+        self.shares: Mapping[str, float] = {}
         self.bytes_per_token: float | None = None  # documents are cut, and tokens of padding are none
         self.named: Mapping[str, NamedSet] = named_sets(
             config, group, vocabulary_size(launch.facts.model) if launch.facts.model else None
@@ -187,6 +233,9 @@ class StreamedData:
 
     def epoch_at(self, position: int) -> int:
         return _given(self._stream).epoch_at(position)
+
+    def read_before(self, position: int) -> dict[str, int]:
+        return {}
 
     def state_at(self, position: int) -> dict[str, Any]:
         return _given(self._stream).state_at(position)

@@ -79,6 +79,8 @@ def named(record: Mapping[str, Any], last_step: int, older_names: bool = False) 
     for name, value in record.items():
         if name == "eval_sets":
             result |= {f"eval/{each}/{what}": number for each, of in value.items() for what, number in of.items()}
+        elif name == "source_tokens":
+            result |= {f"data/{source}/tokens": number for source, number in value.items()}
         elif name == "layers":
             result |= {f"layers/{what}/{layer}": number for layer, of in value.items() for what, number in of.items()}
         elif name.startswith(_OLDER):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from peft_pretraining.data.data import Data
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.models.loss import Batch, count_targets, token_loss_sum
@@ -80,6 +81,36 @@ def evaluate(
     if not whole.tokens:
         raise DataError("the evaluation set holds nothing to predict: no sequence of it has two tokens")
     return whole if parts == 1 else Evaluation(whole.loss, whole.tokens, tuple(map(_evaluation, totals)))
+
+
+def evaluate_all(
+    model: nn.Module, data: Data, group: ProcessGroup, should_stop: Callable[[], bool], parts: int
+) -> tuple[Evaluation, dict[str, Evaluation]] | None:
+    """The run's own validation set, and its named ones; None where a request to stop cut them short."""
+    own = None if data.shares else evaluate(model, data.evaluation, group, should_stop, parts)
+    if own is None and not data.shares:
+        return None
+    named = {}
+    for name, each in data.named.items():
+        found = evaluate(model, each.batches, group, should_stop, parts if name in data.shares else 1)
+        if found is None:
+            return None
+        named[name] = found
+    return own or mean_of([(share, named[name]) for name, share in data.shares.items()]), named
+
+
+def mean_of(weighted: Sequence[tuple[float, Evaluation]]) -> Evaluation:
+    """The mean loss of several sets, each with its weight, part by part, too; the weights add up to 1.
+
+    >>> mean_of([(0.75, Evaluation(2.0, 10)), (0.25, Evaluation(4.0, 50))])
+    Evaluation(loss=2.5, tokens=60, parts=())
+    """
+    parts = [
+        mean_of([(share, part) for (share, _), part in zip(weighted, of_all, strict=True)])
+        for of_all in zip(*(each.parts for _, each in weighted), strict=True)
+    ]
+    loss = math.fsum(share * each.loss for share, each in weighted)
+    return Evaluation(loss, sum(each.tokens for _, each in weighted), tuple(parts))
 
 
 def _evaluation(totals: torch.Tensor) -> Evaluation:

@@ -24,7 +24,7 @@ from peft_pretraining.training.deciding import (
     step_by_mask,
     step_if_usable,
 )
-from peft_pretraining.training.evaluate import evaluate
+from peft_pretraining.training.evaluate import evaluate_all
 from peft_pretraining.training.progress import Update, report
 from peft_pretraining.training.rewinding import go_back
 from peft_pretraining.training.run import Run
@@ -243,19 +243,15 @@ def evaluation_is_due(run: Run) -> bool:
 
 def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
     """Evaluate; False when a request to stop cut it short: then the resumed run makes up for it."""
-    state = run.state
-    parts = run.config.data.eval_parts
-    result = evaluate(run.model, run.data.evaluation, run.group, lambda: stop.anywhere(run.group), parts)
-    if result is None:
+    state, data, length = run.state, run.data, run.config.data.max_length
+    found = evaluate_all(run.model, data, run.group, lambda: stop.anywhere(run.group), run.config.data.eval_parts)
+    if found is None:
         return False
-    further = {}
-    for name, each in run.data.named.items():
-        found = evaluate(run.model, each.batches, run.group, lambda: stop.anywhere(run.group))
-        if found is None:
-            return False
-        further[name] = found.described(each.bytes_per_token)
     state.evaluated_step = state.update_step
-    own = result.described(run.data.bytes_per_token)
+    result, named = found
+    own = result.described(data.bytes_per_token)
+    further = {name: each.described(data.named[name].bytes_per_token) for name, each in named.items()}
+    read = {name: samples * (length or 0) for name, samples in data.read_before(state.data_position).items()}
     run.tracker.record(
         update_step=state.update_step,
         tokens_seen=state.tokens_seen,
@@ -263,6 +259,7 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
         optimizer_state_bytes=state_bytes(run.optimizer),
         **{f"final_eval_perplexity_{index}": part.perplexity for index, part in enumerate(result.parts)},
         **({"eval_sets": further} if further else {}),
+        **({"source_tokens": read} if read else {}),
     )
     said = "".join(f"; {name} loss {each['loss']:.4f}, {each['perplexity']:.2f}" for name, each in further.items())
     told = (state.update_step, result.loss, result.perplexity, said)

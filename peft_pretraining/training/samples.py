@@ -19,6 +19,7 @@ from peft_pretraining.config import Config
 from peft_pretraining.config.tracking_config import read_prompts
 from peft_pretraining.config.validate import FileFacts
 from peft_pretraining.data.folder import DEFAULT_TOKENIZER
+from peft_pretraining.data.mixture import first_folder
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.flags import ConfigError
@@ -65,7 +66,7 @@ class Sampler:
     def _read(self, config: Config, facts: FileFacts, vocabulary: int) -> list[list[int]] | ConfigError:
         path, folder = config.tracking.sample_prompts, config.data.dataset_path
         assert path is not None, "checked"
-        source = facts.tokenizer or config.data.tokenizer or folder or DEFAULT_TOKENIZER
+        source = facts.tokenizer or config.data.tokenizer or (first_folder(folder) if folder else DEFAULT_TOKENIZER)
         try:
             self._prompts = read_prompts(path)
             self._tokenizer = load_tokenizer(source)
