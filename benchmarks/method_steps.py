@@ -104,7 +104,7 @@ def config_of(name: str, rank: int, period: int, dtype: torch.dtype) -> Config:
     own["precision"] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype]
     if spec.period is not None:
         own[spec.period] = period
-    if "rank" in {item.name for item in dataclasses.fields(spec.settings)}:
+    if "rank" in {item.name for item in dataclasses.fields(spec.settings)} and "rank" not in spec.defaults:
         own["rank"] = rank
     return Config.from_settings(own)
 

@@ -65,6 +65,22 @@ def test_the_librarys_page():
         assert all(not torch.equal(*each) and bool(each[1].isfinite().all()) for each in moved), name
 
 
+def test_what_differs_from_torch():
+    """The formulas of the library's page: ε before the bias correction, the decay after the step."""
+    rate, decay, eps, (beta1, beta2) = 0.1, 0.2, 1e-2, (0.9, 0.999)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    optimizer = LowRankOptimizer([{"params": [weight]}], rule="adamw", lr=rate, weight_decay=decay, eps=eps)
+    expected, first, second = weight.detach().clone(), torch.zeros(6, 4).double(), torch.zeros(6, 4).double()
+    for k in range(1, 5):
+        weight.grad = grad = torch.randn(6, 4, dtype=torch.float64)
+        first, second = beta1 * first + (1 - beta1) * grad, beta2 * second + (1 - beta2) * grad.square()
+        corrected = (second / (1 - beta2**k)).sqrt() + eps / (1 - beta2**k) ** 0.5
+        expected = (1 - rate * decay) * (expected - rate * first / (1 - beta1**k) / corrected)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-9)  # the kernel's count is float32
+
+
 def tiny_llama():
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
