@@ -62,6 +62,7 @@ FLIPS: dict[str, str] = {
     **{
         "eval_tokens": "16",
         "eval_parts": "2",
+        "document_mask": "True",
         "max_document_mb": "1",
         "skip_batches": "1",
         "batch_size": "1",
@@ -161,7 +162,7 @@ class Runner:
     """Runs command lines, each once."""
 
     def __init__(self, folder: Path):
-        self._data = write_blocks(folder / "data", train=64, validation=4, block=16, vocabulary=32)
+        self._data = write_blocks(folder / "data", train=64, validation=4, block=16, vocabulary=32, eos_token_id=3)
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 16}
         self._model = write_model(folder / "llama.json", vocab_size=32, **shape)
         self._folder, self._done = folder, {}

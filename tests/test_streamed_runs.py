@@ -252,7 +252,8 @@ def test_padding_cannot_be_turned_off(streamed, refused):
 def test_documents_are_cut_at_256_tokens_unless_told_otherwise(streamed, refused, tmp_path):
     model = write_model(tmp_path / "small.json", max_position_embeddings=128, vocab_size=VOCABULARY)
     assert refused(streamed(model_config=model, max_length=None)) == [
-        "--max_length 256 is beyond the model's 128 positions"
+        "--max_length 256 is beyond the model's 128 positions "
+        "(max_position_embeddings: they have no weights, so that a new model may have more)"
     ]
 
 

@@ -323,6 +323,6 @@ def test_a_run_that_goes_on_keeps_its_method(found, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     new = Config.from_settings({"method": "galore", "save_dir": str(tmp_path / "new"), "autoresume": True})
     old = new.replace(save_dir=str(tmp_path))
-    assert recorded.keep_speed(new, ()).method.svd_method == "auto"
-    assert recorded.keep_speed(old, ()).method.svd_method == (found or "gram")
-    assert recorded.keep_speed(old.replace(svd_method="subspace"), {"svd_method"}).method.svd_method == "subspace"
+    assert recorded.keep(new, ()).method.svd_method == "auto"
+    assert recorded.keep(old, ()).method.svd_method == (found or "gram")
+    assert recorded.keep(old.replace(svd_method="subspace"), {"svd_method"}).method.svd_method == "subspace"

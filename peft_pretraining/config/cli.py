@@ -83,7 +83,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
     chosen = legacy.choose(given, problems)
     settings, read = method_settings.settle(given, chosen, {}, problems)
     config = check_precision.settle(Config.from_settings(settings), problems)
-    config = recorded.keep_speed(recorded_precision.keep(config, given, problems), given)
+    config = recorded.keep(recorded_precision.keep(config, given, problems), given)
     if given.get("dataset_path") and given.get("base_dir"):
         warnings.append(f"--dataset_path wins over --base_dir {config.data.base_dir}, which has no effect")
     warn_without_effect(given, config, read, warnings)
@@ -100,6 +100,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None, here: bo
         check_precision.check(config, problems, warnings)
         check_sharding.check(config, facts, problems, warnings)
         validate.check_data(config, facts, problems)
+        validate.check_document_mask(config, facts, problems, warnings)
         evaluation_sets.check(config, facts, problems, warnings)
         tracking_config.check(config, problems)
         if here:

@@ -74,6 +74,8 @@ def _contradictions(arguments: dict[str, Any], config: Config, facts: FileFacts)
         vocabulary = model_config.vocabulary_size(facts.model)
         if largest >= vocabulary:
             problems.append(f"token id {largest} is beyond the model's vocabulary of {vocabulary}")
+    if config.data.document_mask and arguments.get("eos_token_id") is None:
+        problems.append("it does not say what documents end with (args.json has no eos_token_id; --document_mask)")
     for what in ("vocab_size", "eos_token_id"):
         ours, theirs = facts.data.get(what), arguments.get(what)
         if ours is not None and theirs is not None and ours != theirs:

@@ -16,17 +16,20 @@ _SPEED = {
 }
 """Settings that change how fast an update is and the last digits of what it computes -> what runs had before there were
 these settings."""
+_TASK = {"document_mask": False}
+"""The same of what is learned."""
 
 
-def keep_speed(config: Config, given: Collection[str]) -> Config:
+def keep(config: Config, given: Collection[str]) -> Config:
     """With the recorded values of such settings, where a run goes on and the command line does not name them."""
+    earlier = _SPEED | _TASK
     for _, folder, is_of_run in folders(config):
         # What is wrong with the folder is said where it is checked.
         with contextlib.suppress(OSError, ValueError):
             settings, saved = settings_of(folder, is_of_run)
             if settings or saved:
-                known = _SPEED.keys() & config.settings().keys() - set(given)
-                return config.replace(**{name: settings.get(name, _SPEED[name]) for name in known})
+                known = earlier.keys() & config.settings().keys() - set(given)
+                return config.replace(**{name: settings.get(name, earlier[name]) for name in known})
     return config
 
 

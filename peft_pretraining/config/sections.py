@@ -100,6 +100,11 @@ class DataConfig:
     max_length: int | None = setting(
         None, sequence_length, "tokens per sequence (default: a block; 256 when streaming)"
     )
+    document_mask: bool = setting(
+        False,
+        boolean,
+        "keep the documents of a block apart: no attention across their end tokens, and each begins at position 0",
+    )
     max_document_mb: float = setting(
         LONGEST_DOCUMENT, positive_float, "longest line of a shard in MB, unpacked; longer ones are passed over"
     )

@@ -159,12 +159,34 @@ def check_data(config: Config, facts: FileFacts, problems: list[str]) -> None:
         return
     limit = model_config.position_limit(facts.model)
     if max_length and max_length > limit:
-        problems.append(f"--max_length {max_length} is beyond the model's {limit} positions")
+        problems.append(
+            f"--max_length {max_length} is beyond the model's {limit} positions "
+            "(max_position_embeddings: they have no weights, so that a new model may have more)"
+        )
     largest, vocabulary = facts.data.get("largest_token_id"), model_config.vocabulary_size(facts.model)
     if largest is not None and largest >= vocabulary:
         problems.append(
             f"--dataset_path {config.data.dataset_path}: token id {largest} is beyond the model's vocabulary "
             f"of {vocabulary}"
+        )
+
+
+def check_document_mask(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
+    """Whether it can be known where documents end, and whether what one computes depends on no other."""
+    if not config.data.document_mask:
+        return
+    if facts.shards is not None and not config.data.eval_datasets:
+        how = "with streamed documents, each of which has a sequence of its own"
+        warnings.append(f"without effect {how}: --document_mask")
+    if facts.data and facts.data.get("eos_token_id") is None:
+        problems.append(
+            f"--document_mask: --dataset_path {config.data.dataset_path} does not say what documents end with "
+            "(args.json has no eos_token_id)"
+        )
+    if facts.model and model_config.rotary(facts.model)["rope_type"] == "longrope":
+        problems.append(
+            "--document_mask: the rope_type longrope chooses its factors by the longest document of a micro-batch, so "
+            "that documents would depend on each other"
         )
 
 
@@ -187,6 +209,7 @@ def identity_of(config: Config, facts: FileFacts) -> dict[str, Any]:
         **method_settings.identity(config),
         "data": _fingerprint(_streamed(facts) if facts.shards else counts),
         "max_length": config.data.max_length,
+        "document_mask": config.data.document_mask,
     }
 
 

@@ -41,6 +41,7 @@ def read_arguments(folder: str | Path) -> dict[str, Any]:
     _check_int(arguments, "sequence_length", 1, _LARGEST_ID)
     _check_int(arguments, "vocab_size", 1, _LARGEST_ID)
     _check_int(arguments, "largest_token_id", -1, _LARGEST_ID)
+    _check_int(arguments, "eos_token_id", 0, _LARGEST_ID)
     if not isinstance(arguments.get("tokenizer"), str | None):
         raise ValueError(f"{ARGUMENTS}: tokenizer must be a name, not {_shown(arguments['tokenizer'])}")
     for split in SPLITS:

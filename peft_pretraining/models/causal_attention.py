@@ -1,9 +1,9 @@
 """Causal attention without a mask: nothing is made, and nothing read back from the device to find out whether one is.
 
 transformers looks at the numbers of position ids, and of a padding mask, before it leaves a causal mask out; on a GPU
-the host waits for both, in every forward pass. A batch of this package needs no mask, ever: its sequences begin at
-their first token, and what fills up short ones stands behind them, where no real token looks. `nothing_masked` says so.
-Any other mask, or none, takes transformers' own way.
+the host waits for both, in every forward pass. A batch of this package needs no mask unless documents are kept apart:
+its sequences begin at their first token, and what fills up short ones stands behind them, where no real token looks.
+`nothing_masked` says so. Any other mask, or none, takes transformers' own way.
 """
 
 from __future__ import annotations
@@ -21,12 +21,24 @@ NAME = "causal_sdpa"
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' `sdpa`, to which an empty mask is none."""
+    """transformers' `sdpa`, to which an empty mask is none. With `cu_seq_lens_q`, the documents' ends in one row of all
+    tokens as flash attention takes them, each document by itself: nothing is computed that a mask would throw away."""
     if attention_mask is not None and attention_mask.numel() == 0:
         attention_mask = None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    lengths = cu_seq_lens_q.diff().tolist()
+    documents = zip(*(each.split(lengths, 2) for each in (query, key, value)), strict=True)  # (1, heads, tokens, d)
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **settings)[0] for q, k, v in documents]
+    return torch.cat(outputs, 1), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -39,11 +51,16 @@ def make_maskless(model: PreTrainedModel) -> None:
         model.config._attn_implementation = NAME
 
 
-def is_maskless(model: nn.Module) -> bool:
-    """Whether a model takes `nothing_masked` for a mask; it may be wrapped, as for DDP."""
+def attention_of(model: nn.Module) -> str | None:
+    """The implementation of a model's attention; it may be wrapped, as for DDP. None where nothing names one."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def is_maskless(model: nn.Module) -> bool:
+    """Whether a model takes `nothing_masked` for a mask."""
+    return attention_of(model) == NAME
 
 
 def nothing_masked(device: torch.device) -> Tensor:

@@ -135,7 +135,7 @@ def _value_problems(settings: Mapping[str, Any], where: str) -> list[str]:
     ]
 
 
-def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """All keys, as transformers completes them, but those of rotary embeddings."""
     shape = {key: settings.get(key, entry.default) for key, entry in KEYS.items() if key not in ROPE_KEYS}
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
@@ -145,7 +145,7 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shape_problems(settings: Mapping[str, Any], where: str) -> list[str]:
-    shape = _with_defaults(settings)
+    shape = with_defaults(settings)
     hidden, heads, kv_heads = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
     problems = []
     if hidden % heads:
@@ -198,7 +198,7 @@ def _rope_contradictions(settings: Mapping[str, Any], named: dict[str, dict[str,
     for key, numbers in named.items():
         if base is not None and numbers.get("rope_theta", base) != base:
             return [f"{where}: rope_theta {base} and {numbers['rope_theta']} of {key} contradict each other"]
-    found, shape = rotary(settings), _with_defaults(settings)
+    found, shape = rotary(settings), with_defaults(settings)
     if found["rope_type"] == "llama3" and found["high_freq_factor"] <= found["low_freq_factor"]:
         return [
             f"{where}: high_freq_factor {found['high_freq_factor']} must be above low_freq_factor "
@@ -216,7 +216,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
 
     The ids of special tokens and what else does not change the model (`WITHOUT_FUNCTION`) are not looked at.
     """
-    one, two = ({**_with_defaults(settings), **rotary(settings)} for settings in (first, second))
+    one, two = ({**with_defaults(settings), **rotary(settings)} for settings in (first, second))
     found = [name for name in dict.fromkeys((*one, *two)) if one.get(name) != two.get(name)]
     implied = {"head_dim": {"hidden_size", "num_attention_heads"}, "num_key_value_heads": {"num_attention_heads"}}
     return [
@@ -257,7 +257,7 @@ def position_limit(settings: dict[str, Any]) -> int:
 
 def linear_inputs(settings: dict[str, Any]) -> dict[str, int]:
     """Number of inputs of every linear layer, by dotted name."""
-    shape = _with_defaults(settings)
+    shape = with_defaults(settings)
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     block = {
         **{f"self_attn.{name}_proj": hidden for name in "qkv"},
@@ -269,10 +269,14 @@ def linear_inputs(settings: dict[str, Any]) -> dict[str, int]:
 
 
 def parameter_count(settings: dict[str, Any]) -> int:
-    """Number of weights (biases, where configured, are left out: this only estimates disk space)."""
-    shape = _with_defaults(settings)
-    hidden, heads, kv_heads = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
-    attention = hidden * shape["head_dim"] * (2 * heads + 2 * kv_heads)
-    layer = attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden
+    """Number of weights, a tied table's counted once."""
+    shape = with_defaults(settings)
+    hidden, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    layer = hidden * head * (2 * heads + 2 * kv_heads) + 3 * hidden * inner + 2 * hidden
+    if shape["attention_bias"]:
+        layer += head * (heads + 2 * kv_heads) + hidden
+    if shape["mlp_bias"]:
+        layer += 2 * inner + hidden
     tables = (1 if shape["tie_word_embeddings"] else 2) * shape["vocab_size"] * hidden
     return shape["num_hidden_layers"] * layer + tables + hidden

@@ -8,6 +8,7 @@ from typing import Any
 from peft_pretraining.config import Config
 from peft_pretraining.flags.state_size import elements
 from peft_pretraining.methods import METHODS
+from peft_pretraining.models.model_config import with_defaults
 
 
 def formula(config: Config) -> str:
@@ -28,10 +29,11 @@ def of_matrix(config: Config, rows: int, columns: int, blocks: int) -> int:
 
 
 def matrices(shape: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
-    """Rows, columns, and heads or rows, of the linear layers of all decoder layers of a LLaMA."""
-    hidden, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
-    size = shape.get("head_dim") or hidden // heads
-    of_keys = shape.get("num_key_value_heads") or heads
+    """Rows, columns, and heads or rows, of the linear layers of all decoder layers of a LLaMA, of which a JSON may say
+    a part."""
+    shape = with_defaults(shape)
+    hidden, inner, size = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    heads, of_keys = shape["num_attention_heads"], shape["num_key_value_heads"]
     for _ in range(shape["num_hidden_layers"]):
         yield heads * size, hidden, heads
         yield of_keys * size, hidden, of_keys

@@ -19,6 +19,7 @@ from peft_pretraining.data.streaming import DocumentStream
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.distributed import ProcessGroup
 from peft_pretraining.flags import ConfigError
+from peft_pretraining.models.document_mask import document_positions
 from peft_pretraining.models.loss import Batch
 from peft_pretraining.models.model_config import vocabulary_size
 
@@ -86,7 +87,7 @@ class BlockData:
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
-        return blocks.training_batches(
+        batches = blocks.training_batches(
             self._train[0] if len(self._train) == 1 else blocks.MixedBlocks(self._train),
             seed=config.run.seed,
             order=self._order,
@@ -97,6 +98,8 @@ class BlockData:
             group=self._group,
             vocabulary=self._vocabulary,
         )
+        end = _end_of_documents(config, self._train[0])  # of a mixture's folders, one for all
+        return (documents_apart(batch, end) for batch in batches)
 
     def epoch_at(self, position: int) -> int:
         if not self.shares:
@@ -125,13 +128,29 @@ class _BlockEvaluation:
 
     def __iter__(self) -> Iterator[Batch | None]:
         max_samples = max(1, round(self.config.data.eval_tokens * self.share) // _given(self.config.data.max_length))
-        return blocks.evaluation_batches(
+        batches = blocks.evaluation_batches(
             self.blocks,
             max_samples=max_samples,
             batch_size=_given(self.config.batch.batch_size),
             group=self.group,
             vocabulary=self.vocabulary,
         )
+        end = _end_of_documents(self.config, self.blocks)
+        return (batch and documents_apart(batch, end) for batch in batches)
+
+
+def _end_of_documents(config: Config, split: blocks.TokenBlocks) -> int | None:
+    """The token that the documents of a folder end with, where they are to be kept apart; checked to be there."""
+    return read_arguments(split.folder)["eos_token_id"] if config.data.document_mask else None
+
+
+def documents_apart(batch: Batch, end: int | None) -> Batch:
+    """The batch with its tokens' positions in documents that end with the token `end`; None: as it is."""
+    if end is None:
+        return batch
+    positions = document_positions(batch["input_ids"], end)
+    # Memory that a GPU reads by itself, as that of the tokens.
+    return {**batch, "position_ids": positions.pin_memory() if batch["input_ids"].is_pinned() else positions}
 
 
 def _own_set(

@@ -21,6 +21,7 @@ from peft_pretraining.distributed import CheckpointGroup, ProcessGroup
 from peft_pretraining.distributed.sharding import local
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.models.loss import Batch
+from peft_pretraining.models.model_config import vocabulary_size
 from peft_pretraining.optim.state.gradient_owner import gradient_owner
 from peft_pretraining.report.footprint.counters import Counts
 from peft_pretraining.report.footprint.processes import group_of
@@ -93,7 +94,7 @@ class Simulation:
     def _build(self) -> Run:
         """As `training.build.build` does, without data, folder and records."""
         config, group, storages = self.config, self.group, self.tracker.storages
-        self.tracker.phase, self.tracker.vocabulary = "building", self.shape.get("vocab_size")
+        self.tracker.phase, self.tracker.vocabulary = "building", vocabulary_size(self.shape)
         method = load_method(config.method.method)(config)
         model = distributed_model(config, self.shape, method, group)
         choose_loss(model, config.model.fused_loss, _CUDA)
@@ -144,7 +145,10 @@ class Simulation:
 
     def _batches(self) -> Iterator[Batch]:
         while True:
-            yield {"input_ids": torch.zeros(self.batch_size, self.length, dtype=torch.int64)}
+            batch = {"input_ids": torch.zeros(self.batch_size, self.length, dtype=torch.int64)}
+            if self.config.data.document_mask:
+                batch["position_ids"] = torch.arange(self.length).repeat(self.batch_size, 1)
+            yield batch
 
     # What is measured.
 
