@@ -84,15 +84,18 @@ def evaluate(
 
 
 def evaluate_all(
-    model: nn.Module, data: Data, group: ProcessGroup, should_stop: Callable[[], bool], parts: int
+    data: Data, parts: int, evaluate_one: Callable[[Iterable[Batch | None], int], Evaluation | None]
 ) -> tuple[Evaluation, dict[str, Evaluation]] | None:
-    """The run's own validation set, and its named ones; None where a request to stop cut them short."""
-    own = None if data.shares else evaluate(model, data.evaluation, group, should_stop, parts)
+    """The run's own validation set, and its named ones; None where a request to stop cut them short.
+
+    `evaluate_one` is given a set's batches and the number of parts.
+    """
+    own = None if data.shares else evaluate_one(data.evaluation, parts)
     if own is None and not data.shares:
         return None
     named = {}
     for name, each in data.named.items():
-        found = evaluate(model, each.batches, group, should_stop, parts if name in data.shares else 1)
+        found = evaluate_one(each.batches, parts if name in data.shares else 1)
         if found is None:
             return None
         named[name] = found

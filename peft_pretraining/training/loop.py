@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -24,7 +25,7 @@ from peft_pretraining.training.deciding import (
     step_by_mask,
     step_if_usable,
 )
-from peft_pretraining.training.evaluate import evaluate_all
+from peft_pretraining.training.evaluate import Evaluation, evaluate, evaluate_all
 from peft_pretraining.training.progress import Update, report
 from peft_pretraining.training.rewinding import go_back
 from peft_pretraining.training.run import Run
@@ -244,7 +245,11 @@ def evaluation_is_due(run: Run) -> bool:
 def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
     """Evaluate; False when a request to stop cut it short: then the resumed run makes up for it."""
     state, data, length = run.state, run.data, run.config.data.max_length
-    found = evaluate_all(run.model, data, run.group, lambda: stop.anywhere(run.group), run.config.data.eval_parts)
+
+    def evaluate_one(batches: Iterable[Batch | None], parts: int) -> Evaluation | None:
+        return evaluate(run.model, batches, run.group, lambda: stop.anywhere(run.group), parts)
+
+    found = evaluate_all(data, run.config.data.eval_parts, evaluate_one)
     if found is None:
         return False
     state.evaluated_step = state.update_step
