@@ -26,6 +26,8 @@ from peft_pretraining.methods._matrices.method import MatrixTraining, adam_argum
 from peft_pretraining.methods.frugal.settings import FREE_RULES, ORDERS, SPACES
 from peft_pretraining.optim import Collective, Direction, MatrixOptimizer, ParamUpdate, Phases, StateTensor, UpdateRule
 from peft_pretraining.optim.basis.svd import gram_eigenvectors, short_gram
+from peft_pretraining.optim.tensors.launching import launches_cost
+from peft_pretraining.optim.tensors.param_update import ByRows
 from peft_pretraining.optim.tensors.projection import LEFT, Projection
 from peft_pretraining.optim.tensors.state_tensor import counter
 
@@ -135,8 +137,23 @@ class PartialAdam(UpdateRule):
         found: list[Direction | None] = []
         for update in updates:
             update.state["age"] += 1
-            found.append(Direction(self._direction(update, group), update.rate))
+            made = self._made_whole if launches_cost(update.weight.device) else self._made_by_rows
+            found.append(made(update, group))
         return found
+
+    def _made_whole(self, update: ParamUpdate, group: dict[str, Any]) -> Direction:
+        return Direction(self._direction(update, group), update.rate)
+
+    def _made_by_rows(self, update: ParamUpdate, group: dict[str, Any]) -> Direction:
+        """On the CPU, some rows at a time while the weight moves: a new tensor of a large matrix costs more than what
+        is computed."""
+        if self._space != "blocks":
+            return self._made_whole(update, group)
+
+        def rows_of(rows: slice | None) -> Tensor:
+            return self._direction(update, group) if rows is None else self._whole_matrix(update, group, rows)
+
+        return ByRows.of(rows_of, update.low_rank_grad, update.rate, 1.0)
 
     def _choice(self, update: ParamUpdate) -> int:
         """The number of the part that is due: one that fell on an update which was skipped is made in the next."""
@@ -187,7 +204,7 @@ class PartialAdam(UpdateRule):
     def _direction(self, update: ParamUpdate, group: dict[str, Any]) -> Tensor:
         grad, adam = update.low_rank_grad, partial(self._adam, update, group)
         if self._space == "blocks":
-            return adam(grad) if MOMENTS[0] in update.state else self._free(grad)
+            return self._whole_matrix(update, group, slice(None))
         if self._space == "svd":
             projection = replace(self._projection(update.shard), shard=update.shard)
             bases = {projection.sides[0]: update.state[self.BASIS]}
@@ -198,6 +215,11 @@ class PartialAdam(UpdateRule):
         index, dim = self._index(update), 1 if self._space == "columns" else 0
         return self._free(grad).index_copy_(dim, index, adam(grad.index_select(dim, index)))
 
+    def _whole_matrix(self, update: ParamUpdate, group: dict[str, Any], rows: slice) -> Tensor:
+        """These rows of D, where a matrix is inside or outside as a whole."""
+        grad = update.low_rank_grad[rows]
+        return self._adam(update, group, grad, rows) if MOMENTS[0] in update.state else self._free(grad)
+
     def _free(self, grad: Tensor) -> Tensor:
         """A new tensor: how coordinates move that are outside."""
         if self._free_rule == "none":
@@ -205,9 +227,9 @@ class PartialAdam(UpdateRule):
         found = grad.sign() if self._free_rule == "sign" else grad.clone()
         return found if self._free_scale == 1 else found.mul_(self._free_scale)
 
-    def _adam(self, update: ParamUpdate, group: dict[str, Any], grad: Tensor) -> Tensor:
+    def _adam(self, update: ParamUpdate, group: dict[str, Any], grad: Tensor, rows: slice = slice(None)) -> Tensor:
         (beta1, beta2), k = group["betas"], int(update.state["age"])
-        first, second = update.state[MOMENTS[0]], update.state[MOMENTS[1]]
+        first, second = (update.state[key][rows] for key in MOMENTS)
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = (second / (1 - beta2**k)).sqrt_().add_(group["eps"])
