@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -43,6 +42,7 @@ from peft_pretraining.runtime.signals import StopRequest  # noqa: E402
 from peft_pretraining.training.build import build  # noqa: E402
 from peft_pretraining.training.loop import Run, report, state_bytes, train_step  # noqa: E402
 from peft_pretraining.training.profiling import peak_memory_bytes  # noqa: E402
+from peft_pretraining.training.screen import Screen  # noqa: E402
 
 BARE = "bare loop, fused AdamW"
 
@@ -125,13 +125,13 @@ def write_random_blocks(folder: Path, model_config: str, length: int) -> Path:
 
 def looped_update(run: Run) -> Callable[[], None]:
     """One update of the project's loop, as `train` does it."""
-    bar, stop = tqdm(total=10**6, file=sys.stderr, mininterval=0.5, disable=None), StopRequest()
+    screen, stop = Screen(total=10**6, done=0, enabled=False, every=30.0), StopRequest()
 
     def update() -> None:
         began = time.perf_counter()
         train_step(run, list(islice(run.batches, run.config.batch.gradient_accumulation)), stop)
         for result, _ in run.late.finished():  # on a GPU that before
-            report(run, result, time.perf_counter() - began, bar)
+            report(run, result, time.perf_counter() - began, screen)
 
     return update
 
