@@ -66,6 +66,7 @@ def test_building_tells_its_memory():
     assert "lora,quantize=8bit, 1 x ddp:" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_reading_blocks_is_measured_for_both_sizes(tmp_path):
     rows = run_benchmark("benchmarks/read_blocks.py --rows 500 --length 64 --turns 1", tmp_path / "out.json")
     assert [row["bytes"] for row in rows] == [4, 2] and all(row["rows_per_second"][0] > 0 for row in rows)
