@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a comparison of two methods: install, fetch a small real corpus, train a tokenizer on it, pre-tokenise,
-# train a LLaMA of 2.5M weights with full-rank AdamW and with GaLore, and print a table. About six minutes on two CPU
+# train a LLaMA of 2.5M weights with full-rank AdamW and with GaLore, and print a table. About five minutes on two CPU
 # cores after the first installation. Run it again, and it goes on where it was, or shows the result again; everything it
 # makes is in quickstart/, which may be deleted.
 set -euo pipefail

@@ -46,6 +46,7 @@ OPERATIONAL = {
     "checks or traces the run beside it": ("step_timeout", "profile", "check_rank_sync"),
     "acts when something goes wrong, which nothing does here": ("skip_spikes", "rewind_on_nan"),
     "is written into checkpoints, which are not written here": ("tokenizer",),
+    "what is evaluated beside the run's own; test_evaluation_sets.py": ("eval_datasets",),
     "what is said of a run; test_screen.py": ("progress_every", "sample_every", "sample_prompts"),
     "needs wandb or tensorboard; test_selection.py has their warnings": ("with_tracking", "wandb_project", "tracker"),
     "is the method, whose runs are compared elsewhere": ("method", "optimizer", "proj_type"),

@@ -52,17 +52,10 @@ def test_start_measures_what_is_drawn():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        ("build_memory.py --rank 8 lora lora,quantize=8bit", "lora,quantize=8bit, 1 x ddp:"),
-        ("memory.py --rank 8 --ranks 1,2 --methods galore --layouts fsdp", "galore"),
-    ],
-    ids=["build_memory", "memory"],
-)
-def test_memory_is_told(arguments, shown):
+def test_building_tells_its_memory():
+    command = "benchmarks/build_memory.py --model_config configs/llama_tiny.json --rank 8 lora lora,quantize=8bit"
     done = subprocess.run(
-        [sys.executable, *f"benchmarks/{arguments} --model_config configs/llama_tiny.json".split()],
+        [sys.executable, *command.split()],
         cwd=PROJECT,
         check=True,
         timeout=240,
@@ -70,9 +63,10 @@ def test_memory_is_told(arguments, shown):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert shown in done.stdout, done.stdout
+    assert "lora,quantize=8bit, 1 x ddp:" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_reading_blocks_is_measured_for_both_sizes(tmp_path):
     rows = run_benchmark("benchmarks/read_blocks.py --rows 500 --length 64 --turns 1", tmp_path / "out.json")
     assert [row["bytes"] for row in rows] == [4, 2] and all(row["rows_per_second"][0] > 0 for row in rows)

@@ -86,6 +86,7 @@ def test_fsdp_reduces_gradients_of_the_trained_factors(rows, method, trained, re
     assert further == FLOAT * reduced + (GRAM if reduced else 0)
 
 
+@pytest.mark.slow
 def test_fsdp_holds_a_share_of_everything_but_the_bases(tmp_path):
     flags = ["--ranks", "2", "--methods", "full_rank,galore,switchlora", "--layouts", "ddp,fsdp"]
     rows = {(row["method"], row["layout"]): row for row in measure(tmp_path, [], "memory", flags)}

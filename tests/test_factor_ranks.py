@@ -11,7 +11,7 @@ import pytest
 from conftest import write_blocks, write_model
 from factor_helpers import FACTORS
 
-pytestmark = pytest.mark.timeout(600)  # one launch makes all the runs
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]  # one launch makes all the runs
 UPDATES = 50
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RUNS = {**FACTORS, "full_rank": {"method": "full_rank"}}

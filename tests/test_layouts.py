@@ -218,14 +218,14 @@ def launch_layout(folder: Path, layout: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def launched(folder) -> Callable[[str], None]:
+def launch_once(folder) -> Callable[[str], None]:
     """Launches a layout the first time that a test asks for it, whatever the tests' order."""
     return functools.cache(lambda layout: launch_layout(folder, layout))
 
 
 @pytest.fixture
-def layout(request, launched):
-    launched(request.param)
+def layout(request, launch_once):
+    launch_once(request.param)
     return request.param
 
 

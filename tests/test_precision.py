@@ -315,7 +315,7 @@ def test_the_report_says_in_what_runs_were_computed(words, mixed_run, tmp_path, 
     capsys.readouterr()
     assert compare.main([str(mixed_run), str(tmp_path / "other")]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("precision: ")]
-    assert "(run) mixed" in line and "(other) fp32" in line
+    assert "(run, precision=mixed) mixed" in line and "(other, precision=fp32) fp32" in line
     assert compare.main([str(mixed_run)]) == 0
     assert "precision" not in capsys.readouterr().out
 

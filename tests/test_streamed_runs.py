@@ -121,6 +121,7 @@ def pairs(tmp_path_factory, parts):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "accumulated", "from one to two", "from two to one", "fsdp"])
 def test_two_processes_see_the_documents_that_one_sees(pairs, name):
     for read in (helpers.updates, helpers.evaluations):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from peft_pretraining import rng
 from peft_pretraining.data.folder import read_arguments, read_column
-from peft_pretraining.data.mixture import Order
+from peft_pretraining.data.mixed_order import Order
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed.process_group import ProcessGroup
 from peft_pretraining.models.loss import Batch

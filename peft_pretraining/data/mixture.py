@@ -3,7 +3,7 @@
 The endless stream of samples is cut into periods of `PERIOD` positions. Each holds exactly its share of every source,
 in an order that (seed, period) draws; a source's own samples come in the order that it has alone, epoch after epoch. So
 the share of a source is exact after every period, nothing has to be saved, and a run that goes on at any position, on
-any number of devices, reads what it would have read.
+any number of devices, reads what it would have read (mixed_order.py). Nothing here imports NumPy or torch.
 """
 
 from __future__ import annotations
@@ -13,23 +13,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 PERIOD = 10_000
 """Samples. A share is a multiple of its inverse."""
 
 _ITEM = re.compile(r"(.+):([^:/]+)")
-
-
-class Order(Protocol):
-    """Which sample stands at which position of an endless stream."""
-
-    def samples(self, positions: np.ndarray) -> np.ndarray:
-        """Sample indices at `positions` (int64)."""
 
 
 @dataclass(frozen=True)
@@ -82,55 +71,15 @@ def _weight(folder: str, word: str) -> float:
     return weight
 
 
-def counts_of(shares: Sequence[float]) -> np.ndarray:
-    """Samples of each source in a period, (sources,) int64: whole numbers nearest to the shares that add up to it."""
-    exact = np.array(shares) * PERIOD
-    counts = np.floor(exact).astype(np.int64)
-    largest_rests = np.argsort(-(exact - counts), kind="stable")[: PERIOD - int(counts.sum())]
-    counts[largest_rests] += 1
+def counts_of(shares: Sequence[float]) -> list[int]:
+    """Samples of each source in a period: whole numbers nearest to the shares that add up to it.
+
+    >>> counts_of([1 / 3] * 3)
+    [3334, 3333, 3333]
+    """
+    exact = [share * PERIOD for share in shares]
+    counts = [int(each) for each in exact]
+    largest_rests = sorted(range(len(exact)), key=lambda place: counts[place] - exact[place])
+    for place in largest_rests[: PERIOD - sum(counts)]:
+        counts[place] += 1
     return counts
-
-
-class MixedOrder:
-    """Sample indices of sources that stand one after the other: those of source k begin at the sum of earlier sizes."""
-
-    def __init__(self, orders: Sequence[Order], sizes: Sequence[int], shares: Sequence[float], seed: int):
-        self._orders, self._seed = orders, seed
-        self._starts = np.cumsum([0, *sizes[:-1]])
-        self._counts = counts_of(shares)
-
-    def samples(self, positions: np.ndarray) -> np.ndarray:
-        """Sample indices at `positions` (int64) of the endless stream."""
-        result = np.empty_like(positions)
-        periods, within = np.divmod(positions, PERIOD)
-        for period in np.unique(periods):
-            source_at, number_at = _period(self._seed, int(period), tuple(self._counts.tolist()))
-            here = periods == period
-            sources, numbers = source_at[within[here]], number_at[within[here]]
-            found = np.empty_like(numbers)
-            for source, order in enumerate(self._orders):
-                mine = sources == source
-                own = period * self._counts[source] + numbers[mine]
-                found[mine] = self._starts[source] + order.samples(own)
-            result[here] = found
-        return result
-
-    def read_before(self, position: int) -> list[int]:
-        """Samples of each source before `position`."""
-        period, within = divmod(position, PERIOD)
-        source_at, _ = _period(self._seed, period, tuple(self._counts.tolist()))
-        return (period * self._counts + np.bincount(source_at[:within], minlength=len(self._counts))).tolist()
-
-
-@lru_cache(maxsize=8)
-def _period(seed: int, period: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The source at each place of a period, and how many of the same source stand before it there."""
-    from peft_pretraining.rng import derive_seed, permute
-
-    order = permute(np.arange(PERIOD), PERIOD, derive_seed(seed, "mixture", period))
-    sources = np.repeat(np.arange(len(counts)), counts)[order]
-    numbers = np.empty_like(sources)
-    for source in range(len(counts)):
-        mine = sources == source
-        numbers[mine] = np.arange(int(mine.sum()))
-    return sources, numbers

@@ -13,7 +13,8 @@ from peft_pretraining.data import blocks
 from peft_pretraining.data.data import Data, NamedSet
 from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationSet, largest_id, training_batches
 from peft_pretraining.data.folder import bytes_per_token, read_arguments
-from peft_pretraining.data.mixture import MixedOrder, Source, sources_of
+from peft_pretraining.data.mixed_order import MixedOrder
+from peft_pretraining.data.mixture import Source, sources_of
 from peft_pretraining.data.shards import Shard
 from peft_pretraining.data.streaming import DocumentStream
 from peft_pretraining.data.tokenizer import load_tokenizer
