@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import helpers
 import pytest
@@ -129,9 +130,10 @@ def test_the_tiny_shape_has_all_that_is_particular():
 
 # Runs.
 
-RANKS = {"galore": {"rank": 4}, "lora": {"rank": 4}}
 REPRESENTATIVES = ("full_rank", "galore", "lora", "adam_mini", "muon")
 """Of the matrices alone, projected, with factors, by heads, by whole matrices."""
+SHARED = (*REPRESENTATIVES, "switchlora", "soap", "apollo")
+"""And those with more to share among devices: vectors that are exchanged, bases, scaled gradients."""
 CASES = [name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
@@ -171,11 +173,9 @@ def test_per_layer_updates_know_a_tied_table(inputs, tmp_path, method):
     own |= {"rank": 4, "stagger_refresh": "False"} if method == "galore" else {}
     for name, per_layer in (("whole", "False"), ("layers", "True")):
         assert helpers.run(command(inputs, tmp_path / name, **own, per_layer=per_layer)) == 0
-    one, other = (helpers.tensors(tmp_path / name / "model_6") for name in ("whole", "layers"))
-    exported = [name for name in one if name.startswith("exported.")]
-    assert exported
-    for name in exported:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-9)
+    one, other = (exported(tmp_path / name / "model_6") for name in ("whole", "layers"))
+    assert one
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["galore", "lora"])
@@ -189,18 +189,29 @@ def test_a_rank_beyond_the_rows_of_keys_is_theirs(inputs, tmp_path, method):
         assert ranks == {12}, bases
 
 
+def exported(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint's model has in transformers."""
+    return {name: value for name, value in helpers.tensors(checkpoint).items() if name.startswith("exported.")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full_rank", "galore", "lora"])
-def test_two_devices_are_one(inputs, tmp_path, method):
-    settings = {"gradient_accumulation": 1, "batch_size": 4, "method": method, "dtype": "float64"}
-    assert helpers.run(command(inputs, tmp_path / "one", **settings, **RANKS.get(method, {}))) == 0
-    settings = {**settings, "batch_size": 2, **RANKS.get(method, {})}
-    kinds = ("ddp", "fsdp")
-    runs = [command(inputs, tmp_path / kind, **settings, distributed_type=kind) for kind in kinds]
-    launch(tmp_path / "launched", 2, [{"argv": words} for words in runs])
-    for kind in kinds:
-        found, expected = (helpers.evaluations(tmp_path / name) for name in (kind, "one"))
-        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-9)
+def test_two_devices_are_one(inputs, tmp_path):
+    """DDP and FSDP2, documents kept apart; all runs of two devices by one launch."""
+    settings = {"gradient_accumulation": 1, "dtype": "float64", "document_mask": "True"}
+    runs = []
+    for method in SHARED:
+        own = METHODS[method].split()
+        whole = command(inputs, tmp_path / method / "one", *own, **{**settings, "batch_size": 4}, method=method)
+        assert helpers.run(whole) == 0
+        for kind in ("ddp", "fsdp"):
+            more = {**settings, "batch_size": 2, "method": method, "distributed_type": kind}
+            runs.append({"argv": command(inputs, tmp_path / method / kind, *own, **more)})
+    launch(tmp_path / "launched", 2, runs)
+    for method in SHARED:
+        one, *others = (exported(tmp_path / method / name / "model_6") for name in ("one", "ddp", "fsdp"))
+        assert one
+        for other in others:
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-10, msg=f"{method}: {{}}".format)
 
 
 def test_an_adapter_of_a_tied_model_is_the_merged_model(inputs, tmp_path):
