@@ -110,6 +110,7 @@ def test_harmless_keys_of_published_files_are_passed_over_and_said(tmp_path):
         **{"is_llama_config": True, "rope_interleaved": False, "_name_or_path": "x", "torch_dtype": "float16"},
         **{"transformers_version": "4.31", "pretraining_tp": 2, "quantization_config": None, "temperature": 0.9},
         **{"auto_map": {"AutoModel": "m.M"}, "layer_types": ["full_attention"]},
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
     }
     settings, problems, warnings = read(tmp_path / "m.json", **published)
     assert settings is not None and not problems and len(warnings) == 1

@@ -124,7 +124,7 @@ PASSED_OVER = frozenset(
         *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
         *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
         *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
-        *("unsloth_version", "unsloth_fixed", "onnx", "max_window_layers", "mlx_version"),
+        *("unsloth_version", "unsloth_fixed", "onnx", "max_window_layers", "mlx_version", "transformers.js_config"),
     }
 )
 """Keys of published files that have no influence on what the model computes in training."""
