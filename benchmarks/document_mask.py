@@ -1,12 +1,14 @@
 """What it costs to keep the documents of a block apart, or saves: forward and backward passes on the CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/document_mask.py
+    OMP_NUM_THREADS=1 python benchmarks/document_mask.py [--model_config JSON] [--tokens 32 256 1000] [--rounds 13]
 
-The three ways take turns in one process; medians.
+The three ways take turns in one process; medians without the first round.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
 import time
@@ -27,13 +29,15 @@ SHAPE = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
 }
 WAYS = ("without", "one by one", "by a mask")
-END, ROUNDS = 1, 13
+LAYOUTS = ((8, 256), (1, 2048))
+"""Sequences in a micro-batch, and their length: as many tokens in each."""
+END = 1
 
 
-def blocks(batch: int, length: int, tokens: int) -> torch.Tensor:
+def blocks(vocabulary: int, batch: int, length: int, tokens: int) -> torch.Tensor:
     """Random tokens in documents of `tokens` on average."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, SHAPE["vocab_size"], (batch, length), generator=generator)
+    ids = torch.randint(2, vocabulary, (batch, length), generator=generator)
     return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 1 / tokens, END)
 
 
@@ -49,14 +53,23 @@ def seconds(model: torch.nn.Module, ids: torch.Tensor, way: str) -> float:
 
 
 def main() -> None:
-    model = build_model(ModelConfig(dtype="float32"), SHAPE, None, torch.device("cpu"), seed=1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_config", type=Path, help="JSON of a shape; 4 layers of 128 unless given")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 256, 1000], help="of a document, on average")
+    parser.add_argument("--rounds", type=int, default=13, help="the first of which is not counted")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds} must be 2 at least: the first is not counted")
+    shape = SHAPE if options.model_config is None else json.loads(options.model_config.read_text())
+    shape = {**shape, "max_position_embeddings": 2048}  # positions have no weights
+    model = build_model(ModelConfig(dtype="float32"), shape, None, torch.device("cpu"), seed=1)
     print("| block | documents | " + " | ".join(f"{way}, tokens/s" for way in WAYS) + " |")
     print("|--:|--:|--:|--:|--:|")
-    for batch, length in ((8, 256), (1, 2048)):
-        for tokens in (32, 256, 1000):
-            ids = blocks(batch, length, tokens)
+    for batch, length in LAYOUTS:
+        for tokens in options.tokens:
+            ids = blocks(shape["vocab_size"], batch, length, tokens)
             times: dict[str, list[float]] = {way: [] for way in WAYS}
-            for number in range(ROUNDS):
+            for number in range(options.rounds):
                 for place in range(len(WAYS)):
                     way = WAYS[(number + place) % len(WAYS)]
                     times[way].append(seconds(model, ids, way))

@@ -74,6 +74,15 @@ def test_reading_blocks_is_measured_for_both_sizes(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_document_mask_is_measured_in_three_ways():
+    command = "benchmarks/document_mask.py --model_config configs/llama_tiny.json --tokens 64 --rounds 2"
+    done = subprocess.run([sys.executable, *command.split()], cwd=PROJECT, check=True, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["256", "64"], ["2048", "64"]]
+    assert all(int(rate.replace(",", "")) > 0 for row in rows for rate in row[2:])
+
+
+@pytest.mark.slow
 def test_precision_trains_in_each(tmp_path):
     (tmp_path / "text.txt").write_text("a town, a river and a hill; " * 400)
     command = (
