@@ -78,27 +78,33 @@ def load(name: str, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTo
     """A model, in evaluation, and its tokenizer, from a folder or a hub name. Raises `ConfigError`."""
     from peft_pretraining.export import newest
 
-    path = Path(name)
+    path, is_adapter = Path(name), False
     if path.is_dir():
         found, skipped = newest(path)
         if found is None:
             raise ConfigError(skipped)
         name = str(found)
-        if (found / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
+        is_adapter = (found / "adapter_config.json").is_file()
+        if is_adapter and importlib.util.find_spec("peft") is None:
             raise ConfigError([f"{name} is an adapter, and peft is not installed: pip install peft"])
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from peft_pretraining.models.loading import load_pretrained
+
     disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["--device cuda: torch finds no CUDA device that it can use"])
+    if not is_adapter:
+        model = load_pretrained(AutoModelForCausalLM, name, f"the model of {name}", dtype="auto")
     what = "the model"
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
+        if is_adapter:  # PEFT's to read, over its base
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
         what = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer("a", add_special_tokens=False)

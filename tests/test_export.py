@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_blocks, write_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_prompt_tokenizer import t5
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -240,6 +240,15 @@ def test_what_cannot_be_generated_is_one_line(argv, line, capsys):
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2 and line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_that_lacks_weights_is_not_completed_at_random(trained, tmp_path, capsys):
+    shutil.copytree(trained(**FACTORS["lora"]) / "model_4", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert generate.main([str(tmp_path / "model"), "the cat"]) == 2
+    assert "model.norm.weight" in capsys.readouterr().err
 
 
 def test_an_adapter_goes_on_with_a_text_where_peft_is_installed(trained, tmp_path, monkeypatch, capsys):

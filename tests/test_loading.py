@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from peft_pretraining.config import ModelConfig
 from peft_pretraining.flags import ConfigError
-from peft_pretraining.models import token_ids
 from peft_pretraining.models.llama import build_model
 from peft_pretraining.models.loading import check_is_llama, load_pretrained
-from peft_pretraining.models.token_ids import adopt, read_tokenizer
+from peft_pretraining.models.token_ids import adopt
 
 CPU = torch.device("cpu")
 TABLE = "model.embed_tokens.weight"
@@ -229,11 +228,3 @@ def test_a_run_and_its_export_take_them_from_the_datas_tokenizer(command, tmp_pa
     export(checkpoint, tmp_path / "out", "bfloat16")
     for folder in (checkpoint, tmp_path / "out"):
         assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 10
-
-
-def test_a_tokenizer_that_cannot_be_read_changes_nothing(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(token_ids.log, "warning", lambda text, *values: said.append(text % values))
-    assert read_tokenizer(tmp_path) is None and not said
-    (tmp_path / "tokenizer.json").write_text("{")
-    assert read_tokenizer(tmp_path) is None and "cannot be read" in said[0]

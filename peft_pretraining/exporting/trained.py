@@ -19,6 +19,7 @@ from peft_pretraining.flags import ConfigError
 from peft_pretraining.methods import METHODS, load_method
 from peft_pretraining.methods.base import TrainingMethod
 from peft_pretraining.models.llama import cast_weights, torch_dtype
+from peft_pretraining.models.loading import load_pretrained
 
 
 @dataclass
@@ -115,9 +116,5 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
 
 def load_plain(checkpoint: Path) -> PreTrainedModel:
     """The checkpoint's own export, in the dtype that it was written in. Raises `ConfigError`."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype="auto", attn_implementation="sdpa", trust_remote_code=False
-        )
-    except Exception as error:  # files can be broken in any way, each with an exception of its own
-        raise ConfigError([f"{checkpoint} cannot be loaded: {' '.join(str(error).split())[:300]}"]) from error
+    name = str(checkpoint)
+    return load_pretrained(AutoModelForCausalLM, name, name, dtype="auto", attn_implementation="sdpa")

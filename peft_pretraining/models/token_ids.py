@@ -6,29 +6,12 @@ token and never at the trained end of a document.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-log = logging.getLogger("peft_pretraining")
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
-_VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder; None where there is none, or, with a warning, where it cannot be read."""
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # files can be broken in any way, each with an exception of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        log.warning("exports keep the model's own ids of special tokens: its tokenizer cannot be read (%s)", reason)
-        return None
 
 
 def adopt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> list[str]:
