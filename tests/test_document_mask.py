@@ -240,9 +240,10 @@ def test_evaluations_keep_documents_apart(inputs, one_process):
     launch = cli.load(command(inputs, inputs["folder"] / "none", batch_size=6, **sets), environ={})
     data = open_data(launch, one_process)
     assert isinstance(data, BlockData)
-    (batch,) = data.evaluation
+    own, same = data.evaluation_sets
+    (batch,) = own.batches
     assert torch.equal(batch["position_ids"], document_positions(batch["input_ids"], END))
-    (named,) = data.named["same"].batches
+    (named,) = same.batches
     assert torch.equal(named["position_ids"], batch["position_ids"])
     training = next(data.training(0, {}))
     assert torch.equal(training["position_ids"], document_positions(training["input_ids"], END))
@@ -253,9 +254,9 @@ def test_a_mixture_keeps_its_documents_apart(inputs, tmp_path, one_process):
     other = write_blocks(tmp_path / "other", train=8, validation=4, block=16, vocabulary=32, eos_token_id=END)
     mixed = {"dataset_path": f"{inputs['dataset_path']}:0.5,{other}:0.5"}
     data = open_data(cli.load(command(inputs, tmp_path / "run", **mixed), environ={}), one_process)
-    for batch in (next(data.training(0, {})), *(next(iter(each.batches)) for each in data.named.values())):
+    for batch in (next(data.training(0, {})), *(next(iter(each.batches)) for each in data.evaluation_sets)):
         assert torch.equal(batch["position_ids"], document_positions(batch["input_ids"], END))
-    assert len(data.named) == 2
+    assert [each.share for each in data.evaluation_sets] == [0.5, 0.5]
 
 
 def test_what_cannot_be_kept_apart_is_refused(inputs, tmp_path):

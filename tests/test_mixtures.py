@@ -127,6 +127,12 @@ def test_what_cannot_be_mixed_is_one_line(folder, tmp_path, capsys, path, proble
     assert problem in err and "Traceback" not in err, err
 
 
+def test_a_further_set_cannot_have_a_sources_name(folder, tmp_path, capsys):
+    sets = ["--eval_datasets", f"{data(folder, 'wiki').name}={data(folder, 'main')}"]
+    assert helpers.run(command(folder, tmp_path / "run", "--dataset_path", mixture(folder, 1, 1), *sets)) == 2
+    assert "a source of --dataset_path has this name" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_read_what_one_does(folder, tmp_path):
     flags = ["--dataset_path", mixture(folder, 3, 1), "--dtype", "float64", "--total_batch_size", 4]

@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from peft_pretraining.data.folder import read_arguments
+from peft_pretraining.data.mixture import sources_of
 from peft_pretraining.flags import comma_separated
 from peft_pretraining.models import model_config
 
@@ -45,8 +46,11 @@ def pairs(entries: tuple[str, ...]) -> dict[str, str]:
 
 def check(config: Config, facts: FileFacts, problems: list[str], warnings: list[str]) -> None:
     """What the folders say of themselves must fit the model, the sequences and the run's own tokenizer."""
+    sources = [] if config.data.dataset_path is None else _names_of_sources(config.data.dataset_path)
     for name, folder in pairs(config.data.eval_datasets).items():
         where = f"--eval_datasets {name}={folder}"
+        if name in sources:
+            problems.append(f"{where}: a source of --dataset_path has this name")
         if not os.path.isdir(folder):
             problems.append(f"{where}: no such folder")
             continue
@@ -62,6 +66,15 @@ def check(config: Config, facts: FileFacts, problems: list[str], warnings: list[
                 f"{where} was tokenised with {arguments.get('tokenizer')}, the run's data with {ours}: unless these "
                 "are the same tokenizer, its perplexity says nothing"
             )
+
+
+def _names_of_sources(dataset_path: str) -> list[str]:
+    """Of a mixture, whose validation sets have them."""
+    try:
+        sources = sources_of(dataset_path)
+    except ValueError:  # said of --dataset_path
+        return []
+    return [source.name for source in sources] if len(sources) > 1 else []
 
 
 def _contradictions(arguments: dict[str, Any], config: Config, facts: FileFacts) -> list[str]:

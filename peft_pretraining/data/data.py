@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,26 +10,25 @@ from peft_pretraining.models.loss import Batch
 
 
 @dataclass(frozen=True)
-class NamedSet:
-    """A validation set beside the run's own."""
+class EvaluationSet:
+    """A validation set."""
 
+    name: str
+    """Empty: the run's only own one."""
+    share: float
+    """Its weight in the run's own loss; 0: it is beside the run's own."""
     batches: Iterable[Batch | None]
-    """As `Data.evaluation`."""
+    """This rank's share of it, from its beginning each time; None where only other ranks have some."""
     bytes_per_token: float | None
+    """Bytes of text for each token; None where they were not counted."""
 
 
 class Data(Protocol):
-    """Training samples by position, the validation set, and what a checkpoint must hold to go on."""
+    """Training samples by position, validation sets, and what a checkpoint must hold to go on."""
 
     description: str
-    evaluation: Iterable[Batch | None]
-    """This rank's share of the validation set, from its beginning each time; None where only other ranks have some."""
-    bytes_per_token: float | None
-    """Bytes of text for each token of the validation set; None where they were not counted."""
-    named: Mapping[str, NamedSet]
-    """Further validation sets."""
-    shares: Mapping[str, float]
-    """Of a mixture: its sources' names in `named`, whose validation sets, weighted so, are the run's own."""
+    evaluation_sets: Sequence[EvaluationSet]
+    """The run's own, whose shares add up to 1 (several of a mixture), and then the further ones."""
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         """Endless micro-batches of this rank from `position` on, in samples; `state` is what `state_at` gave there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +10,7 @@ from peft_pretraining import rng
 from peft_pretraining.config import Config, evaluation_sets
 from peft_pretraining.config.cli import ParsedArgs
 from peft_pretraining.data import blocks
-from peft_pretraining.data.data import Data, NamedSet
+from peft_pretraining.data.data import Data, EvaluationSet
 from peft_pretraining.data.documents import Complaints, SampleMaker, ValidationSet, largest_id, training_batches
 from peft_pretraining.data.folder import bytes_per_token, read_arguments
 from peft_pretraining.data.mixed_order import MixedOrder
@@ -60,38 +60,30 @@ class BlockData:
         self._config, self._sources, self._group, self._vocabulary = config, sources, group, vocabulary
         self._train = [train for train, _ in opened]
         seed, sizes = config.run.seed, [len(train) for train in self._train]
+        mixed = len(sources) > 1
         own = [
-            _own_set(config, source.share, validation, group, vocabulary)
+            _evaluation_set(config, source.name if mixed else "", source.share, validation, group, vocabulary)
             for source, (_, validation) in zip(sources, opened, strict=True)
         ]
-        self.evaluation: Iterable[Batch | None] = own[0].batches
-        self.bytes_per_token: float | None = own[0].bytes_per_token
-        self.named: Mapping[str, NamedSet] = named_sets(config, group, vocabulary)
-        self.shares: Mapping[str, float] = {}
-        self._order: blocks.Order = blocks.SampleOrder(sizes[0], seed)
+        self.evaluation_sets: Sequence[EvaluationSet] = [*own, *_further_sets(config, group, vocabulary)]
+        self._mixed: MixedOrder | None = None
         self.description = f"{sizes[0]} samples"
-        if len(sources) == 1:
-            return
-        self.evaluation = ()
-        self.shares = {source.name: source.share for source in sources}
-        self.named = {**dict(zip(self.shares, own, strict=True)), **self.named}
-        of_each = [each.bytes_per_token for each in own]
-        known = [each for each in of_each if each is not None]
-        whole = len(known) == len(own)
-        self.bytes_per_token = sum(s.share * each for s, each in zip(sources, known, strict=True)) if whole else None
-        orders = [blocks.SampleOrder(size, rng.derive_seed(seed, "source", index=k)) for k, size in enumerate(sizes)]
-        self._order = self._mixed = MixedOrder(orders, sizes, list(self.shares.values()), seed)
-        shown = [
-            f"{source.share:.2%} {source.name} ({size} samples)" for source, size in zip(sources, sizes, strict=True)
-        ]
-        self.description = f"a mixture: {', '.join(shown)}"
+        if mixed:
+            orders = [
+                blocks.SampleOrder(size, rng.derive_seed(seed, "source", index=k)) for k, size in enumerate(sizes)
+            ]
+            self._mixed = MixedOrder(orders, sizes, [source.share for source in sources], seed)
+            shown = (
+                f"{each.share:.2%} {each.name} ({size} samples)" for each, size in zip(sources, sizes, strict=True)
+            )
+            self.description = f"a mixture: {', '.join(shown)}"
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         config = self._config
         batches = blocks.training_batches(
             self._train[0] if len(self._train) == 1 else blocks.MixedBlocks(self._train),
             seed=config.run.seed,
-            order=self._order,
+            order=self._mixed,
             start=position,
             batch_size=_given(config.batch.batch_size),
             accumulation=_given(config.batch.gradient_accumulation),
@@ -103,14 +95,14 @@ class BlockData:
         return (documents_apart(batch, end) for batch in batches)
 
     def epoch_at(self, position: int) -> int:
-        if not self.shares:
-            return position // len(self._train[0])
-        return min(
-            read // len(train) for read, train in zip(self._mixed.read_before(position), self._train, strict=True)
-        )
+        read = [position] if self._mixed is None else self._mixed.read_before(position)
+        return min(samples // len(train) for samples, train in zip(read, self._train, strict=True))
 
     def read_before(self, position: int) -> dict[str, int]:
-        return dict(zip(self.shares, self._mixed.read_before(position), strict=True)) if self.shares else {}
+        if self._mixed is None:
+            return {}
+        names = [source.name for source in self._sources]
+        return dict(zip(names, self._mixed.read_before(position), strict=True))
 
     def state_at(self, position: int) -> dict[str, Any]:
         return {}
@@ -154,26 +146,25 @@ def documents_apart(batch: Batch, end: int | None) -> Batch:
     return {**batch, "position_ids": positions.pin_memory() if batch["input_ids"].is_pinned() else positions}
 
 
-def _own_set(
-    config: Config, share: float, validation: blocks.TokenBlocks, group: ProcessGroup, vocabulary: int | None
-) -> NamedSet:
-    """A source's validation split, of which its share of `--eval_tokens` is evaluated."""
-    per_token = bytes_per_token(read_arguments(validation.folder), "validation")
-    return NamedSet(_BlockEvaluation(config, validation, group, vocabulary, share), per_token)
+def _evaluation_set(
+    config: Config, name: str, share: float, split: blocks.TokenBlocks, group: ProcessGroup, vocabulary: int | None
+) -> EvaluationSet:
+    """A folder's validation split: of a source of a mixture, its share of `--eval_tokens`."""
+    batches = _BlockEvaluation(config, split, group, vocabulary, share or 1.0)
+    return EvaluationSet(name, share, batches, bytes_per_token(read_arguments(split.folder), "validation"))
 
 
-def named_sets(config: Config, group: ProcessGroup, vocabulary: int | None) -> dict[str, NamedSet]:
+def _further_sets(config: Config, group: ProcessGroup, vocabulary: int | None) -> list[EvaluationSet]:
     """The sets of `--eval_datasets`. ConfigError where their files are damaged."""
-    found = {}
+    found = []
     for name, folder in evaluation_sets.pairs(config.data.eval_datasets).items():
         try:
             split = blocks.TokenBlocks(folder, "validation", _given(config.data.max_length))
-            per_token = bytes_per_token(read_arguments(folder), "validation")
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError([f"--eval_datasets {name}={folder}: {' '.join(str(error).split())}"]) from error
         if not len(split):
             raise ConfigError([f"--eval_datasets {name}={folder}: split validation is empty"])
-        found[name] = NamedSet(_BlockEvaluation(config, split, group, vocabulary), per_token)
+        found.append(_evaluation_set(config, name, 0.0, split, group, vocabulary))
     return found
 
 
@@ -204,13 +195,8 @@ class StreamedData:
         self._config, self._shards, self._group = config, shards, group
         self._stream: DocumentStream | None = None
         self._maker = SampleMaker(_checked_tokenizer(launch), _given(config.data.max_length))
-        self.shares: Mapping[str, float] = {}
-        self.bytes_per_token: float | None = None  # documents are cut, and tokens of padding are none
-        self.named: Mapping[str, NamedSet] = named_sets(
-            config, group, vocabulary_size(launch.facts.model) if launch.facts.model else None
-        )
         self.description = f"{len(shards.train)} shards of documents ({_gigabytes(shards.train)}, {shards.origin})"
-        self.evaluation: Iterable[Batch | None] = ValidationSet(
+        validation = ValidationSet(
             shards.validation,
             self._maker,
             tokens=config.data.eval_tokens,
@@ -218,6 +204,10 @@ class StreamedData:
             workers=config.data.workers,
             group=group,
         )
+        vocabulary = None if launch.facts.model is None else vocabulary_size(launch.facts.model)
+        # Documents are cut: how many bytes their tokens stand for is not known.
+        own = EvaluationSet("", 1.0, validation, bytes_per_token=None)
+        self.evaluation_sets: Sequence[EvaluationSet] = [own, *_further_sets(config, group, vocabulary)]
 
     def training(self, position: int, state: dict[str, Any]) -> Iterator[Batch]:
         train = self._shards.train

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peft_pretraining.data.data import Data
+from peft_pretraining.data.data import EvaluationSet
 from peft_pretraining.data.shards import DataError
 from peft_pretraining.distributed import ProcessGroup, free_gathered_weights
 from peft_pretraining.models.loss import Batch, count_targets, token_loss_sum
@@ -83,23 +83,11 @@ def evaluate(
     return whole if parts == 1 else Evaluation(whole.loss, whole.tokens, tuple(map(_evaluation, totals)))
 
 
-def evaluate_all(
-    data: Data, parts: int, evaluate_one: Callable[[Iterable[Batch | None], int], Evaluation | None]
-) -> tuple[Evaluation, dict[str, Evaluation]] | None:
-    """The run's own validation set, and its named ones; None where a request to stop cut them short.
-
-    `evaluate_one` is given a set's batches and the number of parts.
-    """
-    own = None if data.shares else evaluate_one(data.evaluation, parts)
-    if own is None and not data.shares:
-        return None
-    named = {}
-    for name, each in data.named.items():
-        found = evaluate_one(each.batches, parts if name in data.shares else 1)
-        if found is None:
-            return None
-        named[name] = found
-    return own or mean_of([(share, named[name]) for name, share in data.shares.items()]), named
+def own_bytes_per_token(sets: Sequence[EvaluationSet]) -> float | None:
+    """Of the run's own validation sets together; None where one does not know it."""
+    own = [(each.share, each.bytes_per_token) for each in sets if each.share]
+    known = [share * size for share, size in own if size is not None]
+    return math.fsum(known) if len(known) == len(own) else None
 
 
 def mean_of(weighted: Sequence[tuple[float, Evaluation]]) -> Evaluation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -25,7 +24,7 @@ from peft_pretraining.training.deciding import (
     step_by_mask,
     step_if_usable,
 )
-from peft_pretraining.training.evaluate import Evaluation, evaluate, evaluate_all
+from peft_pretraining.training.evaluate import evaluate, mean_of, own_bytes_per_token
 from peft_pretraining.training.progress import Update, report
 from peft_pretraining.training.rewinding import go_back
 from peft_pretraining.training.run import Run
@@ -244,29 +243,28 @@ def evaluation_is_due(run: Run) -> bool:
 
 def evaluate_and_record(run: Run, stop: StopRequest) -> bool:
     """Evaluate; False when a request to stop cut it short: then the resumed run makes up for it."""
-    state, data, length = run.state, run.data, run.config.data.max_length
-
-    def evaluate_one(batches: Iterable[Batch | None], parts: int) -> Evaluation | None:
-        return evaluate(run.model, batches, run.group, lambda: stop.anywhere(run.group), parts)
-
-    found = evaluate_all(data, run.config.data.eval_parts, evaluate_one)
-    if found is None:
-        return False
+    state, sets, found = run.state, run.data.evaluation_sets, []
+    for each in sets:
+        parts = run.config.data.eval_parts if each.share else 1
+        result = evaluate(run.model, each.batches, run.group, lambda: stop.anywhere(run.group), parts)
+        if result is None:
+            return False
+        found.append(result)
     state.evaluated_step = state.update_step
-    result, named = found
-    own = result.described(data.bytes_per_token)
-    further = {name: each.described(data.named[name].bytes_per_token) for name, each in named.items()}
-    read = {name: samples * (length or 0) for name, samples in data.read_before(state.data_position).items()}
+    result = mean_of([(each.share, of) for each, of in zip(sets, found, strict=True) if each.share])
+    own = result.described(own_bytes_per_token(sets))
+    named = {each.name: of.described(each.bytes_per_token) for each, of in zip(sets, found, strict=True) if each.name}
+    read, of_sample = run.data.read_before(state.data_position), run.config.data.max_length or 0
     run.tracker.record(
         update_step=state.update_step,
         tokens_seen=state.tokens_seen,
         **{f"final_eval_{name}": value for name, value in own.items()},
         optimizer_state_bytes=state_bytes(run.optimizer),
         **{f"final_eval_perplexity_{index}": part.perplexity for index, part in enumerate(result.parts)},
-        **({"eval_sets": further} if further else {}),
-        **({"source_tokens": read} if read else {}),
+        **({"eval_sets": named} if named else {}),
+        **({"source_tokens": {name: count * of_sample for name, count in read.items()}} if read else {}),
     )
-    said = "".join(f"; {name} loss {each['loss']:.4f}, {each['perplexity']:.2f}" for name, each in further.items())
+    said = "".join(f"; {name} loss {each['loss']:.4f}, {each['perplexity']:.2f}" for name, each in named.items())
     told = (state.update_step, result.loss, result.perplexity, said)
     log.info("update %d: validation loss %.4f, perplexity %.2f%s", *told)
     return True

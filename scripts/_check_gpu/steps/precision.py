@@ -63,7 +63,7 @@ def _train(scene: Scene, name: str) -> Result:
 def _validation_loss(run: Any) -> float:
     from peft_pretraining.training.evaluate import evaluate
 
-    result = evaluate(run.model, run.data.evaluation, run.group, lambda: False)
+    result = evaluate(run.model, run.data.evaluation_sets[0].batches, run.group, lambda: False)
     assert result is not None, "nobody asked to stop"
     return result.loss
 
