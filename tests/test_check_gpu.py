@@ -54,6 +54,7 @@ def ended(command: list[str], file: Path, timeout: float = 280) -> tuple[subproc
     return done, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_step_that_crashes_is_a_line_and_the_others_go_on(tmp_path):
     file = tmp_path / "lines.json"
     script = _BROKEN.format(scripts=str(SCRIPTS), file=str(file))

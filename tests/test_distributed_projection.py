@@ -40,6 +40,9 @@ CASES = {
 }
 
 
+pytestmark = pytest.mark.slow  # one launch makes all the runs; the fast tier has conformance/test_devices.py
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """All runs: in `one NAME` by one process, in `NAME` by two; what each rank reported, by name."""

@@ -20,6 +20,9 @@ METHODS = {
 }
 
 
+pytestmark = pytest.mark.slow  # one launch makes all the runs
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """All methods on one process and on two; without dropout, whose draws differ."""

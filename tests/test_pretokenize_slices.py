@@ -239,6 +239,7 @@ def kill_while_writing(process: subprocess.Popen, folder: Path) -> None:
     assert process.returncode == -signal.SIGKILL and not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_slice_is_made_again_and_no_other(argv, capsys, tmp_path):
     flags = argv("--num_shards", SLICES)
     write_json_lines(tmp_path / "part-3.jsonl", made_up(6000))  # slice 1 takes a while

@@ -235,6 +235,7 @@ def pretokenize(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_pretokenizing_submits_an_array_and_a_merge_that_waits_for_it(tmp_path):
     """The jobs are run for real, with a tokenizer without a network and a file name that a shell would tear apart."""
     from transformers import ByT5Tokenizer

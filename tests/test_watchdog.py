@@ -116,6 +116,7 @@ def test_off_by_default(tmp_path):
         assert psutil.Process().num_threads() == before
 
 
+@pytest.mark.slow
 def test_slow_evaluations_and_saves_do_not_trip_it(command, tmp_path, monkeypatch):
     from peft_pretraining.checkpoint.checkpointer import Checkpointer
     from peft_pretraining.training import loop as train
